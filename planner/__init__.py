@@ -1,0 +1,1 @@
+"""The decision: which layouts are legal, which one is best, and why."""

@@ -1,0 +1,65 @@
+"""Plan: the chosen layout with everything that led to it, in one file that needs no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulator.errors import UserError
+from simulator.files import STRICT, read_json, to_dataclass, write_json
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.results import Prediction
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the search did with the space of layouts; the counts add up to `space`.
+
+    lower_bound_gap is how much faster than the best simulated layout a layout that was not simulated could be,
+    as a fraction of its step; 0 is a proof that there is none.
+    """
+
+    space: int
+    illegal: int
+    out_of_memory: int
+    bounded: int
+    simulated: int
+    lower_bound_gap: float
+    seconds: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline."""
+
+    job: Job
+    best: Prediction
+    runners_up: tuple[Prediction, ...]
+    baseline: Prediction
+    certificate: Certificate
+    provenance: dict[str, str]
+    version: int = VERSION
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def layout(self) -> Layout:
+        return self.best.layout
+
+
+def read_plan(path: Path | str) -> Plan:
+    """The plan in a file that `layoutwise plan` wrote. Raises UserError if it is not one."""
+    data = read_json(path, "plan")
+    if data.get("version") != VERSION:
+        raise UserError(f"plan '{path}': version = {data.get('version')!r} is not {VERSION}; plan again")
+    return to_dataclass(Plan, data, f"plan '{path}'")
+
+
+def write_plan(plan: Plan, path: Path | str) -> Path:
+    """Write a plan atomically."""
+    return write_json(path, plan)

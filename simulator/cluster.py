@@ -1,0 +1,248 @@
+"""Gpu and ClusterSpec: the hardware as data; and the cluster itself, an `nx.DiGraph` built from them.
+
+    gpu (n, i) ──► switch (n)          scale-up: NVLink, xGMI, PCIe, or the memory of one machine
+    gpu (n, i) ──► nic (n, j) ──► fabric         scale-out: one edge per network card
+
+Every edge has `bandwidth` (bytes per second, one direction) and `latency` (seconds). Queries are functions of the
+graph, as in networkx; `graph.graph["spec"]` is the ClusterSpec it was built from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from simulator.files import STRICT
+from simulator.units import BANDWIDTH, BYTES, FLOPS, SECONDS
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+@dataclass(frozen=True)
+class MatmulFit:
+    """Constants of `compute.matmul_seconds`: rate reached on a large product, depth lost to filling the pipeline of
+    a tile (k0, elements), and the time below which no product goes."""
+
+    rate: Annotated[float, FLOPS]
+    k0: float = 0.0
+    overhead: Annotated[float, SECONDS] = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class AttentionFit:
+    """Rate of a fused attention kernel over the sequence length s: rate · s / (s + half_length); the causal pair is
+    over the FLOPs that the mask leaves."""
+
+    rate: Annotated[float, FLOPS]
+    half_length: float
+    causal_rate: Annotated[float, FLOPS]
+    causal_half_length: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """One attention kernel at one head dimension, forward and backward."""
+
+    head_dim: int
+    forward: AttentionFit
+    backward: AttentionFit
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class CollectiveFit:
+    """Constants of one collective from `ranks` ranks on: seconds = latency + x / (efficiency · link) + ramp · √x,
+    where x is the bytes that pass the slowest link (collectives.py)."""
+
+    ranks: int
+    latency: Annotated[float, SECONDS]
+    efficiency: float
+    ramp: float = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class HostFit:
+    """Seconds of the host for one kernel: forward, in autograd's backward, and what DTensor adds to an op."""
+
+    forward: Annotated[float, SECONDS]
+    backward: Annotated[float, SECONDS]
+    dtensor: Annotated[float, SECONDS] = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device: a GPU, or one processor of a machine without GPUs. Sizes in bytes, rates in SI.
+
+    `peak` is the data sheet's (the denominator of MFU), `matmul` what large products reach. `host` is measured on
+    the machine; without it the stack's own value holds. `sustained` is the clock under a training load relative
+    to a single kernel's.
+    """
+
+    name: str
+    kind: Literal["gpu", "cpu"]
+    memory: Annotated[float, BYTES]
+    memory_bandwidth: Annotated[float, BANDWIDTH]
+    peak: dict[str, Annotated[float, FLOPS]]
+    matmul: dict[str, MatmulFit]
+    source: str
+    memory_efficiency: float = 0.87
+    reduction_efficiency: float = 0.75
+    memory_overhead: Annotated[float, SECONDS] = 0.0
+    tiles: tuple[tuple[int, int], ...] = ()
+    multiprocessors: int = 1
+    sustained: float = 1.0
+    attention: dict[str, tuple[AttentionKernel, ...]] = field(default_factory=dict)
+    host: HostFit | None = None
+    context_memory: Annotated[float, BYTES] = 0.0
+    communicator_memory: Annotated[float, BYTES] = 0.0
+    fragmentation: float = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Link:
+    """A tier of the network: what one device (scale-up) or one card (scale-out) can send, and how collectives
+    do on it. `latency_per_doubling` is added for every doubling of the number of nodes."""
+
+    kind: str
+    bandwidth: Annotated[float, BANDWIDTH]
+    latency: Annotated[float, SECONDS]
+    collectives: dict[str, tuple[CollectiveFit, ...]]
+    latency_per_doubling: Annotated[float, SECONDS] = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Everything a cluster file says. One kind of node, repeated.
+
+    oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k - 1] is the speed of each of k
+    ranks that compute at the same time on a node, relative to one alone: empty where every rank has its own device.
+    """
+
+    name: str
+    gpu: Gpu
+    gpus_per_node: int
+    scale_up: Link
+    source: str
+    scale_up_domain: int = 0
+    scale_out: Link | None = None
+    nics_per_node: int = 0
+    oversubscribe: float = 1.0
+    concurrency: tuple[float, ...] = ()
+    price_per_gpu_hour: float | None = None
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def domain(self) -> int:
+        """Devices that the scale-up network joins; larger than a node on NVL72 racks."""
+        return self.scale_up_domain or self.gpus_per_node
+
+
+def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
+    """The cluster as a graph. Vertices are `("gpu", node, i)`, `("switch", domain)`, `("nic", node, j)`, `"fabric"`.
+
+    >>> graph = build_cluster(spec, nodes=2)                                          # doctest: +SKIP
+    >>> bottleneck(graph, ("gpu", 0, 0), ("gpu", 1, 0))                               # doctest: +SKIP
+    (5e+10, 5e-06)
+    """
+    import networkx as nx
+
+    graph = nx.DiGraph(spec=spec, nodes=nodes)
+    per_domain = max(1, spec.domain // spec.gpus_per_node)
+    for node in range(nodes):
+        for i in range(spec.gpus_per_node):
+            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.scale_up)
+            if spec.scale_out and spec.nics_per_node:
+                nic = ("nic", node, i * spec.nics_per_node // spec.gpus_per_node)
+                _join(graph, ("gpu", node, i), nic, spec.scale_out)
+        for j in range(spec.nics_per_node if spec.scale_out else 0):
+            assert spec.scale_out is not None
+            _join(graph, ("nic", node, j), "fabric", spec.scale_out)
+    return graph
+
+
+def _join(graph: nx.DiGraph, a: Any, b: Any, link: Link) -> None:
+    """An edge each way. Half of the link's latency, because a path crosses a tier twice: up and down."""
+    graph.add_edge(a, b, bandwidth=link.bandwidth, latency=link.latency / 2)
+    graph.add_edge(b, a, bandwidth=link.bandwidth, latency=link.latency / 2)
+
+
+def gpu_of(graph: nx.DiGraph, rank: int) -> tuple[str, int, int]:
+    """The vertex that carries a global rank: ranks fill a node before the next begins.
+
+    On an oversubscribed machine the ranks go round the devices again.
+    """
+    spec = graph.graph["spec"]
+    node, i = divmod(rank % (graph.graph["nodes"] * spec.gpus_per_node), spec.gpus_per_node)
+    return ("gpu", node, i)
+
+
+def path(graph: nx.DiGraph, a: Any, b: Any) -> list[Any]:
+    """The vertices between two GPUs, over the scale-up network where it joins them."""
+    import networkx as nx
+
+    found: list[Any] = nx.shortest_path(graph, a, b)
+    return found
+
+
+def bottleneck(graph: nx.DiGraph, a: Any, b: Any) -> tuple[float, float]:
+    """Bandwidth of the slowest edge and sum of the latencies on the path from a to b."""
+    hops = path(graph, a, b)
+    edges = [graph.edges[u, v] for u, v in zip(hops, hops[1:], strict=False)]
+    if not edges:
+        return float("inf"), 0.0
+    return min(e["bandwidth"] for e in edges), sum(e["latency"] for e in edges)
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """How a group of ranks lies on the cluster: all that a collective's cost depends on.
+
+    `bandwidth` is bytes per second into and out of one rank's share of the slowest tier; `domains` is 1 inside a
+    scale-up domain.
+    """
+
+    ranks: int
+    domains: int
+    ranks_per_domain: int
+    bandwidth: float
+    latency: float
+
+
+def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> GroupShape:
+    """Place a group on the cluster.
+
+    Rule: the sibling groups of a layout communicate at the same time, so a group that holds g of the G devices of a
+    domain gets g / G of its network cards: each rank has its own device's share of the cards.
+    Ignored: congestion above the cards (oversubscribed spines), and siblings that are idle.
+    """
+    spec: ClusterSpec = graph.graph["spec"]
+    places = [gpu_of(graph, rank + start) for rank in ranks]
+    per_domain = max(1, spec.domain // spec.gpus_per_node)
+    domains = {node // per_domain for _, node, _ in places}
+    first = places[0]
+    if len(domains) == 1:
+        other = next((p for p in places if p != first), first)
+        if other == first:
+            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth, spec.scale_up.latency)
+        bandwidth, latency = bottleneck(graph, first, other)
+        return GroupShape(len(ranks), 1, len(ranks), bandwidth, latency)
+    other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
+    card, latency = bottleneck(graph, first, other)
+    share = card * spec.nics_per_node / spec.gpus_per_node
+    per_group = -(-len(ranks) // len(domains))
+    return GroupShape(len(ranks), len(domains), per_group, share * per_group, latency)

@@ -1,0 +1,273 @@
+"""Hugging Face `config.json` -> ModelSpec. Both spellings of transformers 4 and 5 are read; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from simulator.errors import UserError, nearest
+from simulator.model import ModelSpec
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+class _Config:
+    """A `config.json` with checked access: missing keys and values of the wrong kind are the user's error."""
+
+    def __init__(self, data: dict[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+
+    def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
+        """The first of these keys that is present and not null; the later ones are aliases."""
+        for key in keys:
+            value = self.data.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{self.where}: {key} = {value!r} must be an integer of at least {least}")
+            return value
+        if default is None:
+            raise UserError(f"{self.where}: the key '{keys[0]}' is missing{_hint(keys[0], self.data)}")
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.data.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise UserError(f"{self.where}: {key} = {value!r} must be true or false")
+        return value
+
+    def number(self, *keys: str, default: float) -> float:
+        for key in keys:
+            value = self.data.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise UserError(f"{self.where}: {key} = {value!r} must be a positive number")
+            return float(value)
+        return default
+
+    def activation(self, *keys: str, default: str) -> Any:
+        name = next((self.data[k] for k in keys if self.data.get(k) is not None), default)
+        if name not in _ACTIVATIONS:
+            raise UserError(f"{self.where}: {keys[0]} = {name!r} is not known{nearest(str(name), _ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def rope_theta(self, default: float = 10000.0) -> float:
+        """transformers 5 moved `rope_theta` into `rope_parameters`."""
+        inner = self.data.get("rope_parameters")
+        if isinstance(inner, dict) and "rope_theta" in inner:
+            return _Config(inner, self.where).number("rope_theta", default=default)
+        return self.number("rope_theta", default=default)
+
+
+def read_config(data: dict[str, Any], name: str) -> ModelSpec:
+    """The ModelSpec of a Hugging Face configuration.
+
+    Args:
+        data: the object in `config.json`, unchanged.
+        name: what the model is called in tables and messages.
+
+    Raises:
+        UserError: an unknown `model_type`, a missing or impossible value.
+    """
+    kind = data.get("model_type")
+    config = _Config(data, f"model '{name}'")
+    if kind is None:
+        raise UserError(f"{config.where}: the key 'model_type' is missing; is this a Hugging Face config.json?")
+    if kind not in _READERS:
+        raise UserError(f"{config.where}: model_type = {kind!r} is not supported{nearest(str(kind), _READERS)}")
+    spec = ModelSpec(name=name, **_READERS[kind](config))
+    _check_heads(spec, config.where)
+    return spec
+
+
+def _hint(key: str, data: dict[str, Any]) -> str:
+    hint = nearest(key, data)
+    return hint if "did you mean" in hint else ""
+
+
+def _check_heads(spec: ModelSpec, where: str) -> None:
+    heads, groups = spec.num_attention_heads, spec.num_key_value_heads
+    if heads % groups:
+        raise UserError(f"{where}: num_key_value_heads = {groups} must divide num_attention_heads = {heads}")
+    if spec.num_experts and spec.num_experts_per_tok > spec.num_experts:
+        raise UserError(
+            f"{where}: num_experts_per_tok = {spec.num_experts_per_tok} is more than num_experts = {spec.num_experts}"
+        )
+
+
+def _head_dim(c: _Config, heads: int, hidden: int) -> int:
+    if c.data.get("head_dim") is None and hidden % heads:
+        raise UserError(f"{c.where}: num_attention_heads = {heads} must divide hidden_size = {hidden}")
+    return c.integer("head_dim", default=max(1, hidden // heads))
+
+
+def _llama(c: _Config) -> dict[str, Any]:
+    heads, hidden = c.integer("num_attention_heads"), c.integer("hidden_size")
+    qwen = c.data["model_type"] in ("qwen2", "qwen2_moe")
+    attention_bias = c.flag("attention_bias", False)
+    return {
+        "family": "llama",
+        "num_hidden_layers": c.integer("num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": c.integer("num_key_value_heads", default=heads),
+        "head_dim": _head_dim(c, heads, hidden),
+        "intermediate_size": c.integer("intermediate_size"),
+        "vocab_size": c.integer("vocab_size"),
+        "max_position_embeddings": c.integer("max_position_embeddings", default=2048),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", False),
+        "norm_eps": c.number("rms_norm_eps", default=1e-6),
+        "activation": c.activation("hidden_act", default="silu"),
+        "rope_theta": c.rope_theta(),
+        "qkv_bias": attention_bias or qwen,
+        "attention_out_bias": attention_bias and not qwen,
+        "mlp_bias": c.flag("mlp_bias", False),
+        "qk_norm": c.data["model_type"] in ("qwen3", "qwen3_moe"),
+    }
+
+
+def _mixtral(c: _Config) -> dict[str, Any]:
+    base = _llama(c)
+    return base | {
+        "family": "moe",
+        "num_experts": c.integer("num_local_experts", "num_experts"),
+        "num_experts_per_tok": c.integer("num_experts_per_tok"),
+        "moe_intermediate_size": c.integer("moe_intermediate_size", default=base["intermediate_size"]),
+    }
+
+
+def _deepseek(c: _Config) -> dict[str, Any]:
+    heads = c.integer("num_attention_heads")
+    nope, rope = c.integer("qk_nope_head_dim"), c.integer("qk_rope_head_dim")
+    return _llama(_Config(c.data | {"head_dim": nope + rope}, c.where)) | {
+        "family": "moe",
+        "num_key_value_heads": heads,
+        "head_dim": nope + rope,
+        "num_experts": c.integer("n_routed_experts"),
+        "num_experts_per_tok": c.integer("num_experts_per_tok"),
+        "moe_intermediate_size": c.integer("moe_intermediate_size"),
+        "num_shared_experts": c.integer("n_shared_experts", default=0, least=0),
+        "first_k_dense_replace": c.integer("first_k_dense_replace", default=0, least=0),
+        "router_bias": c.data.get("topk_method") == "noaux_tc",
+        "q_lora_rank": c.integer("q_lora_rank", default=0, least=0),
+        "kv_lora_rank": c.integer("kv_lora_rank"),
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": rope,
+        "v_head_dim": c.integer("v_head_dim"),
+    }
+
+
+def _gpt2(c: _Config) -> dict[str, Any]:
+    heads, hidden = c.integer("n_head"), c.integer("n_embd")
+    return {
+        "family": "gpt",
+        "num_hidden_layers": c.integer("n_layer"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _head_dim(c, heads, hidden),
+        "intermediate_size": c.integer("n_inner", default=4 * hidden),
+        "vocab_size": c.integer("vocab_size"),
+        "max_position_embeddings": c.integer("n_positions", "n_ctx", default=1024),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "norm": "layernorm",
+        "norm_eps": c.number("layer_norm_epsilon", default=1e-5),
+        "activation": c.activation("activation_function", default="gelu_new"),
+        "gated_mlp": False,
+        "position": "learned",
+        **_all_biases(),
+    }
+
+
+def _bert(c: _Config) -> dict[str, Any]:
+    heads, hidden, layers = c.integer("num_attention_heads"), c.integer("hidden_size"), c.integer("num_hidden_layers")
+    return {
+        "family": "bert",
+        "num_hidden_layers": layers,
+        "num_encoder_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _head_dim(c, heads, hidden),
+        "intermediate_size": c.integer("intermediate_size"),
+        "vocab_size": c.integer("vocab_size"),
+        "max_position_embeddings": c.integer("max_position_embeddings", default=512),
+        "type_vocab_size": c.integer("type_vocab_size", default=2),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "norm": "layernorm",
+        "norm_eps": c.number("layer_norm_eps", default=1e-12),
+        "activation": c.activation("hidden_act", default="gelu"),
+        "gated_mlp": False,
+        "position": "learned",
+        **_all_biases(),
+    }
+
+
+def _t5(c: _Config) -> dict[str, Any]:
+    heads, encoder = c.integer("num_heads"), c.integer("num_layers")
+    projection = c.data.get("feed_forward_proj") or "relu"
+    gated = str(projection).startswith("gated-")
+    activation = str(projection).removeprefix("gated-")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"{c.where}: feed_forward_proj = {projection!r} is not known{nearest(activation, _ACTIVATIONS)}")
+    return {
+        "family": "t5",
+        "num_hidden_layers": encoder + c.integer("num_decoder_layers", default=encoder),
+        "num_encoder_layers": encoder,
+        "hidden_size": c.integer("d_model"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": c.integer("d_kv"),
+        "intermediate_size": c.integer("d_ff"),
+        "vocab_size": c.integer("vocab_size"),
+        "max_position_embeddings": c.integer("n_positions", default=512),
+        "relative_attention_num_buckets": c.integer("relative_attention_num_buckets", default=32),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "norm_eps": c.number("layer_norm_epsilon", default=1e-6),
+        "activation": _ACTIVATIONS[activation],
+        "gated_mlp": gated,
+        "position": "relative",
+    }
+
+
+def _bart(c: _Config) -> dict[str, Any]:
+    heads, hidden = c.integer("encoder_attention_heads"), c.integer("d_model")
+    encoder = c.integer("encoder_layers")
+    for key, other in (("decoder_attention_heads", heads), ("decoder_ffn_dim", c.integer("encoder_ffn_dim"))):
+        if c.integer(key, default=other) != other:
+            raise UserError(f"{c.where}: {key} = {c.data[key]} differs from the encoder's {other}; they must be equal")
+    return {
+        "family": "bart",
+        "num_hidden_layers": encoder + c.integer("decoder_layers"),
+        "num_encoder_layers": encoder,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _head_dim(c, heads, hidden),
+        "intermediate_size": c.integer("encoder_ffn_dim"),
+        "vocab_size": c.integer("vocab_size"),
+        "max_position_embeddings": c.integer("max_position_embeddings", default=1024),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "norm": "layernorm",
+        "activation": c.activation("activation_function", default="gelu"),
+        "gated_mlp": False,
+        "position": "learned",
+        **_all_biases(),
+    }
+
+
+def _all_biases() -> dict[str, bool]:
+    return {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
+
+
+_READERS: dict[str, Callable[[_Config], dict[str, Any]]] = {
+    "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama,
+    "mixtral": _mixtral, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek,
+    "gpt2": _gpt2, "bert": _bert, "t5": _t5, "bart": _bart,
+}  # fmt: skip

@@ -1,0 +1,186 @@
+"""Job: model x cluster x training recipe, read from a `job.toml`. Everything is resolved: a Job needs no other file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simulator import presets
+from simulator.cluster import ClusterSpec, build_cluster
+from simulator.errors import UserError, nearest
+from simulator.files import STRICT, read_toml, to_dataclass
+from simulator.layout import Layout
+from simulator.model import ModelSpec
+from simulator.stack import Stack
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+# A batch of about four million tokens: what runs of 70B and more use (Llama 3, arXiv 2407.21783, section 3.4).
+DEFAULT_BATCH_TOKENS = 4 * 2**20
+DEFAULT_SEQ_LEN = 8192
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe. global_batch_size is in sequences, seq_len in tokens; learning_rate, seed and data are for
+    running a plan. data is a folder of text files; empty means the Python standard library's own source."""
+
+    global_batch_size: int
+    seq_len: int
+    precision: Literal["fp32", "bf16", "fp8"]
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 3e-4
+    seed: int = 0
+    data: str = ""
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what, and how. `search` pins or limits fields of the Layout: {"tp": [1, 2, 4]}."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    nodes: int
+    training: Training
+    stack: Stack
+    search: dict[str, list[Any]] = field(default_factory=dict)
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def world_size(self) -> int:
+        """Devices of the cluster; a layout uses all of them."""
+        return self.nodes * self.cluster.gpus_per_node
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.training.seq_len
+
+    @functools.cached_property
+    def graph(self) -> nx.DiGraph:
+        """The cluster as a graph, built once."""
+        return build_cluster(self.cluster, self.nodes)
+
+
+def read_job(path: Path | str, overrides: list[str] | None = None) -> Job:
+    """The job in a TOML file.
+
+    Args:
+        overrides: `"training.seq_len=4096"`: a key and a value as TOML writes it; bare words are strings.
+
+    Raises:
+        UserError: anything that is wrong with the file or with what it names.
+    """
+    data = read_toml(path, "job")
+    for override in overrides or []:
+        _override(data, override)
+    return build_job(data, f"job '{path}'", Path(path).parent)
+
+
+def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> Job:
+    """The job in a dictionary with the keys of a job.toml; paths in it are relative to `folder`."""
+    known = ("model", "cluster", "nodes", "profile", "training", "search")
+    for key in data:
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(key, known)}")
+    for key in ("model", "cluster", "nodes"):
+        if key not in data:
+            raise UserError(f"{where}: the key '{key}' is missing")
+    nodes = data["nodes"]
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise UserError(f"{where}: nodes = {nodes!r} must be an integer of at least 1")
+    for key in ("training", "search"):
+        if not isinstance(data.get(key, {}), dict):
+            raise UserError(f"{where}: '{key}' must be a table: write [{key}] above its keys")
+    for key in ("model", "cluster", "profile"):
+        if not isinstance(data.get(key, ""), str):
+            raise UserError(f"{where}: {key} = {data[key]!r} must be a text: a preset or a path")
+    model = presets.find_model(data["model"], folder)
+    cluster = presets.find_cluster(data["cluster"], folder, data.get("profile"))
+    settings = dict(data.get("training", {}))
+    stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)), cluster)
+    training = _training(settings, model, cluster, nodes, where)
+    job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where))
+    _check(job, where)
+    return job
+
+
+def _default_stack(cluster: ClusterSpec) -> str:
+    return "layoutwise-cpu" if cluster.gpu.kind == "cpu" else "megatron-core"
+
+
+def _training(
+    settings: dict[str, Any], model: ModelSpec, cluster: ClusterSpec, nodes: int, where: str
+) -> Training:
+    names = [*(f.name for f in dataclasses.fields(Training)), "stack"]
+    for key in settings:
+        if key not in names:
+            raise UserError(f"{where}: unknown key 'training.{key}'{nearest(key, names)}")
+    filled = {"seq_len": min(model.max_position_embeddings, DEFAULT_SEQ_LEN)} | settings
+    seq_len = filled["seq_len"]
+    if isinstance(seq_len, int) and seq_len > 0:
+        # A multiple of the world size, so that every split of it over data parallel ranks is even.
+        world = nodes * cluster.gpus_per_node
+        filled.setdefault("global_batch_size", max(1, round(DEFAULT_BATCH_TOKENS / seq_len / world)) * world)
+    filled.setdefault("precision", "fp32" if cluster.gpu.kind == "cpu" else "bf16")
+    return to_dataclass(Training, filled, f"{where} [training]")
+
+
+def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
+    names = [f.name for f in dataclasses.fields(Layout)]
+    result = {}
+    for key, value in table.items():
+        if key not in names:
+            raise UserError(f"{where}: unknown key 'search.{key}'{nearest(key, names)}")
+        values = value if isinstance(value, list) and key != "stage_layers" else [value]
+        if not values:
+            raise UserError(f"{where}: search.{key} = [] leaves no layout; name at least one value")
+        for one in values:
+            shown = tuple(one) if isinstance(one, list) else one
+            to_dataclass(Layout, {key: shown}, f"{where} [search]")
+        result[key] = values
+    return result
+
+
+def _check(job: Job, where: str) -> None:
+    training = job.training
+    for key in ("global_batch_size", "seq_len"):
+        if getattr(training, key) < 1:
+            raise UserError(f"{where}: training.{key} = {getattr(training, key)} must be at least 1")
+    if training.learning_rate <= 0:
+        raise UserError(f"{where}: training.learning_rate = {training.learning_rate} must be positive")
+    longest = job.model.max_position_embeddings
+    if job.model.position == "learned" and training.seq_len > longest:
+        raise UserError(
+            f"{where}: training.seq_len = {training.seq_len} is more than the {longest} positions "
+            f"that {job.model.name} has"
+        )
+    if training.precision not in job.cluster.gpu.matmul:
+        raise UserError(
+            f"{where}: training.precision = '{training.precision}' has no matmul rate on {job.cluster.gpu.name}"
+            f"{nearest(training.precision, job.cluster.gpu.matmul)}"
+        )
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Set one key of the job's tables from `training.seq_len=4096`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set '{text}' is not of the form key=value, like training.seq_len=4096")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    *tables, name = key.strip().split(".")
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set '{text}': '{table}' is not a table")
+    data[name] = parsed

@@ -1,0 +1,302 @@
+"""Layout: how one job is cut over the ranks, and the only place that knows which cuts are legal.
+
+The world is a grid. With the rank order `tp-cp-ep-dp-pp` the tensor axis is innermost, so its ranks are neighbours
+(one NVLink domain); pipeline stages are farthest apart, because they speak least. ep is no axis of its own: it
+regroups the ranks of dp_shard, cp and tp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from simulator.errors import UserError, nearest
+from simulator.files import STRICT
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
+MULTI_STAGE = ("Interleaved1F1B",)
+AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to cut a job. Field names are torchtitan's; a value is legal for a job if `problems(job)` is empty.
+
+    zero_stage says what dp_shard shards: 0 nothing (then dp_shard is 1), 1 optimizer state, 2 also gradients,
+    3 also parameters. stage_layers are the blocks of each stage in torch's global stage order; None means as even
+    as possible.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_size: int = 1
+    schedule: Literal["GPipe", "1F1B", "Interleaved1F1B"] = "1F1B"
+    virtual_stages: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
+    sequence_parallel: bool = False
+    rank_order: Literal["tp-cp-ep-dp-pp"] = "tp-cp-ep-dp-pp"
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def dp(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages in torch's sense: pp ranks times the chunks that each of them holds."""
+        return self.pp * self.virtual_stages
+
+    def microbatches(self, global_batch_size: int) -> int:
+        """Microbatches that one data-parallel rank runs in a step."""
+        return global_batch_size // (self.dp * self.micro_batch_size)
+
+    def layers_per_stage(self, num_hidden_layers: int) -> tuple[int, ...]:
+        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does.
+
+        >>> Layout(pp=4).layers_per_stage(10)
+        (3, 3, 2, 2)
+        """
+        if self.stage_layers is not None:
+            return self.stage_layers
+        share, rest = divmod(num_hidden_layers, self.stages)
+        return tuple(share + (stage < rest) for stage in range(self.stages))
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages that one pipeline rank holds: rank, rank + pp, rank + 2·pp ... (torch's loop placement)."""
+        return tuple(range(pp_rank, self.stages, self.pp))
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a global rank stands on each axis."""
+        result = {}
+        for axis in AXES:
+            rank, result[axis] = divmod(rank, getattr(self, axis))
+        return result
+
+    def rank(self, **coordinates: int) -> int:
+        """The global rank at these coordinates; axes not named are 0."""
+        rank, stride = 0, 1
+        for axis in AXES:
+            rank += stride * coordinates.get(axis, 0)
+            stride *= getattr(self, axis)
+        return rank
+
+    def group(self, *axes: str, pp_rank: int = 0) -> tuple[int, ...]:
+        """The ranks that differ from the first rank of a pipeline stage in these axes only."""
+        ranks = [self.rank(pp=pp_rank)]
+        stride = 1
+        for axis in AXES:
+            size = getattr(self, axis)
+            if axis in axes:
+                ranks = [r + stride * i for i in range(size) for r in ranks]
+            stride *= size
+        return tuple(ranks)
+
+    def problems(self, job: Job) -> list[str]:
+        """Why this layout cannot run this job, in words with the arithmetic; empty if it can.
+
+        Memory is not looked at here: a layout that does not fit is legal (simulator.memory).
+        """
+        bad_sizes = [f"{n} = {v} must be at least 1" for n, v in self._sizes().items() if v < 1]
+        if bad_sizes:
+            return bad_sizes
+        return [
+            *self._grid_problems(job),
+            *self._batch_problems(job),
+            *self._tensor_problems(job),
+            *self._pipeline_problems(job),
+            *self._stack_problems(job),
+        ]
+
+    def _sizes(self) -> dict[str, int]:
+        names = (*AXES, "ep", "micro_batch_size", "virtual_stages")
+        return {name: getattr(self, name) for name in names}
+
+    def _grid_problems(self, job: Job) -> list[str]:
+        found = []
+        grid = " * ".join(f"{axis}({getattr(self, axis)})" for axis in reversed(AXES))
+        if job.cluster.oversubscribe > 1:
+            most = int(job.world_size * job.cluster.oversubscribe)
+            if self.world_size > most:
+                found.append(f"{grid} = {self.world_size} ranks, more than the {most} that {job.cluster.name} takes")
+        elif self.world_size != job.world_size:
+            found.append(f"{grid} = {self.world_size} ranks, but {job.nodes} nodes have {job.world_size}")
+        if self.zero_stage == 0 and self.dp_shard > 1:
+            found.append(f"zero_stage = 0 shards nothing: dp_shard = {self.dp_shard} belongs into dp_replicate")
+        if self.zero_stage > 0 and self.dp_shard == 1:
+            found.append(f"zero_stage = {self.zero_stage} needs dp_shard > 1: there is nobody to shard over")
+        if self.cp > 1:
+            found.append(f"cp = {self.cp}: context parallelism is not modelled yet")
+        if self.ep > 1:
+            found.append(f"ep = {self.ep}: expert parallelism is not modelled yet")
+        return found
+
+    def _batch_problems(self, job: Job) -> list[str]:
+        batch, share = job.training.global_batch_size, self.dp * self.micro_batch_size
+        if batch % share:
+            return [
+                f"global_batch_size = {batch} is not a multiple of dp({self.dp}) * "
+                f"micro_batch_size({self.micro_batch_size}) = {share}"
+            ]
+        return []
+
+    def _tensor_problems(self, job: Job) -> list[str]:
+        model, found = job.model, []
+        if self.sequence_parallel and self.tp == 1:
+            found.append("sequence_parallel needs tp > 1: it shards over the tensor axis")
+        if self.tp == 1:
+            return found
+        divided = {
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.num_key_value_heads,
+            "intermediate_size": model.intermediate_size,
+            "hidden_size": model.hidden_size,
+        }
+        if model.num_experts:
+            divided["moe_intermediate_size"] = model.moe_intermediate_size
+        for name, value in divided.items():
+            if value % self.tp:
+                best = max(d for d in range(1, min(self.tp, value) + 1) if value % d == 0)
+                found.append(f"tp = {self.tp} must divide {name} = {value}; the nearest smaller tp is {best}")
+        if self.sequence_parallel and job.training.seq_len % self.tp:
+            found.append(f"sequence_parallel: tp = {self.tp} must divide seq_len = {job.training.seq_len}")
+        return found
+
+    def _pipeline_problems(self, job: Job) -> list[str]:
+        found, layers = [], job.model.num_hidden_layers
+        if self.schedule not in SCHEDULES:
+            return [f"schedule = '{self.schedule}' is not known{nearest(self.schedule, SCHEDULES)}"]
+        if self.stages > layers:
+            found.append(
+                f"pp({self.pp}) * virtual_stages({self.virtual_stages}) = {self.stages} stages, "
+                f"but the model has {layers} layers"
+            )
+        if self.stage_layers is not None:
+            if len(self.stage_layers) != self.stages or sum(self.stage_layers) != layers:
+                found.append(
+                    f"stage_layers = {list(self.stage_layers)} must name {self.stages} stages that sum to {layers}"
+                )
+            elif min(self.stage_layers) < 1:
+                found.append(f"stage_layers = {list(self.stage_layers)}: every stage needs a layer")
+        if self.virtual_stages > 1 and self.schedule not in MULTI_STAGE:
+            found.append(f"schedule {self.schedule} has one stage per rank, but virtual_stages = {self.virtual_stages}")
+        if self.schedule in MULTI_STAGE and (self.virtual_stages == 1 or self.pp == 1):
+            found.append(f"schedule {self.schedule} needs virtual_stages > 1 and pp > 1")
+        return found + self._microbatch_problems(job)
+
+    def _microbatch_problems(self, job: Job) -> list[str]:
+        count, pp = self.microbatches(job.training.global_batch_size), self.pp
+        if pp == 1:
+            return []
+        shown = (
+            f"global_batch_size({job.training.global_batch_size}) / (dp({self.dp}) * "
+            f"micro_batch_size({self.micro_batch_size})) = {count} microbatches"
+        )
+        if self.schedule != "GPipe" and count < pp:
+            return [f"{shown}, but {self.schedule} over pp = {pp} needs at least {pp}"]
+        if self.schedule == "Interleaved1F1B" and count % max(1, count // pp):
+            return [f"{shown}, which Interleaved1F1B cannot split into {max(1, count // pp)} equal rounds"]
+        return []
+
+    def _stack_problems(self, job: Job) -> list[str]:
+        stack, found = job.stack, []
+        if stack.model_families and job.model.family not in stack.model_families:
+            found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
+        if self.zero_stage not in (0, *stack.zero_stages):
+            found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
+        if self.recompute not in stack.recompute:
+            found.append(f"stack {stack.name} has no recompute = '{self.recompute}'; it has {list(stack.recompute)}")
+        if self.schedule not in stack.schedules:
+            found.append(f"stack {stack.name} has no schedule {self.schedule}; it has {list(stack.schedules)}")
+        if self.sequence_parallel and not stack.sequence_parallel:
+            found.append(f"stack {stack.name} has no sequence_parallel")
+        if self.tp > 1 and not self.sequence_parallel and stack.sequence_parallel == "always":
+            found.append(f"stack {stack.name} runs tp > 1 with sequence_parallel = true only")
+        if stack.name.startswith("layoutwise") and self.tp > 1 and job.model.vocab_size % self.tp:
+            found.append(f"stack {stack.name}: tp = {self.tp} must divide vocab_size = {job.model.vocab_size}")
+        if self.dp_replicate > 1 and self.dp_shard > 1 and not stack.hybrid_shard:
+            found.append(f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)")
+        return found
+
+    def short(self) -> str:
+        """The fields that differ from the default, as `--layout` takes them: `dp_shard=4 tp=8 zero_stage=1`."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+                parts.append(f"{field.name}={value if isinstance(value, str) else shown}")
+        return " ".join(parts) or "one process"
+
+
+def parse_layout(text: str, job: Job) -> Layout:
+    """A layout as a user writes it: `"tp=8 pp=4 micro_batch_size=2"`. What is not named follows from the job.
+
+    Ranks not named go to data parallelism, sharded as the stack shards by default; sequence_parallel is on with tp
+    where the stack has it; naming virtual_stages chooses Interleaved1F1B.
+
+    Raises:
+        UserError: a word that is no `field=value`, an unknown field, a value of the wrong kind.
+    """
+    hints = get_type_hints(Layout)
+    given: dict[str, Any] = {}
+    for word in text.replace(",", " ").split() if "stage_layers" not in text else text.split():
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UserError(f"layout: '{word}' is not of the form field=value, like tp=8")
+        if name not in hints:
+            raise UserError(f"layout: unknown field '{name}'{nearest(name, hints)}")
+        given[name] = _parse_value(name, hints[name], value)
+    return complete(given, job)
+
+
+def complete(given: dict[str, Any], job: Job) -> Layout:
+    """Fill the fields that were not given, so that the grid covers the job's ranks and the stack can run it."""
+    fields = dict(given)
+    if fields.get("tp", 1) > 1:
+        fields.setdefault("sequence_parallel", bool(job.stack.sequence_parallel))
+    if fields.get("virtual_stages", 1) > 1:
+        fields.setdefault("schedule", "Interleaved1F1B")
+    elif fields.get("schedule") in MULTI_STAGE:
+        fields.setdefault("virtual_stages", 2)
+    if "dp_replicate" not in fields and "dp_shard" not in fields:
+        inner = math.prod(fields.get(axis, 1) for axis in ("tp", "cp", "pp"))
+        rest = max(1, job.world_size // inner) if inner > 0 else 1
+        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if rest > 1 else 0)
+        fields["dp_shard" if zero else "dp_replicate"] = rest
+    elif fields.get("dp_shard", 1) > 1:
+        fields.setdefault("zero_stage", job.stack.default_zero_stage or max(job.stack.zero_stages, default=0))
+    return Layout(**fields)
+
+
+def _parse_value(name: str, hint: Any, text: str) -> Any:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        for choice in choices:
+            if str(choice) == text:
+                return choice
+        raise UserError(f"layout: {name} = '{text}' is not valid{nearest(text, map(str, choices))}")
+    if hint is bool:
+        if text not in ("true", "false"):
+            raise UserError(f"layout: {name} = '{text}' must be true or false")
+        return text == "true"
+    try:
+        return int(text) if hint is int else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"layout: {name} = '{text}' must be an integer") from None

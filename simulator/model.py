@@ -1,0 +1,203 @@
+"""ModelSpec: the dimensions of a transformer in Hugging Face's names, and what follows from them by counting.
+
+A model is an embedding, a row of blocks, and a head. A block is one of four kinds:
+
+    dense     attention + feed-forward               (GPT, Llama, BERT, the encoder of T5 / BART)
+    moe       attention + routed and shared experts  (Mixtral, DeepSeek)
+    cross     attention + cross attention + feed-forward (the decoder of T5 / BART)
+
+Notation in the formulas: h hidden_size, a heads, k key-value heads, d head_dim, f intermediate_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from simulator.files import STRICT
+
+BlockKind = Literal["dense", "moe", "cross"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model, immutable. Built by `simulator.hf.read_config` from a `config.json`; all sizes are in elements.
+
+    `num_hidden_layers` counts every block of the model, encoder and decoder together; `num_encoder_layers` says how
+    many of them, from the front, are encoder blocks (0 for a decoder-only model, all of them for BERT).
+    """
+
+    name: str
+    family: Literal["gpt", "llama", "moe", "bert", "t5", "bart"]
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    position: Literal["rope", "learned", "relative"] = "rope"
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    num_encoder_layers: int = 0
+    type_vocab_size: int = 0
+    relative_attention_num_buckets: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    num_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    router_bias: bool = False
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def causal(self) -> bool:
+        """Whether every block sees the past alone, so that half of the attention scores are masked."""
+        return self.num_encoder_layers == 0
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return 0 < self.num_encoder_layers < self.num_hidden_layers
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Length of one head's query and key: for multi-head latent attention the part with and without RoPE."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.kv_lora_rank else self.head_dim
+
+    def block_kind(self, index: int) -> BlockKind:
+        """The kind of the block with this index (0 is the one after the embedding)."""
+        if self.encoder_decoder and index >= self.num_encoder_layers:
+            return "cross"
+        return "moe" if self.num_experts and index >= self.first_k_dense_replace else "dense"
+
+    def block_is_causal(self, index: int) -> bool:
+        """Whether this block's self-attention is causal: decoder blocks are, encoder blocks are not."""
+        return index >= self.num_encoder_layers
+
+    def attention_parameters(self) -> int:
+        """Weights of one self-attention: 2·h·d·(a + k) for grouped queries, plus biases and query-key norms.
+
+        Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-13) counts its low-rank factors instead.
+        """
+        h, a, k, d = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if self.kv_lora_rank:
+            rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
+            query = h * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * a * self.qk_head_dim
+            if not self.q_lora_rank:
+                query = h * a * self.qk_head_dim
+            key_value = h * (rank + rope) + rank + rank * a * (self.qk_nope_head_dim + self.v_head_dim)
+            return query + key_value + a * self.v_head_dim * h
+        weights = h * (a + 2 * k) * d + a * d * h
+        biases = (a + 2 * k) * d * self.qkv_bias + h * self.attention_out_bias
+        return weights + biases + 2 * d * self.qk_norm
+
+    def mlp_parameters(self, width: int) -> int:
+        """Weights of one feed-forward of this width: 3·h·f if gated, else 2·h·f, plus biases."""
+        matrices = 3 if self.gated_mlp else 2
+        biases = (matrices - 1) * width + self.hidden_size
+        return matrices * self.hidden_size * width + biases * self.mlp_bias
+
+    def norm_parameters(self) -> int:
+        """Weights of one norm over h: a scale, and for LayerNorm a shift."""
+        return self.hidden_size * (2 if self.norm == "layernorm" else 1)
+
+    def router_parameters(self) -> int:
+        return self.hidden_size * self.num_experts + self.num_experts * self.router_bias
+
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts of one block."""
+        return self.num_experts * self.mlp_parameters(self.moe_intermediate_size)
+
+    def shared_expert_parameters(self) -> int:
+        return self.mlp_parameters(self.moe_intermediate_size * self.num_shared_experts) if self.num_shared_experts else 0
+
+    def block_parameters(self, kind: BlockKind) -> int:
+        """Weights of one block, norms included."""
+        if kind == "moe":
+            mixture = self.router_parameters() + self.expert_parameters() + self.shared_expert_parameters()
+            return self.attention_parameters() + mixture + 2 * self.norm_parameters()
+        dense = self.attention_parameters() + self.mlp_parameters(self.intermediate_size) + 2 * self.norm_parameters()
+        return dense + (self.attention_parameters() + self.norm_parameters() if kind == "cross" else 0)
+
+    def embedding_parameters(self) -> int:
+        """Token, position and segment embeddings, with the norms that some families put behind them."""
+        h = self.hidden_size
+        token = self.vocab_size * h
+        if self.family == "gpt":
+            return token + self.max_position_embeddings * h
+        if self.family == "bert":
+            return token + (self.max_position_embeddings + self.type_vocab_size) * h + self.norm_parameters()
+        if self.family == "bart":
+            # Positions are offset by two; encoder and decoder have a table and a norm each.
+            return token + 2 * ((self.max_position_embeddings + 2) * h + self.norm_parameters())
+        if self.family == "t5":
+            return token + 2 * self.relative_attention_num_buckets * self.num_attention_heads
+        return token
+
+    def head_parameters(self) -> int:
+        """Final norm and output projection; a tied projection is counted with the embedding.
+
+        BERT's head is that of pre-training: pooler, masked-token transform with its vocabulary bias, next-sentence.
+        """
+        h = self.hidden_size
+        if self.family == "bert":
+            return (h * h + h) + (h * h + h + self.norm_parameters() + self.vocab_size) + (2 * h + 2)
+        final_norms = {"bart": 0, "t5": 2}.get(self.family, 1)
+        projection = 0 if self.tie_word_embeddings else self.vocab_size * h
+        return final_norms * self.norm_parameters() + projection
+
+    def parameters(self) -> int:
+        """All weights. Equal to the published counts (tests/simulator/test_model.py names them)."""
+        blocks = sum(self.block_parameters(self.block_kind(i)) for i in range(self.num_hidden_layers))
+        return self.embedding_parameters() + blocks + self.head_parameters()
+
+    def active_matmul_parameters(self) -> int:
+        """Weights that multiply every token: blocks without norms and biases, top-k experts alone, and the head."""
+        h, a, k = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        attention = self.attention_parameters()
+        if not self.kv_lora_rank:
+            attention = h * (a + 2 * k) * self.head_dim + a * self.head_dim * h
+        matrices = 3 if self.gated_mlp else 2
+        total = self.vocab_size * h
+        for index in range(self.num_hidden_layers):
+            kind = self.block_kind(index)
+            width = self.intermediate_size
+            if kind == "moe":
+                width = self.moe_intermediate_size * (self.num_experts_per_tok + self.num_shared_experts)
+                total += h * self.num_experts
+            total += attention * (2 if kind == "cross" else 1) + matrices * h * width
+        return total
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model FLOPs of one token, forward and backward: the numerator of every MFU this project prints.
+
+        Rule: 6 per weight that multiplies the token, plus attention 3·2·s·a·(d_qk + d_v), halved where causal.
+        Reference: Megatron-LM `num_floating_point_operations`. torchtitan and PaLM (arXiv 2204.02311) do not halve
+        causal attention: 58 instead of 51.5 GFLOP per token for Llama-3.1-8B at 8,192.
+        Ignored: norms, activations, softmax, embedding look-up (< 1 %); recomputation, by definition.
+        """
+        scores = 2.0 * seq_len * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim)
+        attention = 0.0
+        for index in range(self.num_hidden_layers):
+            attention += scores * (0.5 if self.block_is_causal(index) else 1.0)
+            attention += scores * (self.block_kind(index) == "cross")
+        return 6.0 * self.active_matmul_parameters() + 3.0 * attention

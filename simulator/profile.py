@@ -1,0 +1,252 @@
+"""Profile: what was measured on a machine, the constants fitted to it, and the cluster `this-machine` made of them.
+
+The samples stay in the file beside the constants, so that anyone can fit them again. Every fit is a linear least
+squares of relative errors with coefficients that cannot be negative.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from simulator.cluster import (
+    AttentionFit,
+    AttentionKernel,
+    ClusterSpec,
+    CollectiveFit,
+    Gpu,
+    HostFit,
+    Link,
+    MatmulFit,
+)
+from simulator.errors import UserError
+from simulator.files import STRICT, read_json, to_dataclass
+
+VERSION = 1
+# Ranks per processor that a machine without GPUs may carry: enough to try hybrids on two cores.
+CPU_OVERSUBSCRIBE = 2.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timing: the median of interleaved repetitions, with the spread between the 10th and 90th percentile.
+
+    kind is "matmul" (sizes m, n, k), "memory" (bytes read and written), "attention_forward" and
+    "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
+    (no sizes), "concurrency" (ranks that compute at once), or a collective's name (ranks, bytes).
+    """
+
+    kind: str
+    sizes: tuple[float, ...]
+    seconds: float
+    p10: float
+    p90: float
+    precision: str = ""
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Constants of one machine with their samples, the date and the library versions they come from."""
+
+    name: str
+    created: str
+    versions: dict[str, str]
+    kind: str
+    devices: int
+    memory: float
+    process_memory: float
+    matmul: dict[str, MatmulFit]
+    memory_bandwidth: float
+    attention: tuple[AttentionKernel, ...]
+    host: HostFit
+    link_bandwidth: float
+    link_latency: float
+    collectives: dict[str, tuple[CollectiveFit, ...]]
+    concurrency: tuple[float, ...]
+    samples: tuple[Sample, ...]
+    version: int = VERSION
+
+    __pydantic_config__ = STRICT
+
+
+def read_profile(path: Path | str) -> Profile:
+    """The profile in a file that `layoutwise measure` wrote. Raises UserError if it is not one."""
+    data = read_json(path, "profile")
+    if data.get("version") != VERSION:
+        raise UserError(f"profile '{path}': version = {data.get('version')!r} is not {VERSION}; measure again")
+    return to_dataclass(Profile, data, f"profile '{path}'")
+
+
+def cluster_of(profile: Profile) -> ClusterSpec:
+    """The machine that a profile describes, as a cluster of one node per job node."""
+    cpu = profile.kind == "cpu"
+    gpu = Gpu(
+        name=profile.name,
+        kind="cpu" if cpu else "gpu",
+        # Ranks on a CPU share its memory; each may use its part.
+        memory=profile.memory / profile.devices if cpu else profile.memory,
+        memory_bandwidth=profile.memory_bandwidth,
+        memory_efficiency=1.0,
+        reduction_efficiency=1.0,
+        peak={precision: fit.rate for precision, fit in profile.matmul.items()},
+        matmul=profile.matmul,
+        attention={"sdpa": profile.attention},
+        host=profile.host,
+        context_memory=profile.process_memory,
+        source=f"measured {profile.created}",
+    )
+    link = Link("loopback" if cpu else "measured", profile.link_bandwidth, profile.link_latency, profile.collectives)
+    return ClusterSpec(
+        name="this-machine",
+        gpu=gpu,
+        gpus_per_node=profile.devices,
+        scale_up=link,
+        oversubscribe=CPU_OVERSUBSCRIBE if cpu else 1.0,
+        concurrency=profile.concurrency,
+        source=f"measured {profile.created}",
+    )
+
+
+def calibrate(samples: Sequence[Sample]) -> dict[str, object]:
+    """The constants that samples determine, as keyword arguments of Profile.
+
+    Raises:
+        UserError: samples of a kind that every profile needs are missing.
+    """
+    host = HostFit(*(_median(samples, kind) for kind in ("host_forward", "host_backward", "dtensor")))
+    link_latency, link_bandwidth = _fit_link(samples)
+    return {
+        "host": host,
+        "matmul": _fit_matmul(samples, host.forward),
+        "memory_bandwidth": _fit_memory(samples, host.forward),
+        "attention": _fit_attention(samples, host),
+        "link_latency": link_latency,
+        "link_bandwidth": link_bandwidth,
+        "collectives": _fit_collectives(samples, link_bandwidth),
+        "concurrency": _concurrency(samples),
+    }
+
+
+def bus_bytes(collective: str, ranks: int, size: float) -> float:
+    """Bytes that pass the slowest link of a ring: 2(n-1)/n of an all-reduce's buffer, (n-1)/n of the gathered or
+    scattered whole, all of a message (NCCL-tests, doc/PERFORMANCE.md)."""
+    share = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}.get(collective)
+    return size if share is None else share * (ranks - 1) / ranks * size
+
+
+def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Coefficients >= 0 that minimise the relative error of features @ coefficients against seconds.
+
+    There are at most three features, so every subset of them is tried: exact, where iterative methods are not.
+    """
+    weighted, target = features / seconds[:, None], np.ones(len(seconds))
+    count = features.shape[1]
+    best, best_error = np.zeros(count), float("inf")
+    for size in range(1, count + 1):
+        for subset in itertools.combinations(range(count), size):
+            found, *_ = np.linalg.lstsq(weighted[:, subset], target, rcond=None)
+            error = float(np.sum((weighted[:, subset] @ found - target) ** 2))
+            if (found >= 0).all() and error < best_error - 1e-12:
+                best, best_error = np.zeros(count), error
+                best[list(subset)] = found
+    return best
+
+
+def _of(samples: Sequence[Sample], kind: str) -> list[Sample]:
+    found = [s for s in samples if s.kind == kind]
+    if not found:
+        raise UserError(f"the profile has no samples of kind '{kind}'; measure again")
+    return found
+
+
+def _median(samples: Sequence[Sample], kind: str) -> float:
+    return float(np.median([s.seconds for s in _of(samples, kind)]))
+
+
+def _beyond(samples: list[Sample], host: float) -> np.ndarray:
+    """Seconds without the host's part; a tenth is kept, so that a tiny sample stays positive."""
+    seconds = np.array([s.seconds for s in samples])
+    return np.maximum(seconds - host, 0.1 * seconds)
+
+
+def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
+    result = {}
+    for precision in sorted({s.precision for s in _of(samples, "matmul")}):
+        chosen = [s for s in _of(samples, "matmul") if s.precision == precision]
+        m, n, k = np.array([s.sizes for s in chosen]).T
+        features = np.stack([2 * m * n * k, 2 * m * n, np.ones_like(m)], axis=1)
+        per_flop, per_output, overhead = non_negative_fit(features, _beyond(chosen, host))
+        result[precision] = MatmulFit(rate=1 / per_flop, k0=per_output / per_flop, overhead=overhead)
+    return result
+
+
+def _fit_memory(samples: Sequence[Sample], host: float) -> float:
+    chosen = _of(samples, "memory")
+    size = np.array([s.sizes[0] for s in chosen])
+    return float(1 / non_negative_fit(size[:, None], _beyond(chosen, host))[0])
+
+
+def _fit_attention(samples: Sequence[Sample], host: HostFit) -> tuple[AttentionKernel, ...]:
+    kernels = []
+    forward, backward = _of(samples, "attention_forward"), _of(samples, "attention_backward")
+    for head_dim in sorted({int(s.sizes[3]) for s in forward}):
+        kernels.append(
+            AttentionKernel(
+                head_dim,
+                _attention_fit([s for s in forward if s.sizes[3] == head_dim], 4.0, host.forward),
+                _attention_fit([s for s in backward if s.sizes[3] == head_dim], 10.0, host.backward),
+            )
+        )
+    return tuple(kernels)
+
+
+def _attention_fit(samples: list[Sample], flops_factor: float, host: float) -> AttentionFit:
+    """Rate and half length, full and causal, from t = flops / rate · (1 + half_length / s)."""
+    constants: list[float] = []
+    for causal in (0, 1):
+        chosen = [s for s in samples if s.sizes[4] == causal]
+        batch, heads, seq, dim, _ = np.array([s.sizes for s in chosen]).T
+        flops = flops_factor * batch * heads * seq**2 * dim / (1 + causal)
+        per_flop, per_row = non_negative_fit(np.stack([flops, flops / seq], axis=1), _beyond(chosen, host))
+        # A kernel whose time is all per row has no rate of its own in these samples: bound it by the fastest seen.
+        per_flop = per_flop or float(np.min(_beyond(chosen, host) / flops)) / 100
+        constants += [1 / per_flop, per_row / per_flop]
+    return AttentionFit(*constants)
+
+
+def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
+    chosen = _of(samples, "send_recv")
+    size = np.array([s.sizes[1] for s in chosen])
+    features = np.stack([np.ones_like(size), size], axis=1)
+    latency, per_byte = non_negative_fit(features, np.array([s.seconds for s in chosen]))
+    return float(latency), float(1 / per_byte)
+
+
+def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[CollectiveFit, ...]]:
+    result = {}
+    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        fits = []
+        for ranks in sorted({int(s.sizes[0]) for s in _of(samples, kind)}):
+            chosen = [s for s in _of(samples, kind) if s.sizes[0] == ranks]
+            x = np.array([bus_bytes(kind, ranks, s.sizes[1]) for s in chosen])
+            features = np.stack([np.ones_like(x), x, np.sqrt(x)], axis=1)
+            latency, per_byte, ramp = non_negative_fit(features, np.array([s.seconds for s in chosen]))
+            per_byte = per_byte or 1e-3 / link
+            fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp)))
+        result[kind] = tuple(fits)
+    return result
+
+
+def _concurrency(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated."""
+    chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
+    ranks = np.array([s.sizes[0] for s in chosen])
+    seconds = np.array([s.seconds for s in chosen])
+    speeds = seconds[0] / seconds
+    return tuple(float(v) for v in np.interp(np.arange(1, ranks[-1] + 1), ranks, speeds))

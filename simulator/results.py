@@ -1,0 +1,113 @@
+"""What comes out: a Prediction before a run, a Measurement after it, with the same names for the same things."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from simulator.files import STRICT
+from simulator.layout import Layout
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of one step on the critical rank; they sum to the step. Communication counts where it is exposed."""
+
+    compute: float = 0.0
+    recompute: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+    ep: float = 0.0
+    pp: float = 0.0
+    dp: float = 0.0
+    bubble: float = 0.0
+    optimizer: float = 0.0
+    host: float = 0.0
+
+    __pydantic_config__ = STRICT
+
+    def total(self) -> float:
+        return float(sum(getattr(self, f.name) for f in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes of one rank at its peak; `peak` is their sum."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    overhead: float
+    peak: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Span:
+    """One op on one rank's stream. Pipeline ops are named as torch's profiler names them: `PP:2F0`."""
+
+    rank: int
+    stream: str
+    name: str
+    start: float
+    seconds: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
+
+    mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
+    """
+
+    layout: Layout
+    fits: bool
+    problems: tuple[str, ...]
+    step_seconds: float
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    hfu: float
+    breakdown: Breakdown
+    memory: MemoryBreakdown
+    memory_per_stage: tuple[MemoryBreakdown, ...]
+    timeline: tuple[Span, ...] = field(default=(), compare=False)
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Spread of the step time in seconds."""
+
+    median: float
+    p10: float
+    p90: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
+    `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out."""
+
+    layout: Layout
+    world_size: int
+    steps: int
+    warmup: int
+    step_seconds: Quantiles
+    tokens_per_second: float
+    peak_memory: tuple[float, ...]
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    device: str
+    versions: dict[str, str]
+    version: int = 1
+
+    __pydantic_config__ = STRICT

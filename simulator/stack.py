@@ -1,0 +1,67 @@
+"""Stack: what a training software does, as data: kernels, fusion, overlap, gradient dtype, and what it cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from simulator.cluster import HostFit
+from simulator.files import STRICT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read."""
+
+    compute: int
+    parameters: float
+    gradients: float
+    optimizer: dict[str, float]
+    gradient_reduce: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """One memory-bound operation as this stack runs it: how often it reads or writes each element, in how many
+    kernels, forward and backward; and how many copies of the element it keeps for the backward."""
+
+    forward: float
+    backward: float
+    kernels_forward: int
+    kernels_backward: int
+    saved: float = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A software stack. Lists name what it can do; `Layout.problems` turns what is missing into a reason.
+
+    host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
+    on a CPU it adds to each kernel. A measured device brings its own.
+    """
+
+    name: str
+    source: str
+    recipes: dict[str, Recipe]
+    attention: tuple[str, ...]
+    elementwise: dict[str, Elementwise]
+    host: HostFit
+    zero_stages: tuple[int, ...]
+    default_zero_stage: int
+    recompute: tuple[str, ...]
+    schedules: tuple[str, ...]
+    sequence_parallel: Literal["", "optional", "always"]
+    hybrid_shard: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    reduce_every_microbatch: bool
+    bucket_bytes: float
+    dropout: bool = False
+    logits_bytes: float = 8.0
+    model_families: tuple[str, ...] = field(default_factory=tuple)
+
+    __pydantic_config__ = STRICT

@@ -1,0 +1,83 @@
+"""Quantities with their units in the value: `"400 Gb/s"` in a file is 5e10 bytes per second in the code.
+
+Inside the code everything is SI: seconds, bytes, bytes per second, FLOP per second. GB is 1e9 bytes, GiB is 2^30.
+Bits and bytes differ by a letter's case and a factor of eight, so the unit is never optional.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from simulator.errors import UserError
+
+_PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_SIZES = {p + "B": f for p, f in _PREFIX.items()}
+_BITS = {p + "b": f / 8 for p, f in _PREFIX.items()}
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_NUMBER = re.compile(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(\S.*?)\s*")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A kind of quantity and the units it may be written in. Used as `Annotated[float, SECONDS]` in dataclasses."""
+
+    name: str
+    units: tuple[tuple[str, float], ...]
+    example: str
+
+    def parse(self, value: Any) -> Any:
+        """The value in SI. Text must carry a unit; a number is taken as SI already (our own JSON files).
+
+        Raises UserError when the text has no number, no unit, or a unit of another kind.
+        """
+        if not isinstance(value, str):
+            return value
+        match = _NUMBER.fullmatch(value)
+        factor = dict(self.units).get(match[2]) if match else None
+        if match is None or factor is None:
+            raise UserError(f"'{value}' is not a {self.name}; write it like \"{self.example}\"")
+        return float(match[1]) * factor
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        # Imported here so that reading this module does not load pydantic.
+        from pydantic_core import PydanticCustomError, core_schema
+
+        def parse(value: Any) -> Any:
+            try:
+                return self.parse(value)
+            except UserError as error:
+                raise PydanticCustomError("quantity", "{message}", {"message": str(error)}) from None
+
+        return core_schema.no_info_before_validator_function(parse, handler(source))
+
+
+def _rates(units: dict[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple((u + "/s", f) for u, f in units.items())
+
+
+BYTES = Quantity("size", tuple(_SIZES.items()), "80 GB")
+BANDWIDTH = Quantity("bandwidth", _rates(_SIZES) + _rates(_BITS), "450 GB/s")
+SECONDS = Quantity("time", tuple(_TIMES.items()), "2 us")
+FLOPS = Quantity("rate of arithmetic", _rates({p + "FLOP": f for p, f in _PREFIX.items()}), "989 TFLOP/s")
+
+
+def show_bytes(value: float) -> str:
+    """`"1.50 GiB"`: memory is shown in binary units, as allocators report it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def show_seconds(value: float) -> str:
+    """Three digits with the unit that suits them: `"1.23 s"`, `"45.6 ms"`, `"7.89 us"`."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f} s"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= size:
+            break
+    digits = value / size
+    return f"{digits:.{max(0, 2 - int(math.log10(max(abs(digits), 1))))}f} {unit}"
