@@ -239,10 +239,21 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
         other = next((p for p in places if p != first), first)
         if other == first:
             return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth, spec.scale_up.latency)
-        bandwidth, latency = bottleneck(graph, first, other)
+        bandwidth, latency = _tier(graph, first, other)
         return GroupShape(len(ranks), 1, len(ranks), bandwidth, latency)
     other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
-    card, latency = bottleneck(graph, first, other)
+    card, latency = _tier(graph, first, other)
     share = card * spec.nics_per_node / spec.gpus_per_node
     per_group = -(-len(ranks) // len(domains))
     return GroupShape(len(ranks), len(domains), per_group, share * per_group, latency)
+
+
+def _tier(graph: nx.DiGraph, a: Any, b: Any) -> tuple[float, float]:
+    """`bottleneck`, searched once per tier: all nodes of a ClusterSpec are alike."""
+    spec: ClusterSpec = graph.graph["spec"]
+    per_domain = max(1, spec.domain // spec.gpus_per_node)
+    known: dict[bool, tuple[float, float]] = graph.graph.setdefault("tiers", {})
+    same_domain = a[1] // per_domain == b[1] // per_domain
+    if same_domain not in known:
+        known[same_domain] = bottleneck(graph, a, b)
+    return known[same_domain]

@@ -195,9 +195,19 @@ class ModelSpec:
         causal attention: 58 instead of 51.5 GFLOP per token for Llama-3.1-8B at 8,192.
         Ignored: norms, activations, softmax, embedding look-up (< 1 %); recomputation, by definition.
         """
+        return 6.0 * self.active_matmul_parameters() + 3.0 * self._attention_flops_per_token(seq_len)
+
+    def recomputed_flops_per_token(self, seq_len: int, recompute: str) -> float:
+        """FLOPs that recomputation adds per token: the blocks' forward if full, their attention cores if selective."""
+        attention = self._attention_flops_per_token(seq_len)
+        blocks = 2.0 * (self.active_matmul_parameters() - self.vocab_size * self.hidden_size)
+        return {"none": 0.0, "selective": attention, "full": blocks + attention}[recompute]
+
+    def _attention_flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs of all attention cores for one token."""
         scores = 2.0 * seq_len * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim)
-        attention = 0.0
+        total = 0.0
         for index in range(self.num_hidden_layers):
-            attention += scores * (0.5 if self.block_is_causal(index) else 1.0)
-            attention += scores * (self.block_kind(index) == "cross")
-        return 6.0 * self.active_matmul_parameters() + 3.0 * attention
+            total += scores * (0.5 if self.block_is_causal(index) else 1.0)
+            total += scores * (self.block_kind(index) == "cross")
+        return total

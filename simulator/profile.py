@@ -23,6 +23,7 @@ from simulator.cluster import (
     Link,
     MatmulFit,
 )
+from simulator.collectives import bus_bytes
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass
 
@@ -131,13 +132,6 @@ def calibrate(samples: Sequence[Sample]) -> dict[str, object]:
         "collectives": _fit_collectives(samples, link_bandwidth),
         "concurrency": _concurrency(samples),
     }
-
-
-def bus_bytes(collective: str, ranks: int, size: float) -> float:
-    """Bytes that pass the slowest link of a ring: 2(n-1)/n of an all-reduce's buffer, (n-1)/n of the gathered or
-    scattered whole, all of a message (NCCL-tests, doc/PERFORMANCE.md)."""
-    share = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}.get(collective)
-    return size if share is None else share * (ranks - 1) / ranks * size
 
 
 def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:

@@ -60,6 +60,10 @@ class Stack:
     overlap_param_gather: bool
     reduce_every_microbatch: bool
     bucket_bytes: float
+    optimizer_traffic: dict[str, float]
+    fused_projections: bool
+    regathers_inputs: bool
+    copies_gradients: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
     model_families: tuple[str, ...] = field(default_factory=tuple)

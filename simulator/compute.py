@@ -1,0 +1,188 @@
+"""Seconds of kernels on one device: matmul, attention, memory-bound operations, the optimizer.
+
+Formulas take and return plain floats (numpy arrays pass too where there is no branch); constants come from the Gpu's
+data (`simulator/data/gpus.toml` or a measured profile). Every function says what it ignores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from simulator.cluster import AttentionFit, AttentionKernel, Gpu, HostFit
+from simulator.errors import UserError
+from simulator.kernels import Attention, Kernel, Matmul, Pointwise
+from simulator.stack import Stack
+
+
+def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, multiprocessors: float = 0) -> float:
+    """Seconds of one (m, k) x (k, n) product.
+
+    Rule: overhead + max(arithmetic, bytes). Arithmetic is in waves of tiles: ceil(tiles / multiprocessors) waves of
+    2·Tm·Tn·(k + k0) / (rate · e / multiprocessors), the best tile shape counting; e = sqrt(TmTn/(Tm + Tn) / 85.3) is
+    what a small tile loses to loading its operands, 1 at 128 x 256. Without tiles (CPU): 2·m·n·(k + k0) / rate.
+    Reference: tile and wave quantisation as NVIDIA's matmul background guide explains it; constants fitted to
+    cuBLASLt tables (Azure/AI-benchmarking-guide@8fd0c6e), rms error 2-10 % by GPU.
+    Ignored: split-K and stream-K, alignment of the sizes, power throttling (Gpu.sustained).
+    """
+    fit = gpu.matmul[precision]
+    width = 4 if precision == "fp32" else (1 if precision == "fp8" else 2)
+    bytes_moved = (m * k + k * n) * width + m * n * max(width, 2)
+    memory = bytes_moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
+    processors = multiprocessors or gpu.multiprocessors
+    if not gpu.tiles:
+        return fit.overhead + 2 * m * n * (k + fit.k0) / fit.rate
+    best = math.inf
+    for tile_m, tile_n in gpu.tiles:
+        waves = math.ceil(math.ceil(m / tile_m) * math.ceil(n / tile_n) / processors)
+        efficiency = min(1.0, math.sqrt(tile_m * tile_n / (tile_m + tile_n) / (128 * 256 / 384)))
+        per_wave = 2 * tile_m * tile_n * (k + fit.k0) / (fit.rate * efficiency / gpu.multiprocessors)
+        best = min(best, waves * per_wave)
+    return fit.overhead + max(best, memory)
+
+
+def attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Attention, backward: bool) -> float:
+    """Seconds of one attention core, forward or backward.
+
+    Rule: FLOPs / (rate · s / (s + half_length)) for fused kernels, causal with constants of its own (over the FLOPs
+    that the mask leaves). Reference: least squares on the plots of flash-attention@0251105a and arXiv 2407.08608,
+    largest error 5.4 %. An unfused core is its two matmuls and the passes over the scores.
+    Ignored: grouped queries (FLOPs are the same), unequal query and key lengths.
+    """
+    name = next((name for name in stack.attention if name == "unfused" or name in gpu.attention), None)
+    if name is None:
+        raise UserError(
+            f"stack {stack.name} runs attention with {' or '.join(stack.attention)}, which has no rate on {gpu.name}"
+        )
+    flops = core.flops * (2.5 if backward else 1.0)
+    if name == "unfused":
+        return _unfused_attention_seconds(gpu, stack, precision, core, backward)
+    fit = _attention_fit(gpu.attention[name], core, backward)
+    rate, half = (fit.causal_rate, fit.causal_half_length) if core.causal else (fit.rate, fit.half_length)
+    return flops * (1 + half / core.keys) / rate
+
+
+def _attention_fit(kernels: tuple[AttentionKernel, ...], core: Attention, backward: bool) -> AttentionFit:
+    """The constants of the head length nearest to the core's own."""
+    kernel = min(kernels, key=lambda known: abs(known.head_dim - core.qk_dim))
+    return kernel.backward if backward else kernel.forward
+
+
+def _unfused_attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Attention, backward: bool) -> float:
+    """Batched QK' and PV and the passes over all scores, masked ones included: nothing is skipped."""
+    batches = core.batch * core.heads
+    scores = batches * core.queries * core.keys
+    one = matmul_seconds(gpu, precision, core.queries, core.keys, core.qk_dim) - gpu.matmul[precision].overhead
+    two = matmul_seconds(gpu, precision, core.queries, core.v_dim, core.keys) - gpu.matmul[precision].overhead
+    products = batches * (one + two) * (2 if backward else 1)
+    softmax = pointwise_seconds(gpu, stack, precision, Pointwise("softmax", scores), backward)
+    return products + softmax
+
+
+def pointwise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Pointwise, backward: bool) -> float:
+    """Seconds of a memory-bound operation: overhead per kernel + bytes / (efficiency · bandwidth).
+
+    Reference: STREAM-like and fused-kernel measurements (Azure/AI-benchmarking-guide@8fd0c6e, Dao-AILab/quack).
+    Ignored: data that stays in the cache between kernels, so short sequences are predicted a little slow.
+    """
+    entry = stack.elementwise[kernel.name]
+    passes, count = (entry.backward, entry.kernels_backward) if backward else (entry.forward, entry.kernels_forward)
+    efficiency = gpu.reduction_efficiency if kernel.name in _REDUCTIONS else gpu.memory_efficiency
+    width = 4 if precision == "fp32" else 2
+    return count * gpu.memory_overhead + kernel.elements * passes * width / (gpu.memory_bandwidth * efficiency)
+
+
+_REDUCTIONS = ("layernorm", "rmsnorm", "softmax", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Seconds of a list of kernels: on the device, and of the host that launches them."""
+
+    forward: float
+    backward: float
+    host_forward: float
+    host_backward: float
+
+    def __add__(self, other: KernelTime) -> KernelTime:
+        return KernelTime(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.host_forward + other.host_forward,
+            self.host_backward + other.host_backward,
+        )
+
+
+def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: str, tp: int) -> KernelTime:
+    """Forward and backward seconds of kernels that run one after another on one device."""
+    host = gpu.host or stack.host
+    forward = backward = 0.0
+    launches_forward = launches_backward = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            m, n, k = kernel.m, kernel.n, kernel.k
+            forward += kernel.count * matmul_seconds(gpu, precision, m, n, k)
+            backward += kernel.count * matmul_seconds(gpu, precision, m, k, n)
+            backward += kernel.count * matmul_seconds(gpu, precision, k, n, m)
+            launches_forward += 1
+            launches_backward += 2
+        elif isinstance(kernel, Attention):
+            forward += attention_seconds(gpu, stack, precision, kernel, backward=False)
+            backward += attention_seconds(gpu, stack, precision, kernel, backward=True)
+            launches_forward += 1
+            launches_backward += 1
+        else:
+            forward += pointwise_seconds(gpu, stack, precision, kernel, backward=False)
+            backward += pointwise_seconds(gpu, stack, precision, kernel, backward=True)
+            launches_forward += stack.elementwise[kernel.name].kernels_forward
+            launches_backward += stack.elementwise[kernel.name].kernels_backward
+    return _with_host(gpu, host, tp, KernelTime(forward, backward, launches_forward, launches_backward))
+
+
+def _with_host(gpu: Gpu, host: HostFit, tp: int, work: KernelTime) -> KernelTime:
+    """Turn launches into seconds; a training load runs at the sustained clock. DTensor costs where tp cuts ops."""
+    dtensor = host.dtensor if tp > 1 else 0.0
+    return KernelTime(
+        work.forward / gpu.sustained,
+        work.backward / gpu.sustained,
+        work.host_forward * (host.forward + dtensor),
+        work.host_backward * (host.backward + dtensor),
+    )
+
+
+def optimizer_seconds(gpu: Gpu, stack: Stack, optimizer: str, parameters: float) -> float:
+    """Seconds of one optimizer step with gradient clipping over this rank's parameters.
+
+    Rule: bytes read and written per parameter (stack) over the bandwidth that fused elementwise kernels reach.
+    Reference: AdamW with fp32 master weights moves 30 bytes; 8.03e9 parameters took 46.6 ms on a B200
+    (stas00/ml-engineering@744d01e1), this rule gives 35 ms + clipping.
+    Ignored: kernels per tensor (multi-tensor kernels are assumed on GPUs).
+    """
+    return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * gpu.memory_efficiency)
+
+
+def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that kernels keep for the backward pass.
+
+    Rule: inputs of matmuls (each tensor counted once), what the stack's elementwise table keeps, Q, K, V, output and
+    fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one.
+    Reference: Korthikanti et al., arXiv 2205.05198, table 2: 34·sbh + 5·a·s²·b for a GPT block with dropout.
+    """
+    width = 4 if precision == "fp32" else 2
+    total = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            total += kernel.saved * width
+        elif isinstance(kernel, Attention):
+            heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
+            rows = heads * kernel.queries
+            total += width * (rows * kernel.qk_dim + groups * kernel.keys * (kernel.qk_dim + kernel.v_dim))
+            total += width * rows * kernel.v_dim
+            if stack.attention[0] == "unfused":
+                total += rows * kernel.keys * (2 * width + 1 if stack.dropout else width)
+            else:
+                total += 4 * rows
+        else:
+            total += kernel.elements * stack.elementwise[kernel.name].saved * width
+    return total

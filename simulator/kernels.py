@@ -1,0 +1,209 @@
+"""The kernels of one block, of the embedding and of the head: what one rank runs for one microbatch.
+
+Every kernel says its sizes (from which compute.py gets seconds) and what it keeps for the backward pass (from which
+memory.py gets bytes). Lists follow the modules in order: norm, projections, attention, output, norm, feed-forward.
+
+Notation: T tokens of the microbatch, s sequence, t tensor-parallel ranks, h hidden, a heads, k key-value heads,
+d head length, f feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from simulator.model import BlockKind, ModelSpec
+from simulator.stack import Stack
+
+
+class Matmul(NamedTuple):
+    """(m, k) x (k, n), `count` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n)."""
+
+    name: str
+    m: float
+    n: float
+    k: float
+    saved: float = 0.0
+    count: float = 1.0
+
+
+class Attention(NamedTuple):
+    """Softmax(QK')V of `batch` sequences and `heads` heads; saved are Q, K, V, the output and one fp32 per row."""
+
+    name: str
+    batch: float
+    heads: float
+    key_value_heads: float
+    queries: float
+    keys: float
+    qk_dim: int
+    v_dim: int
+    causal: bool
+
+    @property
+    def scores(self) -> float:
+        """Elements of the score matrices, masked ones left out."""
+        return self.batch * self.heads * self.queries * self.keys * (0.5 if self.causal else 1.0)
+
+    @property
+    def flops(self) -> float:
+        """Forward: QK' and PV, 2 per multiply-add. The backward has 2.5 times as many (arXiv 2307.08691)."""
+        return 2.0 * self.scores * (self.qk_dim + self.v_dim)
+
+
+class Pointwise(NamedTuple):
+    """A memory-bound operation over `elements`; `name` is the key of the stack's elementwise table."""
+
+    name: str
+    elements: float
+
+
+Kernel = Matmul | Attention | Pointwise
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the kernels of a microbatch are cut: sizes of one rank's share follow from it."""
+
+    micro_batch_size: int
+    seq_len: int
+    tp: int
+    sequence_parallel: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def norm_tokens(self) -> float:
+        """Tokens that norms, residuals and dropout see: sequence parallelism gives each rank its part."""
+        return self.tokens / (self.tp if self.sequence_parallel else 1)
+
+
+def block_kernels(model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, stack: Stack) -> list[Kernel]:
+    """The kernels of one block on one tensor-parallel rank, forward order."""
+    kernels = [
+        *_norm(cut, model),
+        *_self_attention(model, causal, cut, stack),
+        *_residual(cut, model, stack),
+    ]
+    if kind == "cross":
+        kernels += [*_norm(cut, model), *_self_attention(model, False, cut, stack), *_residual(cut, model, stack)]
+    kernels += _norm(cut, model)
+    kernels += _mixture(model, cut, stack) if kind == "moe" else _feed_forward(model, cut, stack)
+    return kernels + _residual(cut, model, stack)
+
+
+def attention_input(cut: Cut, stack: Stack) -> float:
+    """Tokens of a column-parallel input that are kept: Megatron keeps its shard and gathers again, DTensor the whole."""
+    return cut.norm_tokens if stack.regathers_inputs else float(cut.tokens)
+
+
+def _norm(cut: Cut, model: ModelSpec) -> list[Kernel]:
+    return [Pointwise(model.norm, cut.norm_tokens * model.hidden_size)]
+
+
+def _residual(cut: Cut, model: ModelSpec, stack: Stack) -> list[Kernel]:
+    elements = cut.norm_tokens * model.hidden_size
+    dropout = [Pointwise("dropout", elements)] if stack.dropout and model.family != "llama" else []
+    return [*dropout, Pointwise("add", elements)]
+
+
+def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack) -> list[Kernel]:
+    tokens, h = cut.tokens, model.hidden_size
+    heads, groups = model.num_attention_heads / cut.tp, max(1.0, model.num_key_value_heads / cut.tp)
+    kept = attention_input(cut, stack) * h
+    if model.kv_lora_rank:
+        projections = _latent_projections(model, cut, kept)
+    elif stack.fused_projections:
+        projections = [Matmul("qkv", tokens, (heads + 2 * groups) * model.head_dim, h, kept)]
+    else:
+        projections = [
+            Matmul("q", tokens, heads * model.head_dim, h, kept),
+            Matmul("k", tokens, groups * model.head_dim, h),
+            Matmul("v", tokens, groups * model.head_dim, h),
+        ]
+    rotary: list[Kernel] = []
+    if model.position == "rope":
+        rotated = model.qk_rope_head_dim or model.head_dim
+        rotary = [Pointwise("rope", tokens * (heads + groups) * rotated)]
+    core = Attention(
+        "attention", cut.micro_batch_size, heads, groups, cut.seq_len, cut.seq_len,
+        model.qk_head_dim, model.value_head_dim, causal,
+    )  # fmt: skip
+    return [*projections, *rotary, core, Matmul("attention_out", tokens, h, heads * model.value_head_dim)]
+
+
+def _latent_projections(model: ModelSpec, cut: Cut, kept: float) -> list[Kernel]:
+    """Multi-head latent attention (arXiv 2405.04434): down-projections are replicated over tp, up-projections cut."""
+    tokens, h, heads = cut.tokens, model.hidden_size, model.num_attention_heads / cut.tp
+    rank, rope = model.kv_lora_rank, model.qk_rope_head_dim
+    if model.q_lora_rank:
+        query: list[Kernel] = [
+            Matmul("q_a", tokens, model.q_lora_rank, h, kept),
+            Pointwise("rmsnorm", tokens * model.q_lora_rank),
+            Matmul("q_b", tokens, heads * model.qk_head_dim, model.q_lora_rank, tokens * model.q_lora_rank),
+        ]
+    else:
+        query = [Matmul("q", tokens, heads * model.qk_head_dim, h, kept)]
+    return [
+        *query,
+        Matmul("kv_a", tokens, rank + rope, h),
+        Pointwise("rmsnorm", tokens * rank),
+        Matmul("kv_b", tokens, heads * (model.qk_nope_head_dim + model.v_head_dim), rank, tokens * rank),
+    ]
+
+
+def _feed_forward(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    width = model.intermediate_size / cut.tp
+    return _gated(model, cut.tokens, width, attention_input(cut, stack), stack)
+
+
+def _gated(
+    model: ModelSpec, tokens: float, width: float, kept_tokens: float, stack: Stack, count: float = 1.0
+) -> list[Kernel]:
+    """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them."""
+    h = model.hidden_size
+    kept = kept_tokens * h
+    down = Matmul("down", tokens, h, width, count * tokens * width, count)
+    if not model.gated_mlp:
+        return [Matmul("up", tokens, width, h, kept, count), Pointwise("activation", count * tokens * width), down]
+    ups: list[Kernel] = [Matmul("gate_up", tokens, 2 * width, h, kept, count)]
+    if not stack.fused_projections:
+        ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, 0.0, count)]
+    return [*ups, Pointwise("gated_activation", count * tokens * width), down]
+
+
+def _mixture(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    """Routed experts with balanced load (every expert gets T·topk/E tokens), shared experts beside them.
+
+    Ignored: imbalance of the router and padding to a capacity.
+    """
+    tokens, routed = cut.tokens, cut.tokens * model.num_experts_per_tok
+    width = model.moe_intermediate_size / cut.tp
+    kernels: list[Kernel] = [
+        Matmul("router", tokens, model.num_experts, model.hidden_size, attention_input(cut, stack) * model.hidden_size),
+        Pointwise("permute", routed * model.hidden_size),
+        *_gated(model, routed / model.num_experts, width, routed, stack, count=model.num_experts),
+        Pointwise("permute", routed * model.hidden_size),
+    ]
+    if model.num_shared_experts:
+        kernels += _gated(model, tokens, width * model.num_shared_experts, 0.0, stack)
+    return kernels
+
+
+def embedding_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    """Look-up of the token vectors, with the norm or dropout that some families put behind it."""
+    elements = cut.norm_tokens * model.hidden_size
+    extra = [Pointwise("dropout", elements)] if stack.dropout and model.family != "llama" else []
+    return [Pointwise("embedding", cut.tokens * model.hidden_size), *extra]
+
+
+def head_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    """Final norm, projection on the vocabulary (cut over tp), loss."""
+    vocabulary = model.vocab_size / cut.tp
+    return [
+        *_norm(cut, model),
+        Matmul("output", cut.tokens, vocabulary, model.hidden_size, attention_input(cut, stack) * model.hidden_size),
+        Pointwise("cross_entropy", cut.tokens * vocabulary),
+    ]

@@ -1,0 +1,112 @@
+"""Peak bytes of a rank, itemised: parameters, gradients, optimizer state, activations, buffers, overhead.
+
+Every item follows from the same program that the engine runs: activations are what kernels save times the
+microbatches that the schedule keeps alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from simulator.layout import Layout
+from simulator.program import Program
+from simulator.results import MemoryBreakdown
+from simulator.schedules import peak_in_flight
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+
+def memory_per_rank(job: Job, layout: Layout, program: Program) -> tuple[MemoryBreakdown, ...]:
+    """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
+    return tuple(_rank_memory(job, layout, program, rank) for rank in range(layout.pp))
+
+
+def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
+    """The rank that decides whether the layout fits."""
+    return max(ranks, key=lambda rank: rank.peak)
+
+
+def capacity(job: Job) -> float:
+    """Bytes that a rank may use: the device's, or on an oversubscribed machine its part of them."""
+    return job.cluster.gpu.memory
+
+
+def _rank_memory(job: Job, layout: Layout, program: Program, rank: int) -> MemoryBreakdown:
+    stages = [program.stages[s] for s in layout.stages_of(rank)]
+    parameters = sum(s.parameters for s in stages)
+    state = _state(job, layout, parameters)
+    alive = peak_in_flight([op for op in program.orders[rank] if op.kind in "FB"])
+    activations = sum(program.stages[s].saved * count for s, count in alive.items())
+    activations += max(s.working for s in stages)
+    items = {
+        **state,
+        "activations": activations,
+        "buffers": _buffers(job, layout, program, rank),
+        "overhead": _overhead(job, layout),
+    }
+    gpu = job.cluster.gpu
+    items["overhead"] += gpu.fragmentation * sum(v for k, v in items.items() if k != "overhead")
+    return MemoryBreakdown(**items, peak=sum(items.values()))
+
+
+def _state(job: Job, layout: Layout, parameters: float) -> dict[str, float]:
+    """Bytes of parameters, gradients and optimizer state (ZeRO, arXiv 1910.02054; bytes each by the stack's recipe).
+
+    Sharded over dp_shard from zero_stage 3, 2 and 1 on. Under a pipeline torch reduces gradients at the end of the
+    step, so until then they are whole.
+    """
+    stack, training = job.stack, job.training
+    recipe = stack.recipes[training.precision]
+    shard, zero = layout.dp_shard, layout.zero_stage
+    keeps_whole_gradients = zero < 2 or (layout.pp > 1 or not stack.reduce_every_microbatch)
+    # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
+    shards_parameters = zero >= 2
+    return {
+        "parameters": parameters * recipe.parameters / (shard if shards_parameters else 1),
+        "gradients": parameters * recipe.gradients / (1 if keeps_whole_gradients else shard),
+        "optimizer": parameters * recipe.optimizer[training.optimizer] / (shard if zero else 1),
+    }
+
+
+def _buffers(job: Job, layout: Layout, program: Program, rank: int) -> float:
+    """Bytes that are neither state nor activations: gathered parameters, reduce buckets, tensors to and from
+    neighbours (two each way)."""
+    stack, recipe = job.stack, job.stack.recipes[job.training.precision]
+    stages = [program.stages[s] for s in layout.stages_of(rank)]
+    total = 0.0
+    if layout.zero_stage == 3:
+        unit = max(s.largest_unit for s in stages)
+        # The unit in use and the one being fetched, and a gradient on its way to the reduction.
+        total += unit * recipe.compute * (2 if stack.overlap_param_gather else 1) + unit * recipe.gradient_reduce
+    elif layout.zero_stage == 2:
+        total += sum(s.parameters for s in stages) * recipe.compute
+        total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
+    elif layout.dp > 1 and stack.copies_gradients:
+        total += sum(s.parameters for s in stages) * recipe.gradient_reduce
+    if layout.pp > 1:
+        tokens = layout.micro_batch_size * job.training.seq_len / (layout.tp if layout.sequence_parallel else 1)
+        total += 4 * tokens * job.model.hidden_size * recipe.compute
+    return total
+
+
+def _overhead(job: Job, layout: Layout) -> float:
+    """The device context (on a CPU: the process with its libraries) and a communicator per axis in use."""
+    gpu = job.cluster.gpu
+    groups = sum(size > 1 for size in (layout.tp, layout.pp, layout.dp_shard, layout.dp_replicate))
+    return gpu.context_memory + gpu.communicator_memory * groups
+
+
+def shortfall(job: Job, memory: MemoryBreakdown) -> str:
+    """Why a layout does not fit, with its largest items; empty if it fits."""
+    over = memory.peak - capacity(job)
+    if over <= 0:
+        return ""
+    items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
+    largest = sorted(items, key=lambda name: -items[name])[:2]
+    shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
+    return (
+        f"needs {memory.peak / 2**30:.1f} GiB of {capacity(job) / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
+        f"(mostly {shown} GiB)"
+    )

@@ -1,0 +1,49 @@
+"""simulate(job, layout) -> Prediction: the front door of the simulator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simulator.engine import run_program
+from simulator.layout import Layout
+from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.program import build_program
+from simulator.results import Prediction
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+
+def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
+    """Predict one step of one layout: seconds, where they go, and bytes per rank.
+
+    A layout that does not fit is predicted all the same, with `fits` false and the reason in `problems`.
+
+    Args:
+        layout: a legal one: `layout.problems(job)` is empty.
+        trace: keep every span in `timeline`.
+    """
+    program = build_program(job, layout)
+    ranks = memory_per_rank(job, layout, program)
+    run = run_program(job, layout, program, trace)
+    memory = fullest(ranks)
+    reason = shortfall(job, memory)
+    tokens = job.tokens_per_step / run.step_seconds
+    per_gpu = tokens / layout.world_size
+    seq_len, peak = job.training.seq_len, job.cluster.gpu.peak[job.training.precision]
+    flops = job.model.flops_per_token(seq_len)
+    recomputed = job.model.recomputed_flops_per_token(seq_len, layout.recompute)
+    return Prediction(
+        layout=layout,
+        fits=not reason,
+        problems=(reason,) if reason else (),
+        step_seconds=run.step_seconds,
+        tokens_per_second=tokens,
+        tokens_per_second_per_gpu=per_gpu,
+        mfu=per_gpu * flops / peak,
+        hfu=per_gpu * (flops + recomputed) / peak,
+        breakdown=run.breakdown,
+        memory=memory,
+        memory_per_stage=ranks,
+        timeline=run.spans,
+    )

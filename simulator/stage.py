@@ -1,0 +1,289 @@
+"""What one pipeline stage costs one rank: seconds of a forward and a backward by kind, bytes, and its collectives.
+
+A stage is the embedding (first), some blocks, the head (last). All ranks of a stage cost the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from simulator.cluster import GroupShape, group_shape
+from simulator.collectives import collective_seconds
+from simulator.compute import kernel_time, saved_bytes
+from simulator.kernels import (
+    Attention,
+    Cut,
+    Kernel,
+    block_kernels,
+    embedding_kernels,
+    head_kernels,
+)
+from simulator.layout import Layout
+from simulator.model import BlockKind
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that one op keeps its rank busy, by what they are spent on; the fields are those of Breakdown."""
+
+    compute: float = 0.0
+    recompute: float = 0.0
+    tp: float = 0.0
+    dp: float = 0.0
+    host: float = 0.0
+
+    @functools.cached_property
+    def total(self) -> float:
+        return self.compute + self.recompute + self.tp + self.dp + self.host
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One block, the embedding or the head: the unit that FSDP shards and gathers as a whole.
+
+    parameters are elements on this rank after tensor parallelism; saved is bytes kept from a forward to its
+    backward, working is bytes alive only within the unit's own backward.
+    """
+
+    forward: Work
+    backward: Work
+    parameters: float
+    saved: float
+    working: float
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
+    happen once a step; where they happen in every microbatch they are part of forward and backward."""
+
+    forward: Work
+    backward: Work
+    parameters: float
+    saved: float
+    working: float
+    largest_unit: float
+    units: int
+    reduce: float
+    gather: float
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Shapes on the cluster of the groups of one pipeline rank."""
+
+    tp: GroupShape
+    shard: GroupShape
+    replicate: GroupShape
+
+
+class StageCosts:
+    """Costs of all stages of one layout; blocks of a kind are costed once."""
+
+    def __init__(self, job: Job, layout: Layout) -> None:
+        self.job, self.layout = job, layout
+        self.recipe = job.stack.recipes[job.training.precision]
+        self.cut = Cut(layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel)
+        self.groups = [
+            Groups(*(group_shape(job.graph, layout.group(axis, pp_rank=rank)) for axis in _GROUP_AXES))
+            for rank in range(layout.pp)
+        ]
+        self._blocks: dict[tuple[BlockKind, bool, int], UnitCost] = {}
+
+    def stage(self, index: int) -> StageCost:
+        """The cost of one stage, in torch's global stage order."""
+        rank = index % self.layout.pp
+        units = self.units(index)
+        forward = functools.reduce(Work.__add__, (u.forward for u in units))
+        backward = functools.reduce(Work.__add__, (u.backward for u in units))
+        parameters = sum(u.parameters for u in units)
+        if self.gathers_every_microbatch or self.reduces_every_microbatch:
+            forward += Work(dp=self._exposed_forward(units, rank))
+            backward += Work(dp=self._exposed_backward(units, rank))
+        return StageCost(
+            forward=forward,
+            backward=backward,
+            parameters=parameters,
+            saved=sum(u.saved for u in units),
+            working=max(u.working for u in units),
+            largest_unit=max(u.parameters for u in units),
+            units=len(units),
+            reduce=0.0 if self.reduces_every_microbatch else self.reduce_seconds(parameters, rank, len(units)),
+            gather=0.0 if self.gathers_every_microbatch else self._gather_once(parameters, rank, len(units)),
+        )
+
+    def units(self, index: int) -> list[UnitCost]:
+        """The embedding, blocks and head of a stage, in forward order."""
+        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
+        first = sum(layers[:index])
+        rank, model = index % self.layout.pp, self.job.model
+        units = [self._block(i, rank) for i in range(first, first + layers[index])]
+        if index == 0:
+            units.insert(0, self._embedding(rank))
+        if index == self.layout.stages - 1:
+            units.append(self._head(rank, tied_apart=model.tie_word_embeddings and self.layout.stages > 1))
+        return units
+
+    @property
+    def gathers_every_microbatch(self) -> bool:
+        """ZeRO-3 gathers parameters before each use; ZeRO-2 and ZeRO-1 once a step."""
+        return self.layout.zero_stage == 3
+
+    @property
+    def reduces_every_microbatch(self) -> bool:
+        """Sharded gradients are reduced after each backward, except under a pipeline (torch reduces at its end)."""
+        return self.layout.zero_stage >= 2 and self.layout.pp == 1 and self.job.stack.reduce_every_microbatch
+
+    def reduce_seconds(self, parameters: float, rank: int, units: int) -> float:
+        """Reduce gradients of these parameters: scatter over dp_shard, then all-reduce the shard over dp_replicate.
+
+        The stack reduces in buckets, each with the latency of a collective.
+        """
+        size, groups = parameters * self.recipe.gradient_reduce, self.groups[rank]
+        pieces = self._pieces(size, units)
+        scatter = pieces * collective_seconds("reduce_scatter", size / pieces, groups.shard, self.job.cluster)
+        shard = size / self.layout.dp_shard / pieces
+        return scatter + pieces * collective_seconds("all_reduce", shard, groups.replicate, self.job.cluster)
+
+    def gather_seconds(self, parameters: float, rank: int, units: int = 1) -> float:
+        """All-gather sharded parameters in the width that kernels read."""
+        size = parameters * self.recipe.compute
+        pieces = self._pieces(size, units)
+        return pieces * collective_seconds("all_gather", size / pieces, self.groups[rank].shard, self.job.cluster)
+
+    def _gather_once(self, parameters: float, rank: int, units: int) -> float:
+        return self.gather_seconds(parameters, rank, units) if self.layout.zero_stage else 0.0
+
+    def _pieces(self, size: float, units: int) -> int:
+        """Collectives that a reduction of this size is cut into: FSDP's units, or DDP's buckets."""
+        if self.layout.zero_stage >= 2:
+            return units
+        return max(1, round(size / self.job.stack.bucket_bytes))
+
+    def _exposed_forward(self, units: list[UnitCost], rank: int) -> float:
+        """Seconds that a forward waits for parameters: all of them, or what the unit before does not hide."""
+        if not self.gathers_every_microbatch:
+            return 0.0
+        gathers = [self.gather_seconds(u.parameters, rank) for u in units]
+        if not self.job.stack.overlap_param_gather:
+            return sum(gathers)
+        hidden = [u.forward.total for u in units[:-1]]
+        return gathers[0] + sum(max(0.0, g - h) for g, h in zip(gathers[1:], hidden, strict=True))
+
+    def _exposed_backward(self, units: list[UnitCost], rank: int) -> float:
+        """Seconds that a backward waits: its gathers and the reductions of the units behind share one network."""
+        backwards = units[::-1]
+        gathers = [self.gather_seconds(u.parameters, rank) if self.gathers_every_microbatch else 0.0 for u in backwards]
+        reduces = [
+            self.reduce_seconds(u.parameters, rank, 1) if self.reduces_every_microbatch else 0.0 for u in backwards
+        ]
+        exposed = gathers[0]
+        for i, unit in enumerate(backwards):
+            gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
+            reduce = reduces[i - 1] if i else 0.0
+            if self.job.stack.overlap_grad_reduce:
+                exposed += max(0.0, gather + reduce - unit.backward.total)
+            else:
+                exposed += gather + reduce
+        return exposed + reduces[-1]
+
+    def _block(self, index: int, rank: int) -> UnitCost:
+        model = self.job.model
+        key = (model.block_kind(index), model.block_is_causal(index), rank)
+        if key not in self._blocks:
+            kind, causal, _ = key
+            kernels = block_kernels(model, kind, causal, self.cut, self.job.stack)
+            attentions = 2 if kind == "cross" else 1
+            parameters = self._cut_parameters(kind)
+            self._blocks[key] = self._unit(kernels, parameters, rank, columns=attentions + 1, rows=attentions + 1)
+        return self._blocks[key]
+
+    def _cut_parameters(self, kind: BlockKind) -> float:
+        """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
+        model = self.job.model
+        norms = (3 if kind == "cross" else 2) * model.norm_parameters()
+        replicated = norms + (model.router_parameters() if kind == "moe" else 0)
+        return replicated + (model.block_parameters(kind) - replicated) / self.layout.tp
+
+    def _embedding(self, rank: int) -> UnitCost:
+        kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
+        return self._unit(kernels, self.job.model.embedding_parameters() / self.layout.tp, rank, columns=0, rows=1)
+
+    def _head(self, rank: int, tied_apart: bool) -> UnitCost:
+        model = self.job.model
+        # A tied projection on another stage than the embedding is a second copy.
+        copy = model.vocab_size * model.hidden_size if tied_apart else 0
+        parameters = (model.head_parameters() + copy) / self.layout.tp
+        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, rank, columns=1, rows=0)
+        logits = self.cut.tokens * model.vocab_size / self.layout.tp * self.job.stack.logits_bytes
+        return UnitCost(unit.forward, unit.backward, unit.parameters, unit.saved, unit.working + logits)
+
+    def _unit(self, kernels: list[Kernel], parameters: float, rank: int, columns: int, rows: int) -> UnitCost:
+        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs."""
+        job, precision = self.job, self.job.training.precision
+        times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
+        saved = saved_bytes(kernels, job.stack, precision)
+        tp_forward, tp_backward = self._tensor_seconds(rank, columns, rows)
+        forward = self._work(times.forward, times.host_forward, tp=tp_forward)
+        backward = self._work(times.backward, times.host_backward, tp=tp_backward)
+        is_block = columns > 0 and rows > 0
+        recompute, working = self.layout.recompute if is_block else "none", 0.0
+        if recompute == "full":
+            backward += Work(recompute=forward.compute, host=forward.host, tp=forward.tp)
+            boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
+            saved, working = boundary, saved
+        elif recompute == "selective":
+            cores = [k for k in kernels if isinstance(k, Attention)]
+            again = kernel_time(cores, job.cluster.gpu, job.stack, precision, self.layout.tp)
+            backward += self._work(again.forward, again.host_forward, recompute=True)
+            dropped = self._dropped_by_selective(cores)
+            saved, working = saved - dropped, dropped
+        return UnitCost(forward, backward, parameters, saved, working)
+
+    def _dropped_by_selective(self, cores: list[Attention]) -> float:
+        """Scores of the attention core, which Megatron's selective recompute does not keep (arXiv 2205.05198)."""
+        outputs = sum(k.batch * k.heads * k.queries * k.v_dim for k in cores)
+        inputs = sum(
+            k.batch * (k.heads * k.queries * k.qk_dim + k.key_value_heads * k.keys * (k.qk_dim + k.v_dim))
+            for k in cores
+        )
+        kept = (outputs + inputs) * (4 if self.job.training.precision == "fp32" else 2)
+        return max(0.0, saved_bytes(cores, self.job.stack, self.job.training.precision) - kept)
+
+    def _work(self, device: float, host: float, tp: float = 0.0, recompute: bool = False) -> Work:
+        """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU."""
+        exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device)
+        if recompute:
+            return Work(recompute=device, host=exposed, tp=tp)
+        return Work(compute=device, host=exposed, tp=tp)
+
+    def _tensor_seconds(self, rank: int, columns: int, rows: int) -> tuple[float, float]:
+        """Exposed seconds of the tensor-parallel collectives of a unit, forward and backward.
+
+        Megatron (arXiv 1909.08053): an all-reduce behind every row-parallel output, and in the backward behind every
+        column-parallel input. With sequence parallelism (arXiv 2205.05198) each becomes an all-gather before the
+        column-parallel input and a reduce-scatter behind the row-parallel output. Ignored: overlap with matmuls.
+        """
+        if self.layout.tp == 1:
+            return 0.0, 0.0
+        size = self.cut.tokens * self.job.model.hidden_size * self.recipe.compute
+        shape, cluster = self.groups[rank].tp, self.job.cluster
+        if not self.layout.sequence_parallel:
+            one = collective_seconds("all_reduce", size, shape, cluster)
+            return rows * one, columns * one
+        gather = collective_seconds("all_gather", size, shape, cluster)
+        scatter = collective_seconds("reduce_scatter", size, shape, cluster)
+        return columns * gather + rows * scatter, columns * scatter + rows * gather
+
+
+_GROUP_AXES = ("tp", "dp_shard", "dp_replicate")
+
+
