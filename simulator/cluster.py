@@ -165,20 +165,20 @@ def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
     per_domain = max(1, spec.domain // spec.gpus_per_node)
     for node in range(nodes):
         for i in range(spec.gpus_per_node):
-            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.scale_up)
+            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.scale_up, crossings=2)
             if spec.scale_out and spec.nics_per_node:
                 nic = ("nic", node, i * spec.nics_per_node // spec.gpus_per_node)
-                _join(graph, ("gpu", node, i), nic, spec.scale_out)
+                _join(graph, ("gpu", node, i), nic, spec.scale_out, crossings=4)
         for j in range(spec.nics_per_node if spec.scale_out else 0):
             assert spec.scale_out is not None
-            _join(graph, ("nic", node, j), "fabric", spec.scale_out)
+            _join(graph, ("nic", node, j), "fabric", spec.scale_out, crossings=4)
     return graph
 
 
-def _join(graph: nx.DiGraph, a: Any, b: Any, link: Link) -> None:
-    """An edge each way. Half of the link's latency, because a path crosses a tier twice: up and down."""
-    graph.add_edge(a, b, bandwidth=link.bandwidth, latency=link.latency / 2)
-    graph.add_edge(b, a, bandwidth=link.bandwidth, latency=link.latency / 2)
+def _join(graph: nx.DiGraph, a: Any, b: Any, link: Link, crossings: int) -> None:
+    """An edge each way. A path between two GPUs has `crossings` such edges, and the link's latency in all."""
+    graph.add_edge(a, b, bandwidth=link.bandwidth, latency=link.latency / crossings)
+    graph.add_edge(b, a, bandwidth=link.bandwidth, latency=link.latency / crossings)
 
 
 def gpu_of(graph: nx.DiGraph, rank: int) -> tuple[str, int, int]:

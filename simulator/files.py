@@ -120,7 +120,9 @@ def to_dataclass(kind: type[T], data: dict[str, Any], where: str) -> T:
         # Through JSON, because strict mode then still takes a list for a tuple, and an integer for a float.
         result: T = _adapter(kind).validate_json(json.dumps(data))
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(kind, error.errors()[0])}") from None
+        # A misspelt key that is needed is both unknown and missing: the former says more.
+        first = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+        raise UserError(f"{where}: {_sentence(kind, first)}") from None
     return result
 
 

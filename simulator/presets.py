@@ -29,7 +29,7 @@ def names(kind: str) -> list[str]:
 def find_model(name: str, folder: Path | None = None) -> ModelSpec:
     """A model by preset name or by the path of a Hugging Face config.json."""
     path = _find("models", name, ".json", folder, "model")
-    return read_config(read_json(path, "model"), Path(name).stem if path.parent == DATA / "models" else path.stem)
+    return read_config(read_json(path, "model"), path.stem)
 
 
 def find_cluster(name: str, folder: Path | None = None, profile: str | None = None) -> ClusterSpec:

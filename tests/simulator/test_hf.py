@@ -1,0 +1,130 @@
+"""Hugging Face's config.json: both spellings, the families, and what is said about a bad one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulator.errors import UserError
+from simulator.hf import read_config
+from simulator.presets import DATA, find_model, names
+
+LLAMA: dict[str, Any] = json.loads((DATA / "models" / "llama-3.1-8b.json").read_text())
+QWEN2_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3_8B = {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
+    "attention_bias": False, "tie_word_embeddings": False,
+}  # fmt: skip
+MISTRAL_7B = {
+    "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in keys}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(QWEN2_7B, 7_615_616_512), (QWEN3_8B, 8_190_735_360), (MISTRAL_7B, 7_241_732_096)],
+    ids=["Qwen/Qwen2-7B", "Qwen/Qwen3-8B", "mistralai/Mistral-7B-v0.1"],
+)
+def test_relatives_of_llama_have_the_parameters_of_their_model_card(config: dict[str, Any], parameters: int) -> None:
+    assert read_config(config, "x").parameters() == parameters
+
+
+def test_qwen2_has_query_biases_and_qwen3_has_query_norms() -> None:
+    two, three = read_config(QWEN2_7B, "x"), read_config(QWEN3_8B, "x")
+    assert (two.qkv_bias, two.attention_out_bias, two.qk_norm) == (True, False, False)
+    assert (three.qkv_bias, three.attention_out_bias, three.qk_norm) == (False, False, True)
+    assert three.head_dim == 128
+
+
+def test_transformers_4_and_5_spell_the_same_model() -> None:
+    five = without(LLAMA, "rope_theta", "rope_scaling", "torch_dtype")
+    five |= {"rope_parameters": {"rope_theta": LLAMA["rope_theta"], "rope_type": "llama3"}, "dtype": "bfloat16"}
+    assert read_config(five, "x") == read_config(LLAMA, "x")
+    assert read_config(five, "x").rope_theta == 500000.0
+
+    mixtral = json.loads((DATA / "models" / "mixtral-8x7b.json").read_text())
+    renamed = without(mixtral, "num_local_experts") | {"num_experts": mixtral["num_local_experts"]}
+    assert read_config(renamed, "x") == read_config(mixtral, "x")
+
+
+def test_null_means_the_default() -> None:
+    spec = read_config(LLAMA | {"head_dim": None, "num_key_value_heads": None}, "x")
+    assert (spec.head_dim, spec.num_key_value_heads) == (128, 32)
+
+
+def test_unknown_keys_of_the_configuration_are_ignored() -> None:
+    assert read_config(LLAMA | {"my_own_note": [1, 2]}, "x") == read_config(LLAMA, "x")
+
+
+def test_a_gated_t5_has_three_matrices() -> None:
+    t5 = json.loads((DATA / "models" / "t5-large.json").read_text())
+    gated = read_config(t5 | {"feed_forward_proj": "gated-gelu"}, "x")
+    assert (gated.gated_mlp, gated.activation) == (True, "gelu")
+    assert read_config(t5, "x").activation == "relu"
+
+
+def test_encoders_come_before_decoders() -> None:
+    bart = find_model("bart-large")
+    assert (bart.num_hidden_layers, bart.num_encoder_layers, bart.encoder_decoder) == (24, 12, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (without(LLAMA, "model_type"), ["model 'x'", "'model_type' is missing", "config.json"]),
+        (LLAMA | {"model_type": "lama"}, ["'lama'", "did you mean 'llama'"]),
+        (LLAMA | {"model_type": "mamba"}, ["'mamba'", "is not supported"]),
+        (without(LLAMA, "hidden_size"), ["'hidden_size' is missing"]),
+        (without(LLAMA, "hidden_size") | {"hiden_size": 4096}, ["did you mean 'hiden_size'"]),
+        (LLAMA | {"hidden_size": "4096"}, ["hidden_size", "'4096'", "integer"]),
+        (LLAMA | {"hidden_size": 4096.0}, ["hidden_size", "4096.0", "integer"]),
+        (LLAMA | {"num_hidden_layers": 0}, ["num_hidden_layers", "0", "at least 1"]),
+        (LLAMA | {"num_hidden_layers": True}, ["num_hidden_layers", "True", "integer"]),
+        (LLAMA | {"num_key_value_heads": 5}, ["num_key_value_heads = 5", "must divide num_attention_heads = 32"]),
+        (without(LLAMA, "head_dim") | {"num_attention_heads": 33}, ["33", "must divide hidden_size = 4096"]),
+        (LLAMA | {"hidden_act": "swiglu"}, ["hidden_act", "'swiglu'"]),
+        (LLAMA | {"rms_norm_eps": -1}, ["rms_norm_eps", "positive"]),
+        (LLAMA | {"tie_word_embeddings": "no"}, ["tie_word_embeddings", "true or false"]),
+    ],
+)
+def test_a_bad_configuration_is_the_users_error(config: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(config, "x")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_more_experts_per_token_than_experts_is_refused() -> None:
+    mixtral = json.loads((DATA / "models" / "mixtral-8x7b.json").read_text())
+    with pytest.raises(UserError, match="num_experts_per_tok = 9 is more than num_experts = 8"):
+        read_config(mixtral | {"num_experts_per_tok": 9}, "x")
+
+
+def test_a_model_is_found_by_preset_and_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(LLAMA))
+    assert find_model(str(path)).parameters() == find_model("llama-3.1-8b").parameters()
+    assert find_model("mine.json", tmp_path).name == "mine"
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"model 'llama-3\.1-8' is not known; did you mean 'llama-3\.1-8b'"):
+        find_model("llama-3.1-8")
+
+
+def test_every_preset_is_a_configuration_that_transformers_would_read() -> None:
+    for name in names("models"):
+        assert "model_type" in json.loads((DATA / "models" / f"{name}.json").read_text())
+        assert find_model(name).name == name

@@ -1,0 +1,91 @@
+"""Model arithmetic against what others have published about the same models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.model import ModelSpec
+from simulator.presets import find_model, names
+
+# Parameters, and who counted them: "hub" is the tensor count that huggingface.co shows for the model's safetensors.
+PUBLISHED = {
+    "gpt2": (124_439_808, "hub openai-community/gpt2, the output projection tied"),
+    "llama-3.1-8b": (8_030_261_248, "hub meta-llama/Llama-3.1-8B"),
+    "llama-3.1-70b": (70_553_706_496, "hub meta-llama/Llama-3.1-70B"),
+    "llama-3.1-405b": (405_853_388_800, "hub meta-llama/Llama-3.1-405B"),
+    "mixtral-8x7b": (46_702_792_704, "hub mistralai/Mixtral-8x7B-v0.1"),
+    "deepseek-v3": (671e9, "arXiv 2412.19437, section 4.2, without the multi-token prediction block"),
+    "bert-large": (336_226_108, "hub google-bert/bert-large-uncased, with the pre-training heads"),
+    "t5-large": (737_668_096, "hub google-t5/t5-large"),
+    "bart-large": (406_291_456, "hub facebook/bart-large"),
+    "gpt3-175b": (174.6e9, "arXiv 2104.04473, table 1"),
+    "gpt-530b": (529.6e9, "arXiv 2104.04473, table 1"),
+    "gpt-1t": (1008.0e9, "arXiv 2104.04473, table 1"),
+}
+
+
+@pytest.mark.parametrize("name", names("models"))
+def test_every_preset_has_its_published_number_of_parameters(name: str) -> None:
+    published, source = PUBLISHED[name]
+    assert find_model(name).parameters() == pytest.approx(published, rel=1e-3), source
+
+
+@pytest.mark.parametrize("name", [n for n, (count, _) in PUBLISHED.items() if isinstance(count, int)])
+def test_counts_published_to_the_last_digit_are_met_exactly(name: str) -> None:
+    assert find_model(name).parameters() == PUBLISHED[name][0]
+
+
+def test_flops_per_token_are_those_that_megatron_counts() -> None:
+    """NVIDIA-NeMo/Megatron-Bridge@067f987d docs/performance-summary.md: 14,079 tokens/s at 725 TFLOP/s on Llama 3 8B."""
+    assert find_model("llama-3.1-8b").flops_per_token(8192) == pytest.approx(51.5e9, rel=0.002)
+
+
+def test_flops_per_token_of_gpt3_match_the_formula_of_its_paper() -> None:
+    """arXiv 2104.04473, eq. 3: 96·B·s·l·h²(1 + s/6h + V/16lh) with recomputation, so three quarters without; the
+    paper does not halve the masked attention."""
+    model, s = find_model("gpt3-175b"), 2048
+    h, layers, vocabulary = model.hidden_size, model.num_hidden_layers, model.vocab_size
+    formula = 72 * layers * h**2 * (1 + s / (6 * h) + vocabulary / (12 * layers * h))
+    assert model.flops_per_token(s) == pytest.approx(formula, rel=0.015)
+    assert model.flops_per_token(s) == pytest.approx(formula - 6 * layers * s * h, rel=1e-6)
+
+
+def test_a_mixture_computes_with_its_chosen_experts_alone() -> None:
+    """Mixtral has 12.9B active parameters (arXiv 2401.04088, section 1), DeepSeek-V3 37B (arXiv 2412.19437)."""
+    mixtral = find_model("mixtral-8x7b")
+    embedding = mixtral.vocab_size * mixtral.hidden_size
+    assert mixtral.active_matmul_parameters() + embedding == pytest.approx(12.9e9, rel=0.005)
+    assert find_model("deepseek-v3").active_matmul_parameters() == pytest.approx(37e9, rel=0.02)
+
+
+def test_block_kinds_follow_the_architecture() -> None:
+    t5, deepseek = find_model("t5-large"), find_model("deepseek-v3")
+    assert [t5.block_kind(i) for i in (0, 23, 24, 47)] == ["dense", "dense", "cross", "cross"]
+    assert [t5.block_is_causal(i) for i in (23, 24)] == [False, True]
+    assert [deepseek.block_kind(i) for i in (0, 2, 3, 60)] == ["dense", "dense", "moe", "moe"]
+    assert {find_model("bert-large").block_kind(i) for i in range(24)} == {"dense"}
+
+
+def test_only_decoders_are_causal() -> None:
+    causal = {name for name in names("models") if find_model(name).causal}
+    assert set(names("models")) - causal == {"bert-large", "t5-large", "bart-large"}
+
+
+@pytest.mark.parametrize("name", names("models"))
+def test_the_parts_sum_to_the_whole(name: str) -> None:
+    model = find_model(name)
+    one_less = dataclasses.replace(model, num_hidden_layers=model.num_hidden_layers - 1)
+    last = model.block_parameters(model.block_kind(model.num_hidden_layers - 1))
+    assert model.parameters() - one_less.parameters() == last
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.sampled_from([1024, 4096, 131072]))
+def test_flops_grow_with_the_context_and_by_six_per_weight(layers: int, heads: int, seq_len: int) -> None:
+    model = ModelSpec("x", "llama", layers, 64 * heads, heads, heads, 64, 256 * heads, 1000, 8192)
+    short, long = model.flops_per_token(seq_len), model.flops_per_token(2 * seq_len)
+    assert short > 6 * model.active_matmul_parameters()
+    assert long - short == pytest.approx(short - 6 * model.active_matmul_parameters())
