@@ -151,6 +151,8 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
 
 def _check(job: Job, where: str) -> None:
     training = job.training
+    if job.nodes > 1 and job.cluster.scale_out is None:
+        raise UserError(f"{where}: nodes = {job.nodes}, but cluster '{job.cluster.name}' has no scale_out network")
     for key in ("global_batch_size", "seq_len"):
         if getattr(training, key) < 1:
             raise UserError(f"{where}: training.{key} = {getattr(training, key)} must be at least 1")

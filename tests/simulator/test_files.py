@@ -101,7 +101,7 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 def test_broken_toml_says_where(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("model = \n")
-    with pytest.raises(UserError, match="not valid TOML.*line 1"):
+    with pytest.raises(UserError, match=r"not valid TOML.*line 1"):
         read_toml(tmp_path / "x.toml", "job")
 
 

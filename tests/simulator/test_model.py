@@ -40,7 +40,7 @@ def test_counts_published_to_the_last_digit_are_met_exactly(name: str) -> None:
 
 
 def test_flops_per_token_are_those_that_megatron_counts() -> None:
-    """NVIDIA-NeMo/Megatron-Bridge@067f987d docs/performance-summary.md: 14,079 tokens/s at 725 TFLOP/s on Llama 3 8B."""
+    """NVIDIA-NeMo/Megatron-Bridge@067f987d docs/performance-summary.md: Llama 3 8B, 14,079 tokens/s, 725 TFLOP/s."""
     assert find_model("llama-3.1-8b").flops_per_token(8192) == pytest.approx(51.5e9, rel=0.002)
 
 

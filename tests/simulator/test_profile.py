@@ -1,0 +1,152 @@
+"""Profiles: a fit gives back the constants that its samples were made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.cluster import build_cluster, group_shape
+from simulator.collectives import bus_bytes
+from simulator.errors import UserError
+from simulator.files import write_json
+from simulator.presets import find_cluster
+from simulator.profile import Profile, Sample, calibrate, cluster_of, non_negative_fit, read_profile
+
+HOST = {"host_forward": 5e-6, "host_backward": 11e-6, "dtensor": 40e-6}
+RATE, K0, OVERHEAD = 2e11, 24.0, 3e-6
+MEMORY = 2e10
+ATTENTION = {"attention_forward": (1.5e11, 200.0, 1.2e11, 500.0), "attention_backward": (1e11, 300.0, 8e10, 800.0)}
+LINK, LINK_LATENCY = 4e9, 60e-6
+ALL_REDUCE = {2: (80e-6, 0.5, 2e-9), 4: (150e-6, 0.3, 0.0)}
+
+
+def sample(kind: str, sizes: tuple[float, ...], seconds: float, precision: str = "") -> Sample:
+    return Sample(kind, sizes, seconds, seconds, seconds, precision)
+
+
+def synthetic() -> list[Sample]:
+    """Samples of a device with the constants above, without noise."""
+    host = HOST["host_forward"]
+    samples = [sample(kind, (), seconds) for kind, seconds in HOST.items()]
+    for m, n, k in itertools.product((256, 1024), (512, 2048), (256, 4096)):
+        seconds = host + OVERHEAD + 2 * m * n * (k + K0) / RATE
+        samples.append(sample("matmul", (m, n, k), seconds, "fp32"))
+    samples += [sample("memory", (float(size),), host + size / MEMORY) for size in (2**20, 2**24, 2**26)]
+    for (kind, fit), seq, causal in itertools.product(ATTENTION.items(), (128, 512, 2048), (0, 1)):
+        rate, half = fit[2 * causal : 2 * causal + 2]
+        factor, launch = (4, host) if kind == "attention_forward" else (10, HOST["host_backward"])
+        flops = factor * 2 * 8 * seq**2 * 64 / (1 + causal)
+        samples.append(sample(kind, (2, 8, seq, 64, causal), launch + flops / rate * (1 + half / seq)))
+    for size in (1e3, 1e5, 1e7):
+        samples.append(sample("send_recv", (2, size), LINK_LATENCY + size / LINK))
+    for kind, (ranks, fit), size in itertools.product(
+        ("all_reduce", "all_gather", "reduce_scatter"), ALL_REDUCE.items(), (1e3, 1e4, 1e5, 1e6, 1e7)
+    ):
+        latency, efficiency, ramp = fit
+        x = bus_bytes(kind, ranks, size)
+        samples.append(sample(kind, (ranks, size), latency + x / (efficiency * LINK) + ramp * x**0.5))
+    samples += [sample("concurrency", (ranks,), 1e-3 * slowdown) for ranks, slowdown in ((1, 1.0), (2, 1.25), (4, 4.0))]
+    return samples
+
+
+@pytest.fixture
+def profile() -> Profile:
+    samples = synthetic()
+    return Profile(
+        name="test-cpu", created="2026-01-31", versions={"torch": "2.13.0"}, kind="cpu", devices=4, memory=16e9,
+        process_memory=2e8, samples=tuple(samples), **calibrate(samples),
+    )  # fmt: skip
+
+
+def test_matmul_constants_are_recovered(profile: Profile) -> None:
+    fit = profile.matmul["fp32"]
+    assert (fit.rate, fit.k0, fit.overhead) == pytest.approx((RATE, K0, OVERHEAD), rel=1e-4)
+
+
+def test_host_and_memory_constants_are_recovered(profile: Profile) -> None:
+    assert dataclasses.astuple(profile.host) == tuple(HOST.values())
+    assert profile.memory_bandwidth == pytest.approx(MEMORY, rel=1e-6)
+
+
+def test_attention_constants_are_recovered_with_and_without_mask(profile: Profile) -> None:
+    (kernel,) = profile.attention
+    assert kernel.head_dim == 64
+    assert dataclasses.astuple(kernel.forward) == pytest.approx(ATTENTION["attention_forward"], rel=1e-4)
+    assert dataclasses.astuple(kernel.backward) == pytest.approx(ATTENTION["attention_backward"], rel=1e-4)
+
+
+def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
+    assert (profile.link_latency, profile.link_bandwidth) == pytest.approx((LINK_LATENCY, LINK), rel=1e-6)
+    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        found = {fit.ranks: (fit.latency, fit.efficiency, fit.ramp) for fit in profile.collectives[kind]}
+        assert found.keys() == ALL_REDUCE.keys()
+        for ranks, known in ALL_REDUCE.items():
+            assert found[ranks] == pytest.approx(known, rel=1e-4, abs=1e-13)
+
+
+def test_concurrency_is_the_speed_of_each_rank_and_fills_the_gaps(profile: Profile) -> None:
+    assert profile.concurrency == pytest.approx((1.0, 0.8, 0.525, 0.25))
+
+
+def test_five_percent_of_noise_costs_no_more_than_ten_percent_of_the_rate() -> None:
+    noise = np.random.default_rng(0)
+    noisy = [dataclasses.replace(s, seconds=s.seconds * noise.uniform(0.95, 1.05)) for s in synthetic()]
+    fits = calibrate(
+        [s for s in noisy if s.kind != "concurrency"] + [s for s in synthetic() if s.kind == "concurrency"]
+    )
+    assert fits["matmul"]["fp32"].rate == pytest.approx(RATE, rel=0.1)
+    assert fits["memory_bandwidth"] == pytest.approx(MEMORY, rel=0.1)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=3, max_size=3), st.integers(0, 2**32 - 1))
+def test_a_fit_without_noise_is_exact_and_never_negative(known: list[float], seed: int) -> None:
+    features = np.random.default_rng(seed).uniform(0.1, 10, (12, 3))
+    seconds = features @ np.array(known) + 1e-12
+    found = non_negative_fit(features, seconds)
+    assert (found >= 0).all()
+    assert features @ found == pytest.approx(seconds, rel=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_fit_is_never_negative_whatever_the_samples(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    features, seconds = draw.uniform(0.1, 10, (6, 3)), draw.uniform(0.1, 10, 6)
+    found = non_negative_fit(features, seconds)
+    assert (found >= 0).all()
+    assert found.sum() > 0
+
+
+def test_a_missing_kind_of_sample_is_named() -> None:
+    with pytest.raises(UserError, match="no samples of kind 'matmul'; measure again"):
+        calibrate([s for s in synthetic() if s.kind != "matmul"])
+
+
+def test_a_profile_survives_its_file(profile: Profile, tmp_path: Path) -> None:
+    assert read_profile(write_json(tmp_path / "profile.json", profile)) == profile
+
+
+def test_a_profile_of_another_version_is_refused(profile: Profile, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "profile.json", dataclasses.replace(profile, version=99))
+    with pytest.raises(UserError, match="version = 99 is not 1; measure again"):
+        read_profile(path)
+
+
+def test_a_profile_is_a_cluster(profile: Profile, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "profile.json", profile)
+    spec = find_cluster("this-machine", profile=str(path))
+    assert spec == cluster_of(profile)
+    assert (spec.name, spec.gpus_per_node, spec.oversubscribe, spec.gpu.kind) == ("this-machine", 4, 2.0, "cpu")
+    assert spec.gpu.memory == pytest.approx(16e9 / 4)
+    assert spec.gpu.matmul == profile.matmul
+    assert group_shape(build_cluster(spec, 1), (0, 1)).bandwidth == profile.link_bandwidth
+
+
+def test_a_gpu_has_its_memory_to_itself(profile: Profile) -> None:
+    spec = cluster_of(dataclasses.replace(profile, kind="gpu"))
+    assert (spec.gpu.memory, spec.oversubscribe) == (16e9, 1.0)
