@@ -189,6 +189,9 @@ class _Engine:
         reduces = op.kind == "B" and cost.reduce > 0 and self.final_backward[op.stage] == op.microbatch
         overlaps = reduces and self.job.stack.overlap_grad_reduce
         pieces = len(gathered) or (cost.units if overlaps else 1)
+        if gathered or overlaps:
+            beside = cost.gather if gathered else cost.reduce
+            work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
         began = self.env.now
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:

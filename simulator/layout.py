@@ -208,8 +208,8 @@ class Layout:
             f"global_batch_size({job.training.global_batch_size}) / (dp({self.dp}) * "
             f"micro_batch_size({self.micro_batch_size})) = {count} microbatches"
         )
-        if self.schedule != "GPipe" and count < pp:
-            return [f"{shown}, but {self.schedule} over pp = {pp} needs at least {pp}"]
+        if self.schedule == "1F1B" and count < pp:
+            return [f"{shown}, but 1F1B over pp = {pp} needs at least {pp}"]
         if self.schedule == "Interleaved1F1B" and count % max(1, count // pp):
             return [f"{shown}, which Interleaved1F1B cannot split into {max(1, count // pp)} equal rounds"]
         return []
@@ -220,6 +220,8 @@ class Layout:
             found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
         if self.zero_stage not in (0, *stack.zero_stages):
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
+        elif self.pp > 1 and self.zero_stage not in (0, *stack.pipeline_zero_stages):
+            found.append(f"stack {stack.name} has no zero_stage {self.zero_stage} under a pipeline (pp = {self.pp})")
         if self.recompute not in stack.recompute:
             found.append(f"stack {stack.name} has no recompute = '{self.recompute}'; it has {list(stack.recompute)}")
         if self.schedule not in stack.schedules:
@@ -228,8 +230,10 @@ class Layout:
             found.append(f"stack {stack.name} has no sequence_parallel")
         if self.tp > 1 and not self.sequence_parallel and stack.sequence_parallel == "always":
             found.append(f"stack {stack.name} runs tp > 1 with sequence_parallel = true only")
-        if stack.name.startswith("layoutwise") and self.tp > 1 and job.model.vocab_size % self.tp:
+        if not stack.pads_vocabulary and job.model.vocab_size % self.tp:
             found.append(f"stack {stack.name}: tp = {self.tp} must divide vocab_size = {job.model.vocab_size}")
+        if not stack.ties_across_stages and self.pp > 1 and job.model.tie_word_embeddings:
+            found.append(f"stack {stack.name} cannot run tie_word_embeddings with pp > 1: the two copies would drift")
         if self.dp_replicate > 1 and self.dp_shard > 1 and not stack.hybrid_shard:
             found.append(f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)")
         return found

@@ -10,17 +10,17 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from simulator.layout import Layout
-from simulator.program import Program
 from simulator.results import MemoryBreakdown
 from simulator.schedules import peak_in_flight
+from simulator.stage import StageCost
 
 if TYPE_CHECKING:
     from simulator.job import Job
 
 
-def memory_per_rank(job: Job, layout: Layout, program: Program) -> tuple[MemoryBreakdown, ...]:
+def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    return tuple(_rank_memory(job, layout, program, rank) for rank in range(layout.pp))
+    return tuple(_rank_memory(job, layout, stages, rank) for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -33,17 +33,14 @@ def capacity(job: Job) -> float:
     return job.cluster.gpu.memory
 
 
-def _rank_memory(job: Job, layout: Layout, program: Program, rank: int) -> MemoryBreakdown:
-    stages = [program.stages[s] for s in layout.stages_of(rank)]
-    parameters = sum(s.parameters for s in stages)
-    state = _state(job, layout, parameters)
-    alive = peak_in_flight([op for op in program.orders[rank] if op.kind in "FB"])
-    activations = sum(program.stages[s].saved * count for s, count in alive.items())
-    activations += max(s.working for s in stages)
+def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
+    held = [stages[s] for s in layout.stages_of(rank)]
+    microbatches = layout.microbatches(job.training.global_batch_size)
+    alive = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
     items = {
-        **state,
-        "activations": activations,
-        "buffers": _buffers(job, layout, program, rank),
+        **_state(job, layout, sum(s.parameters for s in held)),
+        "activations": sum(stages[s].saved * n for s, n in alive) + max(s.working for s in held),
+        "buffers": _buffers(job, layout, held),
         "overhead": _overhead(job, layout),
     }
     gpu = job.cluster.gpu
@@ -57,24 +54,22 @@ def _state(job: Job, layout: Layout, parameters: float) -> dict[str, float]:
     Sharded over dp_shard from zero_stage 3, 2 and 1 on. Under a pipeline torch reduces gradients at the end of the
     step, so until then they are whole.
     """
-    stack, training = job.stack, job.training
-    recipe = stack.recipes[training.precision]
+    recipe = job.stack.recipes[job.training.precision]
     shard, zero = layout.dp_shard, layout.zero_stage
-    keeps_whole_gradients = zero < 2 or (layout.pp > 1 or not stack.reduce_every_microbatch)
+    keeps_whole_gradients = zero < 2 or layout.pp > 1
     # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2
     return {
         "parameters": parameters * recipe.parameters / (shard if shards_parameters else 1),
         "gradients": parameters * recipe.gradients / (1 if keeps_whole_gradients else shard),
-        "optimizer": parameters * recipe.optimizer[training.optimizer] / (shard if zero else 1),
+        "optimizer": parameters * recipe.optimizer[job.training.optimizer] / (shard if zero else 1),
     }
 
 
-def _buffers(job: Job, layout: Layout, program: Program, rank: int) -> float:
+def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
     """Bytes that are neither state nor activations: gathered parameters, reduce buckets, tensors to and from
     neighbours (two each way)."""
     stack, recipe = job.stack, job.stack.recipes[job.training.precision]
-    stages = [program.stages[s] for s in layout.stages_of(rank)]
     total = 0.0
     if layout.zero_stage == 3:
         unit = max(s.largest_unit for s in stages)

@@ -34,17 +34,23 @@ class Program:
 
 def build_program(job: Job, layout: Layout) -> Program:
     """Compile a legal layout. Raises nothing: legality is `Layout.problems`, asked before."""
-    costs = StageCosts(job, layout)
-    stages = tuple(costs.stage(index) for index in range(layout.stages))
+    stages = stage_costs(job, layout)
     microbatches = layout.microbatches(job.training.global_batch_size)
+    shape = (layout.pp, layout.virtual_stages, microbatches)
     orders = tuple(
-        tuple(with_communication(compute_order(layout, rank, microbatches), layout, stages))
+        tuple(with_communication(compute_order(layout.schedule, rank, *shape), layout, stages))
         for rank in range(layout.pp)
     )
     return Program(orders, stages)
 
 
-def with_communication(order: list[Op], layout: Layout, stages: tuple[StageCost, ...]) -> list[Op]:
+def stage_costs(job: Job, layout: Layout) -> tuple[StageCost, ...]:
+    """The cost of every stage of a layout, in torch's global stage order."""
+    costs = StageCosts(job, layout)
+    return tuple(costs.stage(index) for index in range(layout.stages))
+
+
+def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[StageCost, ...]) -> list[Op]:
     """Add to the forwards and backwards of a rank what must move before and after them."""
     last = layout.stages - 1
     final_backward = {op.stage: i for i, op in enumerate(order) if op.kind == "B"}

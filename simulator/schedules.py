@@ -8,10 +8,10 @@ In the drawings, time runs to the right, a row is a rank, capitals are backwards
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from simulator.layout import Layout
 
 
 class Op(NamedTuple):
@@ -82,22 +82,28 @@ _ORDERS: dict[str, Callable[[int, int, int, int], list[Op]]] = {
 }
 
 
-def compute_order(layout: Layout, pp_rank: int, microbatches: int) -> list[Op]:
+@functools.lru_cache(maxsize=4096)
+def compute_order(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) -> tuple[Op, ...]:
     """The forwards and backwards of one pipeline rank in the order in which it runs them."""
-    return _ORDERS[layout.schedule](pp_rank, layout.pp, layout.virtual_stages, microbatches)
+    return tuple(_ORDERS[schedule](rank, ranks, chunks, microbatches))
 
 
-def peak_in_flight(order: list[Op]) -> dict[int, int]:
-    """For each stage of a rank, how many of its microbatches are alive when the rank holds the most in total.
+@functools.lru_cache(maxsize=65536)
+def peak_in_flight(
+    schedule: str, rank: int, ranks: int, chunks: int, microbatches: int
+) -> tuple[tuple[int, int], ...]:
+    """(stage, microbatches alive) of a rank's stages at the moment when the rank holds the most in total.
 
     A microbatch lives from its forward to its backward.
     """
-    alive: dict[int, int] = {op.stage: 0 for op in order if op.stage is not None}
-    peak, most = dict(alive), -1
+    order = compute_order(schedule, rank, ranks, chunks, microbatches)
+    alive: dict[int, int] = {}
+    peak, total, most = dict(alive), 0, -1
     for op in order:
-        if op.stage is None or op.kind not in "FB":
-            continue
-        alive[op.stage] += 1 if op.kind == "F" else -1
-        if sum(alive.values()) > most:
-            most, peak = sum(alive.values()), dict(alive)
-    return peak
+        assert op.stage is not None
+        step = 1 if op.kind == "F" else -1
+        alive[op.stage] = alive.get(op.stage, 0) + step
+        total += step
+        if total > most:
+            most, peak = total, dict(alive)
+    return tuple(peak.items())

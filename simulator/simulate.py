@@ -24,7 +24,7 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         trace: keep every span in `timeline`.
     """
     program = build_program(job, layout)
-    ranks = memory_per_rank(job, layout, program)
+    ranks = memory_per_rank(job, layout, program.stages)
     run = run_program(job, layout, program, trace)
     memory = fullest(ranks)
     reason = shortfall(job, memory)

@@ -51,6 +51,7 @@ class Stack:
     elementwise: dict[str, Elementwise]
     host: HostFit
     zero_stages: tuple[int, ...]
+    pipeline_zero_stages: tuple[int, ...]
     default_zero_stage: int
     recompute: tuple[str, ...]
     schedules: tuple[str, ...]
@@ -58,12 +59,13 @@ class Stack:
     hybrid_shard: bool
     overlap_grad_reduce: bool
     overlap_param_gather: bool
-    reduce_every_microbatch: bool
     bucket_bytes: float
     optimizer_traffic: dict[str, float]
     fused_projections: bool
     regathers_inputs: bool
     copies_gradients: bool = False
+    pads_vocabulary: bool = True
+    ties_across_stages: bool = True
     dropout: bool = False
     logits_bytes: float = 8.0
     model_families: tuple[str, ...] = field(default_factory=tuple)

@@ -5,8 +5,9 @@ A stage is the embedding (first), some blocks, the head (last). All ranks of a s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
@@ -42,7 +43,13 @@ class Work:
         return self.compute + self.recompute + self.tp + self.dp + self.host
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+        return Work(
+            self.compute + other.compute,
+            self.recompute + other.recompute,
+            self.tp + other.tp,
+            self.dp + other.dp,
+            self.host + other.host,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Groups:
 
 
 class StageCosts:
-    """Costs of all stages of one layout; blocks of a kind are costed once."""
+    """Costs of all stages of one layout. Blocks of a kind, and stages of the same blocks, are costed once."""
 
     def __init__(self, job: Job, layout: Layout) -> None:
         self.job, self.layout = job, layout
@@ -96,18 +103,32 @@ class StageCosts:
             Groups(*(group_shape(job.graph, layout.group(axis, pp_rank=rank)) for axis in _GROUP_AXES))
             for rank in range(layout.pp)
         ]
-        self._blocks: dict[tuple[BlockKind, bool, int], UnitCost] = {}
+        self._blocks: dict[tuple[BlockKind, bool, Groups], UnitCost] = {}
+        self._stages: dict[tuple[object, ...], StageCost] = {}
 
     def stage(self, index: int) -> StageCost:
         """The cost of one stage, in torch's global stage order."""
-        rank = index % self.layout.pp
-        units = self.units(index)
+        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
+        first = sum(layers[:index])
+        model, groups = self.job.model, self.groups[index % self.layout.pp]
+        blocks = tuple((model.block_kind(i), model.block_is_causal(i)) for i in range(first, first + layers[index]))
+        key = (blocks, index == 0, index == self.layout.stages - 1, groups)
+        if key not in self._stages:
+            units = [self._block(kind, causal, groups) for kind, causal in blocks]
+            if index == 0:
+                units.insert(0, self._embedding(groups))
+            if index == self.layout.stages - 1:
+                units.append(self._head(groups))
+            self._stages[key] = self._sum(units, groups)
+        return self._stages[key]
+
+    def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
         parameters = sum(u.parameters for u in units)
         if self.gathers_every_microbatch or self.reduces_every_microbatch:
-            forward += Work(dp=self._exposed_forward(units, rank))
-            backward += Work(dp=self._exposed_backward(units, rank))
+            forward += Work(dp=self._exposed_forward(units, groups))
+            backward += Work(dp=self._exposed_backward(units, groups))
         return StageCost(
             forward=forward,
             backward=backward,
@@ -116,21 +137,9 @@ class StageCosts:
             working=max(u.working for u in units),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
-            reduce=0.0 if self.reduces_every_microbatch else self.reduce_seconds(parameters, rank, len(units)),
-            gather=0.0 if self.gathers_every_microbatch else self._gather_once(parameters, rank, len(units)),
+            reduce=0.0 if self.reduces_every_microbatch else self.reduce_seconds(parameters, groups, len(units)),
+            gather=self._gather_once(parameters, groups, len(units)),
         )
-
-    def units(self, index: int) -> list[UnitCost]:
-        """The embedding, blocks and head of a stage, in forward order."""
-        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
-        first = sum(layers[:index])
-        rank, model = index % self.layout.pp, self.job.model
-        units = [self._block(i, rank) for i in range(first, first + layers[index])]
-        if index == 0:
-            units.insert(0, self._embedding(rank))
-        if index == self.layout.stages - 1:
-            units.append(self._head(rank, tied_apart=model.tie_word_embeddings and self.layout.stages > 1))
-        return units
 
     @property
     def gathers_every_microbatch(self) -> bool:
@@ -140,27 +149,29 @@ class StageCosts:
     @property
     def reduces_every_microbatch(self) -> bool:
         """Sharded gradients are reduced after each backward, except under a pipeline (torch reduces at its end)."""
-        return self.layout.zero_stage >= 2 and self.layout.pp == 1 and self.job.stack.reduce_every_microbatch
+        return self.layout.zero_stage >= 2 and self.layout.pp == 1
 
-    def reduce_seconds(self, parameters: float, rank: int, units: int) -> float:
+    def reduce_seconds(self, parameters: float, groups: Groups, units: int) -> float:
         """Reduce gradients of these parameters: scatter over dp_shard, then all-reduce the shard over dp_replicate.
 
         The stack reduces in buckets, each with the latency of a collective.
         """
-        size, groups = parameters * self.recipe.gradient_reduce, self.groups[rank]
+        size = parameters * self.recipe.gradient_reduce
         pieces = self._pieces(size, units)
         scatter = pieces * collective_seconds("reduce_scatter", size / pieces, groups.shard, self.job.cluster)
         shard = size / self.layout.dp_shard / pieces
         return scatter + pieces * collective_seconds("all_reduce", shard, groups.replicate, self.job.cluster)
 
-    def gather_seconds(self, parameters: float, rank: int, units: int = 1) -> float:
+    def gather_seconds(self, parameters: float, groups: Groups, units: int = 1) -> float:
         """All-gather sharded parameters in the width that kernels read."""
         size = parameters * self.recipe.compute
         pieces = self._pieces(size, units)
-        return pieces * collective_seconds("all_gather", size / pieces, self.groups[rank].shard, self.job.cluster)
+        return pieces * collective_seconds("all_gather", size / pieces, groups.shard, self.job.cluster)
 
-    def _gather_once(self, parameters: float, rank: int, units: int) -> float:
-        return self.gather_seconds(parameters, rank, units) if self.layout.zero_stage else 0.0
+    def _gather_once(self, parameters: float, groups: Groups, units: int) -> float:
+        if self.gathers_every_microbatch or not self.layout.zero_stage:
+            return 0.0
+        return self.gather_seconds(parameters, groups, units)
 
     def _pieces(self, size: float, units: int) -> int:
         """Collectives that a reduction of this size is cut into: FSDP's units, or DDP's buckets."""
@@ -168,42 +179,43 @@ class StageCosts:
             return units
         return max(1, round(size / self.job.stack.bucket_bytes))
 
-    def _exposed_forward(self, units: list[UnitCost], rank: int) -> float:
+    def _exposed_forward(self, units: list[UnitCost], groups: Groups) -> float:
         """Seconds that a forward waits for parameters: all of them, or what the unit before does not hide."""
         if not self.gathers_every_microbatch:
             return 0.0
-        gathers = [self.gather_seconds(u.parameters, rank) for u in units]
+        gathers = [self.gather_seconds(u.parameters, groups) for u in units]
         if not self.job.stack.overlap_param_gather:
             return sum(gathers)
-        hidden = [u.forward.total for u in units[:-1]]
-        return gathers[0] + sum(max(0.0, g - h) for g, h in zip(gathers[1:], hidden, strict=True))
+        beside = [u.forward.total for u in units[:-1]]
+        return gathers[0] + sum(self._not_hidden(g, work) for g, work in zip(gathers[1:], beside, strict=True))
 
-    def _exposed_backward(self, units: list[UnitCost], rank: int) -> float:
+    def _exposed_backward(self, units: list[UnitCost], groups: Groups) -> float:
         """Seconds that a backward waits: its gathers and the reductions of the units behind share one network."""
         backwards = units[::-1]
-        gathers = [self.gather_seconds(u.parameters, rank) if self.gathers_every_microbatch else 0.0 for u in backwards]
+        gathers = [self.gather_seconds(u.parameters, groups) if self.gathers_every_microbatch else 0.0 for u in backwards]
         reduces = [
-            self.reduce_seconds(u.parameters, rank, 1) if self.reduces_every_microbatch else 0.0 for u in backwards
+            self.reduce_seconds(u.parameters, groups, 1) if self.reduces_every_microbatch else 0.0 for u in backwards
         ]
         exposed = gathers[0]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
             reduce = reduces[i - 1] if i else 0.0
-            if self.job.stack.overlap_grad_reduce:
-                exposed += max(0.0, gather + reduce - unit.backward.total)
-            else:
-                exposed += gather + reduce
+            overlaps = self.job.stack.overlap_grad_reduce
+            exposed += self._not_hidden(gather + reduce, unit.backward.total if overlaps else 0.0)
         return exposed + reduces[-1]
 
-    def _block(self, index: int, rank: int) -> UnitCost:
-        model = self.job.model
-        key = (model.block_kind(index), model.block_is_causal(index), rank)
+    def _not_hidden(self, communication: float, work: float) -> float:
+        """What communication beside work adds to it: what is left over, and what hiding the rest costs."""
+        hidden = min(communication, work)
+        return communication - hidden + self.job.cluster.gpu.hiding_cost(hidden)
+
+    def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
+        key = (kind, causal, groups)
         if key not in self._blocks:
-            kind, causal, _ = key
-            kernels = block_kernels(model, kind, causal, self.cut, self.job.stack)
-            attentions = 2 if kind == "cross" else 1
+            kernels = block_kernels(self.job.model, kind, causal, self.cut, self.job.stack)
+            modules = 3 if kind == "cross" else 2
             parameters = self._cut_parameters(kind)
-            self._blocks[key] = self._unit(kernels, parameters, rank, columns=attentions + 1, rows=attentions + 1)
+            self._blocks[key] = self._unit(kernels, parameters, groups, columns=modules, rows=modules)
         return self._blocks[key]
 
     def _cut_parameters(self, kind: BlockKind) -> float:
@@ -213,25 +225,25 @@ class StageCosts:
         replicated = norms + (model.router_parameters() if kind == "moe" else 0)
         return replicated + (model.block_parameters(kind) - replicated) / self.layout.tp
 
-    def _embedding(self, rank: int) -> UnitCost:
+    def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
-        return self._unit(kernels, self.job.model.embedding_parameters() / self.layout.tp, rank, columns=0, rows=1)
+        return self._unit(kernels, self.job.model.embedding_parameters() / self.layout.tp, groups, columns=0, rows=1)
 
-    def _head(self, rank: int, tied_apart: bool) -> UnitCost:
+    def _head(self, groups: Groups) -> UnitCost:
         model = self.job.model
         # A tied projection on another stage than the embedding is a second copy.
-        copy = model.vocab_size * model.hidden_size if tied_apart else 0
+        copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
-        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, rank, columns=1, rows=0)
+        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
         logits = self.cut.tokens * model.vocab_size / self.layout.tp * self.job.stack.logits_bytes
-        return UnitCost(unit.forward, unit.backward, unit.parameters, unit.saved, unit.working + logits)
+        return dataclasses.replace(unit, working=unit.working + logits)
 
-    def _unit(self, kernels: list[Kernel], parameters: float, rank: int, columns: int, rows: int) -> UnitCost:
+    def _unit(self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int) -> UnitCost:
         """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
         saved = saved_bytes(kernels, job.stack, precision)
-        tp_forward, tp_backward = self._tensor_seconds(rank, columns, rows)
+        tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
         forward = self._work(times.forward, times.host_forward, tp=tp_forward)
         backward = self._work(times.backward, times.host_backward, tp=tp_backward)
         is_block = columns > 0 and rows > 0
@@ -265,7 +277,7 @@ class StageCosts:
             return Work(recompute=device, host=exposed, tp=tp)
         return Work(compute=device, host=exposed, tp=tp)
 
-    def _tensor_seconds(self, rank: int, columns: int, rows: int) -> tuple[float, float]:
+    def _tensor_seconds(self, groups: Groups, columns: int, rows: int) -> tuple[float, float]:
         """Exposed seconds of the tensor-parallel collectives of a unit, forward and backward.
 
         Megatron (arXiv 1909.08053): an all-reduce behind every row-parallel output, and in the backward behind every
@@ -275,7 +287,7 @@ class StageCosts:
         if self.layout.tp == 1:
             return 0.0, 0.0
         size = self.cut.tokens * self.job.model.hidden_size * self.recipe.compute
-        shape, cluster = self.groups[rank].tp, self.job.cluster
+        shape, cluster = groups.tp, self.job.cluster
         if not self.layout.sequence_parallel:
             one = collective_seconds("all_reduce", size, shape, cluster)
             return rows * one, columns * one

@@ -1,0 +1,212 @@
+"""The command line. The one module that may import every package, and only inside the command that needs it.
+
+stdout carries the result, stderr the progress and the errors. Exit codes: 0 done, 1 a bug of ours, 2 the user's error
+(one sentence), 3 nothing fits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simulator.errors import UserError
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+
+app = typer.Typer(
+    name="layoutwise",
+    help="Lay out a training job on a cluster: predict every layout, pick the best, run it, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Model, cluster, nodes and recipe.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `layoutwise plan` wrote.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job, like training.seq_len=4096."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write.")]
+
+
+def main() -> None:
+    """Entry point: a UserError becomes its sentence and its exit code, anything else stays a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+@app.command()
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    output: Folder = Path("."),
+    top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend a layout; writes plan.json."""
+    from planner import show
+    from planner.plan import write_plan
+    from planner.search import plan as search
+    from simulator.job import read_job
+
+    job = read_job(job_file, overrides)
+    with _progress("planning", quiet=as_json) as report:
+        found = search(job, top, report)
+    path = write_plan(found, output / "plan.json")
+    if as_json:
+        _print_json(show.plan_json(found))
+        return
+    show.print_plan(found)
+    typer.echo(f"written to {path}")
+
+
+@app.command()
+def simulate(
+    job_file: JobFile,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help='Like "tp=8 pp=4"; ranks left over go to data.')],
+    overrides: Overrides = None,
+    trace: Annotated[Path | None, typer.Option(metavar="T.json", help="Write a Chrome / Perfetto trace.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict one layout."""
+    from planner import show
+    from simulator.files import write_json
+    from simulator.job import read_job
+    from simulator.layout import parse_layout
+    from simulator.simulate import simulate as predict
+
+    job = read_job(job_file, overrides)
+    chosen = parse_layout(layout, job)
+    problems = chosen.problems(job)
+    if problems:
+        raise UserError(f"layout '{layout}' cannot run this job: {'; '.join(problems)}")
+    prediction = predict(job, chosen, trace=trace is not None)
+    if trace is not None:
+        from reports.trace import chrome_trace
+
+        write_json(trace, chrome_trace(prediction.timeline))
+    if as_json:
+        _print_json(show.prediction_json(prediction))
+        return
+    show.print_columns([("predicted", prediction)], job)
+
+
+@app.command()
+def explain(
+    plan_file: PlanFile,
+    against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the time and the memory of a plan go, beside plain data parallelism and a layout of yours."""
+    from planner import show
+    from planner.explain import explain as compare
+    from planner.explain import sentences
+    from planner.plan import read_plan
+
+    read = read_plan(plan_file)
+    columns = compare(read, against)
+    if as_json:
+        _print_json({name: show.prediction_json(p) for name, p in columns} | {"reasons": sentences(columns)})
+        return
+    show.print_columns(columns, read.job)
+    for sentence in sentences(columns):
+        typer.echo(sentence)
+
+
+@app.command()
+def run(
+    plan_file: PlanFile,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="First steps that do not count.")] = 5,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    output: Folder = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Train for real with torchrun on this machine; writes measurement.json."""
+    from planner import show
+    from planner.plan import read_plan
+    from runtime.launchers import run_here
+    from simulator.files import plain
+
+    path = output / "measurement.json"
+    with _progress("training", quiet=as_json) as report:
+        measured = run_here(
+            plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
+            progress=lambda done, total: report(f"step {done} of {total}", done / total),
+        )  # fmt: skip
+    if as_json:
+        _print_json(plain(measured))
+        return
+    show.print_measurement(measured, read_plan(plan_file).best)
+    typer.echo(f"written to {path}")
+
+
+@app.command()
+def measure(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="PROFILE.json", help="Default: this user's cache.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Profile this machine: matmul, memory, attention, collectives. The cluster `this-machine` is made of it."""
+    from planner import show
+    from runtime.measure import measure as measure_machine
+    from simulator.files import plain
+    from simulator.presets import user_profile
+
+    path = output or user_profile()
+    with _progress("measuring", quiet=as_json) as report:
+        profile = measure_machine(path, report)
+    if as_json:
+        _print_json(plain(profile))
+        return
+    show.print_profile(profile)
+    typer.echo(f"written to {path}")
+
+
+@app.command()
+def demo(output: Folder = Path("out/demo")) -> None:
+    """The whole story in a few minutes: plan a large job, then measure, plan, run and compare on this machine."""
+    from planner.demo import run_demo
+
+    with _progress("demo", quiet=False) as report:
+        run_demo(output, report)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr where that is a terminal; nothing where it is not."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda what, fraction: bar.update(task, description=f"{title}: {what}", completed=fraction)
+
+
+if __name__ == "__main__":
+    main()

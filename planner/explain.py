@@ -1,0 +1,88 @@
+"""Where the time and the memory of a plan go, and where those of other layouts go instead."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from planner.plan import Plan
+from simulator.layout import parse_layout
+from simulator.results import Breakdown, MemoryBreakdown, Prediction
+from simulator.errors import UserError
+from simulator.simulate import simulate
+
+_MEANING = {
+    "compute": "kernels",
+    "recompute": "forward again, to save memory",
+    "tp": "tensor-parallel collectives that nothing hides",
+    "cp": "context-parallel exchange that nothing hides",
+    "ep": "expert exchange that nothing hides",
+    "pp": "waiting for a tensor on a link",
+    "dp": "gradients and parameters that nothing hides",
+    "bubble": "waiting for another stage",
+    "optimizer": "update and gradient norm",
+    "host": "launching kernels that the device outruns",
+    "parameters": "weights",
+    "gradients": "",
+    "optimizer state": "",
+    "activations": "kept for the backward, times the microbatches alive",
+    "buffers": "gathered weights, buckets, tensors on the way",
+    "overhead": "device context, communicators, fragmentation",
+}
+
+
+def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Prediction]]:
+    """The predictions to put side by side: the winner, the plain data-parallel baseline, and a layout of the user's.
+
+    Raises:
+        UserError: `against` is no layout, or one that cannot run this job; the reasons are its `problems`.
+    """
+    columns = [("recommended", plan.best), ("data parallel", plan.baseline)]
+    if against is not None:
+        layout = parse_layout(against, plan.job)
+        problems = layout.problems(plan.job)
+        if problems:
+            raise UserError(f"layout '{against}' cannot run this job: {'; '.join(problems)}")
+        columns.append(("yours", simulate(plan.job, layout)))
+    return columns
+
+
+def time_rows(columns: list[tuple[str, Prediction]]) -> list[tuple[str, str, list[float]]]:
+    """(item, meaning, seconds per column) for every item of the step that any column spends time on."""
+    rows = []
+    for field in fields(Breakdown):
+        values = [float(getattr(p.breakdown, field.name)) for _, p in columns]
+        if any(values):
+            rows.append((field.name, _MEANING[field.name], values))
+    return rows
+
+
+def memory_rows(columns: list[tuple[str, Prediction]]) -> list[tuple[str, str, list[float]]]:
+    """(item, meaning, bytes per column) on the fullest rank of each column."""
+    rows = []
+    for field in fields(MemoryBreakdown):
+        if field.name == "peak":
+            continue
+        name = "optimizer state" if field.name == "optimizer" else field.name
+        rows.append((name, _MEANING[name], [float(getattr(p.memory, field.name)) for _, p in columns]))
+    return rows
+
+
+def sentences(columns: list[tuple[str, Prediction]]) -> list[str]:
+    """For every column after the first: how much slower it is, and the item that costs it most."""
+    (_, best), *others = columns
+    found = []
+    for name, other in others:
+        if not other.fits:
+            found.append(f"{name} ({other.layout.short()}) does not fit: {other.problems[0]}.")
+            continue
+        if other.layout == best.layout:
+            found.append(f"{name} is the recommended layout.")
+            continue
+        gaps = {row[0]: row[2][1] - row[2][0] for row in time_rows([("", best), ("", other)])}
+        worst = max(gaps, key=lambda item: gaps[item])
+        slower = other.step_seconds / best.step_seconds - 1
+        found.append(
+            f"{name} ({other.layout.short()}) is {slower:+.1%} in step time; "
+            f"most of it is {worst} ({gaps[worst]:+.3g} s: {_MEANING[worst]})."
+        )
+    return found

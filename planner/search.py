@@ -1,0 +1,171 @@
+"""plan(job): drop what is illegal, drop what does not fit, simulate the rest best-first until a bound says stop.
+
+The bound is admissible: no layout runs faster than its slowest rank's own work plus the forwards that must come
+before that rank's first one and the backwards that must follow its last one (tests/planner/test_search.py holds it
+against the simulator). So the answer is the optimum of the simulator over the whole space.
+"""
+
+from __future__ import annotations
+
+import datetime
+import heapq
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from planner.plan import Certificate, Plan
+from planner.space import candidates, without_model_parallelism
+from simulator.errors import NothingFits
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.memory import capacity, fullest, memory_per_rank
+from simulator.program import stage_costs
+from simulator.results import Prediction
+from simulator.simulate import simulate
+from simulator.stage import StageCost
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class _Screened:
+    """A legal layout that fits, with the least time it can take."""
+
+    bound: float
+    layout: Layout
+
+
+@dataclass
+class _Counts:
+    space: int = 0
+    illegal: int = 0
+    out_of_memory: int = 0
+
+
+def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
+    """Choose the fastest layout that fits.
+
+    Args:
+        top: how many layouts to rank, the best one included.
+        progress: called with what is being done and the fraction that is done.
+
+    Raises:
+        NothingFits: no legal layout fits; the message names the nearest misses.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda what, fraction: None)
+    counts = _Counts()
+    screened, misses = _screen(job, counts, report)
+    if not screened:
+        raise NothingFits(_nothing_fits(job, counts, misses))
+    best, simulated = _best_first(job, screened, top, report)
+    certificate = Certificate(
+        space=counts.space,
+        illegal=counts.illegal,
+        out_of_memory=counts.out_of_memory,
+        bounded=len(screened) - simulated,
+        simulated=simulated,
+        lower_bound_gap=0.0,
+        seconds=time.perf_counter() - started,
+    )
+    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job))
+
+
+def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
+    """Seconds that no schedule of this layout can beat.
+
+    Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
+    before), as every microbatch's first forward climbs to the rank and its last backward comes back from it.
+    """
+    microbatches = layout.microbatches(job.training.global_batch_size)
+    best, before = 0.0, 0.0
+    for rank in range(layout.pp):
+        own = sum(stages[s].forward.total + stages[s].backward.total for s in layout.stages_of(rank))
+        best = max(best, before + microbatches * own)
+        before += stages[rank].forward.total + stages[rank].backward.total
+    return best
+
+
+def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened], list[tuple[float, Layout]]]:
+    """Split the space into layouts that fit, with their bounds, and the nearest misses."""
+    fitting: list[_Screened] = []
+    misses: list[tuple[float, Layout]] = []
+    limit = capacity(job)
+    for layout in candidates(job):
+        counts.space += 1
+        if counts.space % 200 == 0:
+            report(f"screening layout {counts.space}", 0.0)
+        if layout.problems(job):
+            counts.illegal += 1
+            continue
+        stages = stage_costs(job, layout)
+        peak = fullest(memory_per_rank(job, layout, stages)).peak
+        if peak > limit:
+            counts.out_of_memory += 1
+            misses.append((peak - limit, layout))
+            continue
+        fitting.append(_Screened(lower_bound(job, layout, stages), layout))
+    return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
+
+
+def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress) -> tuple[list[Prediction], int]:
+    """Simulate in the order of the bounds until no bound left can enter the best `top`."""
+    found: list[Prediction] = []
+    simulated = 0
+    for entry in sorted(screened, key=lambda e: (e.bound, e.layout.short())):
+        if len(found) >= top and entry.bound >= found[top - 1].step_seconds:
+            break
+        found.append(simulate(job, entry.layout))
+        simulated += 1
+        found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
+        del found[top:]
+        report(f"simulating: best step {found[0].step_seconds:.3g} s", simulated / len(screened))
+    return found, simulated
+
+
+def _baseline(job: Job) -> Prediction:
+    """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
+    plain = without_model_parallelism(job)
+    legal = [layout for layout in candidates(plain) if not layout.problems(plain)]
+    if not legal:
+        # The batch is smaller than the cluster: what is left of data parallelism is one rank.
+        return simulate(job, Layout())
+    fitting, misses = _screen(plain, _Counts(), lambda what, fraction: None)
+    if not fitting:
+        return simulate(job, misses[0][1])
+    best, _ = _best_first(job, fitting, 1, lambda what, fraction: None)
+    return best[0]
+
+
+def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]]) -> str:
+    """One sentence: the nearest misses and by how much."""
+    where = f"{job.model.name} on {job.nodes} x {job.cluster.name}"
+    if not misses:
+        example = next(iter(candidates(job)), None)
+        reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""
+        return f"no layout of {where} is legal: {counts.illegal} of {counts.space} candidates break a rule{reason}"
+    shown = "; ".join(f"{layout.short()} by {over / 2**30:.1f} GiB" for over, layout in misses)
+    return f"no layout of {where} fits into {capacity(job) / 2**30:.1f} GiB per rank; the nearest miss it: {shown}"
+
+
+def _provenance(job: Job) -> dict[str, str]:
+    """Where the numbers come from."""
+    return {
+        "layoutwise": _version(),
+        "python": platform.python_version(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": job.cluster.gpu.source,
+        "cluster": job.cluster.source,
+        "stack": job.stack.source,
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("layoutwise")
+    except metadata.PackageNotFoundError:
+        return "source tree"
+
+

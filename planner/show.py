@@ -1,0 +1,169 @@
+"""Plans, predictions and measurements as tables for a terminal and as the JSON documents of `--json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from planner.explain import memory_rows, time_rows
+from planner.plan import Plan
+from simulator.files import plain
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.profile import Profile
+from simulator.results import Measurement, Prediction
+from simulator.units import show_bytes, show_seconds
+
+
+def prediction_json(prediction: Prediction) -> dict[str, Any]:
+    """A prediction without its timeline, which is a file of its own (`--trace`)."""
+    document: dict[str, Any] = plain(prediction)
+    document.pop("timeline")
+    return document
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What `layoutwise plan --json` prints."""
+    return {
+        "job": plain(plan.job),
+        "best": prediction_json(plan.best),
+        "runners_up": [prediction_json(p) for p in plan.runners_up],
+        "baseline": prediction_json(plan.baseline),
+        "certificate": plain(plan.certificate),
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """The best layouts, the data-parallel baseline, and what the search did."""
+    job, best = plan.job, plan.best
+    console = _console()
+    console.print(
+        f"{job.model.name} ({job.model.parameters() / 1e9:.3g} B parameters) on {_ranks(job)}, "
+        f"{job.training.global_batch_size} x {job.training.seq_len} tokens a step, "
+        f"{job.training.precision}, {job.stack.name}"
+    )
+    table = _table("", "TP", "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step", "tok/s/GPU", "MFU", "GiB")
+    for place, prediction in enumerate((best, *plan.runners_up), start=1):
+        table.add_row(str(place), *_layout_cells(prediction.layout), *_number_cells(prediction))
+    table.add_section()
+    table.add_row("data parallel", *_layout_cells(plan.baseline.layout), *_number_cells(plan.baseline))
+    console.print(table)
+    if not plan.baseline.fits:
+        console.print(f"plain data parallelism does not fit: {plan.baseline.problems[0]}")
+    console.print(f"recommended: {best.layout.short()}")
+    c = plan.certificate
+    console.print(
+        f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
+        f"{c.simulated} simulated, in {c.seconds:.1f} s; none of them is faster"
+    )
+
+
+def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
+    """Where the time and the memory of predictions go, side by side."""
+    console = _console()
+    for name, p in columns:
+        console.print(f"{name}: {p.layout.short()}" + ("" if p.fits else f"  ({p.problems[0]})"))
+    table = _table("seconds of a step", "", *(name for name, _ in columns))
+    for item, meaning, values in time_rows(columns):
+        table.add_row(item, meaning, *(_share(v, p.step_seconds) for v, (_, p) in zip(values, columns, strict=True)))
+    table.add_section()
+    table.add_row("step", "", *(show_seconds(p.step_seconds) for _, p in columns))
+    table.add_row("tokens/s/GPU", "", *(f"{p.tokens_per_second_per_gpu:,.0f}" for _, p in columns))
+    table.add_row("MFU", "model FLOPs over data-sheet peak", *(f"{p.mfu:.1%}" for _, p in columns))
+    console.print(table)
+    memory = _table("bytes of the fullest rank", "", *(name for name, _ in columns))
+    for item, meaning, values in memory_rows(columns):
+        memory.add_row(item, meaning, *(show_bytes(v) for v in values))
+    memory.add_section()
+    limit = show_bytes(job.cluster.gpu.memory)
+    memory.add_row("peak", f"of {limit} that a rank has", *(show_bytes(p.memory.peak) for _, p in columns))
+    console.print(memory)
+
+
+def print_measurement(measured: Measurement, predicted: Prediction) -> None:
+    """A run beside its prediction."""
+    console = _console()
+    table = _table(measured.layout.short(), "predicted", "measured", "error")
+    step = measured.step_seconds
+    table.add_row(
+        "step", show_seconds(predicted.step_seconds),
+        f"{show_seconds(step.median)} ({show_seconds(step.p10)} to {show_seconds(step.p90)})",
+        f"{predicted.step_seconds / step.median - 1:+.1%}",
+    )  # fmt: skip
+    peak = max(measured.peak_memory)
+    table.add_row(
+        "peak memory", show_bytes(predicted.memory.peak), show_bytes(peak), f"{predicted.memory.peak / peak - 1:+.1%}"
+    )
+    console.print(table)
+    console.print(
+        f"loss {measured.losses[0]:.4f} -> {measured.losses[-1]:.4f} in {measured.steps} steps, "
+        f"{measured.tokens_per_second:,.0f} tokens/s on {measured.world_size} ranks ({measured.device})"
+    )
+
+
+def print_profile(profile: Profile) -> None:
+    """The constants that predictions on this machine rest on."""
+    console = _console()
+    table = _table(f"{profile.name}, {profile.created}", "")
+    for precision, fit in profile.matmul.items():
+        table.add_row(f"matmul {precision}", f"{fit.rate / 1e9:,.0f} GFLOP/s, k0 {fit.k0:.0f}")
+    table.add_row("memory bandwidth", f"{profile.memory_bandwidth / 1e9:.1f} GB/s")
+    table.add_row("host per kernel", f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}")
+    table.add_row("speed of k ranks at once", ", ".join(f"{speed:.2f}" for speed in profile.concurrency))
+    table.add_row("link", f"{profile.link_bandwidth / 1e9:.2f} GB/s, {show_seconds(profile.link_latency)}")
+    for name, fits in profile.collectives.items():
+        for fit in fits:
+            rate = fit.efficiency * profile.link_bandwidth / 1e9
+            table.add_row(f"{name}, {fit.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(fit.latency)}")
+    console.print(table)
+
+
+def _ranks(job: Job) -> str:
+    if job.cluster.gpu.kind == "cpu":
+        return f"{job.cluster.name} ({job.world_size} processors)"
+    return f"{job.nodes} x {job.cluster.name} ({job.world_size} GPUs)"
+
+
+def _layout_cells(layout: Layout) -> list[str]:
+    data = f"{layout.dp_replicate} x {layout.dp_shard}" if layout.dp_shard > 1 else str(layout.dp_replicate)
+    return [
+        f"{layout.tp}{'+SP' if layout.sequence_parallel else ''}",
+        str(layout.pp),
+        str(layout.virtual_stages),
+        data,
+        str(layout.zero_stage),
+        str(layout.micro_batch_size),
+        layout.schedule if layout.pp > 1 else "-",
+        layout.recompute,
+    ]
+
+
+def _number_cells(p: Prediction) -> list[str]:
+    fits = "" if p.fits else " (too much)"
+    return [
+        show_seconds(p.step_seconds),
+        f"{p.tokens_per_second_per_gpu:,.0f}",
+        f"{p.mfu:.1%}",
+        f"{p.memory.peak / 2**30:.1f}{fits}",
+    ]
+
+
+def _share(seconds: float, step: float) -> str:
+    return f"{show_seconds(seconds)} ({seconds / step:.1%})"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place == 0 or name == "" else "right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """As wide as the tables need where the output is no terminal, so that a pipe gets whole lines."""
+    import sys
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)

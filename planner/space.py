@@ -1,0 +1,118 @@
+"""The candidate layouts of a job: every combination of axis sizes whose product is the number of ranks.
+
+Nothing is judged here but arithmetic: `Layout.problems` says which candidates are legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from simulator.job import Job
+from simulator.layout import MULTI_STAGE, Layout
+
+LARGEST_MICRO_BATCH = 16
+LARGEST_VIRTUAL_STAGES = 8
+
+
+def candidates(job: Job) -> Iterator[Layout]:
+    """Every layout worth asking about, each once. `job.search` replaces the values of any field it names.
+
+    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes. Fields that change nothing
+    for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
+    """
+    for world in _world_sizes(job):
+        for tp, pp in itertools.product(_values(job, "tp", _tensor_sizes(job, world)), _values(job, "pp", _divisors(world))):
+            cp, ep = _values(job, "cp", [1])[0], _values(job, "ep", [1])[0]
+            if tp < 1 or pp < 1 or cp < 1 or world % (tp * pp * cp):
+                continue
+            for data in _data_parallel(job, world // (tp * pp * cp)):
+                for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
+                    yield Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
+
+
+def _values(job: Job, name: str, default: list[Any]) -> list[Any]:
+    found = job.search.get(name, default)
+    return [tuple(v) if isinstance(v, list) else v for v in found]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _world_sizes(job: Job) -> list[int]:
+    """All devices; a machine that may be oversubscribed also takes fewer or more ranks."""
+    if job.cluster.oversubscribe <= 1:
+        return [job.world_size]
+    most = int(job.world_size * job.cluster.oversubscribe)
+    return [size for size in (2**i for i in range(most.bit_length())) if size <= most]
+
+
+def _tensor_sizes(job: Job, world: int) -> list[int]:
+    widest = max(job.cluster.domain, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
+    return [d for d in _divisors(world) if d <= min(widest, job.model.num_attention_heads)]
+
+
+def _data_parallel(job: Job, ranks: int) -> Iterator[dict[str, int]]:
+    """Ways to replicate and shard over this many data-parallel ranks."""
+    stages = sorted({0, *job.stack.zero_stages})
+    for zero in _values(job, "zero_stage", stages):
+        for shard in _values(job, "dp_shard", _divisors(ranks) if zero else [1]):
+            if shard >= 1 and ranks % shard == 0 and (shard > 1) == (zero > 0):
+                replicate = ranks // shard
+                if replicate in _values(job, "dp_replicate", [replicate]):
+                    yield {"dp_replicate": replicate, "dp_shard": shard, "zero_stage": zero}
+
+
+def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
+    """What varies inside a grid: micro-batch, schedule and chunks, recompute, sequence parallelism."""
+    share = job.training.global_batch_size // dp
+    micro = [b for b in (2**i for i in range(LARGEST_MICRO_BATCH.bit_length())) if share and share % b == 0]
+    sequence = [False]
+    if tp > 1:
+        sequence = {"": [False], "always": [True], "optional": [True, False]}[job.stack.sequence_parallel]
+    fields = {
+        "micro_batch_size": _values(job, "micro_batch_size", micro),
+        "recompute": _values(job, "recompute", _recomputes(job)),
+        "sequence_parallel": _values(job, "sequence_parallel", sequence) if tp > 1 else [False],
+        "stage_layers": _values(job, "stage_layers", [None]),
+        "schedule_and_chunks": list(_schedules(job, pp)),
+    }
+    for combination in itertools.product(*fields.values()):
+        recipe = dict(zip(fields, combination, strict=True))
+        schedule, chunks = recipe.pop("schedule_and_chunks")
+        yield recipe | {"schedule": schedule, "virtual_stages": chunks}
+
+
+def _recomputes(job: Job) -> list[str]:
+    """Selective recompute drops the scores of an unfused attention; a fused one has none to drop."""
+    unfused = job.stack.attention[0] == "unfused"
+    return [kind for kind in job.stack.recompute if kind != "selective" or unfused]
+
+
+def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
+    names = _values(job, "schedule", list(job.stack.schedules))
+    if pp == 1:
+        # Without a pipeline every schedule is the same loop over microbatches.
+        yield "1F1B", 1
+        return
+    layers = job.model.num_hidden_layers
+    even = [v for v in range(2, LARGEST_VIRTUAL_STAGES + 1) if layers % (pp * v) == 0]
+    # Where no number of chunks divides the layers, two uneven ones are tried.
+    chunks = even or [v for v in (2, 4) if pp * v <= layers]
+    for name in names:
+        for count in _values(job, "virtual_stages", chunks if name in MULTI_STAGE else [1]):
+            yield name, count
+
+
+def data_parallel_only(layout: Layout) -> bool:
+    """Whether this is what a user does without a planner: plain DDP or FSDP, no model parallelism."""
+    return layout.tp == layout.cp == layout.pp == 1
+
+
+def without_model_parallelism(job: Job) -> Job:
+    """The same job with its search limited to plain data parallelism, for the baseline."""
+    kept = {k: v for k, v in job.search.items() if k in ("micro_batch_size", "recompute")}
+    return dataclasses.replace(job, search=kept | {"tp": [1], "pp": [1], "cp": [1]})

@@ -1,0 +1,64 @@
+"""Plans of models so small that many layouts of them train within seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from planner.plan import Certificate, Plan
+from simulator import presets
+from simulator.cluster import ClusterSpec, Gpu, Link
+from simulator.job import Job, Training
+from simulator.layout import Layout
+from simulator.model import ModelSpec
+from simulator.results import Breakdown, MemoryBreakdown, Prediction
+
+LLAMA = ModelSpec(
+    name="tiny-llama",
+    family="llama",
+    num_hidden_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    vocab_size=256,
+    max_position_embeddings=64,
+)
+GPT = ModelSpec(
+    name="tiny-gpt",
+    family="gpt",
+    num_hidden_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    intermediate_size=256,
+    vocab_size=256,
+    max_position_embeddings=48,
+    tie_word_embeddings=True,
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    position="learned",
+    qkv_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+)
+# Query-key norms and biases on the queries, keys and values, as Qwen has them.
+QWEN = dataclasses.replace(LLAMA, name="tiny-qwen", qk_norm=True, qkv_bias=True)
+GPT_UNTIED = dataclasses.replace(GPT, name="tiny-gpt-untied", tie_word_embeddings=False)
+MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED)}
+
+_NOWHERE = Link("memory", 1e9, 1e-6, {})
+_CPU = Gpu("cpu", "cpu", 8e9, 1e10, {"fp32": 1e11}, {}, source="test")
+
+
+def tiny_plan(layout: Layout, model: ModelSpec = LLAMA, stack: str = "layoutwise-cpu", **training: Any) -> Plan:
+    """A plan with this layout, as if the planner had made it; `training` overrides fields of the recipe."""
+    cluster = ClusterSpec("test", _CPU, layout.world_size, _NOWHERE, source="test")
+    recipe = {"global_batch_size": 8, "seq_len": 32, "precision": "fp32", "learning_rate": 1e-2, "seed": 1}
+    job = Job(model, cluster, 1, Training(**recipe | training), presets.find_stack(stack, cluster))
+    memory = MemoryBreakdown(0, 0, 0, 0, 0, 0, 0)
+    prediction = Prediction(layout, True, (), 1, 1, 1, 0, 0, Breakdown(compute=1), memory, (memory,))
+    return Plan(job, prediction, (), prediction, Certificate(1, 0, 0, 0, 1, 0, 0), {})
