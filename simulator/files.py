@@ -45,7 +45,9 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{what} '{path}' is not valid JSON (line {error.lineno}: {error.msg}); is it cut off?") from None
+        raise UserError(
+            f"{what} '{path}' is not valid JSON (line {error.lineno}: {error.msg}); is it cut off?"
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"{what} '{path}' holds a JSON {type(data).__name__}, but an object is needed")
     return data
@@ -61,6 +63,11 @@ def read_toml(path: Path | str, what: str) -> dict[str, Any]:
 
 
 def write_text(path: Path | str, text: str) -> Path:
+    """Write a text file atomically (`write_bytes`)."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
     """Write a file so that a reader sees the old one or the whole new one, never a part.
 
     Raises UserError when the folder cannot be made or written.
@@ -72,8 +79,8 @@ def write_text(path: Path | str, text: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         # mkstemp makes the file private; a result is as readable as any file the user makes.
         mask = os.umask(0)
         os.umask(mask)
@@ -117,11 +124,14 @@ def to_dataclass(kind: type[T], data: dict[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        # Through JSON, because strict mode then still takes a list for a tuple, and an integer for a float.
-        result: T = _adapter(kind).validate_json(json.dumps(data))
+        # Through JSON, because strict mode then still takes a list for a tuple, and an integer for a float. TOML's
+        # dates become text, which no field but a text takes.
+        adapter = _adapter(kind)  # type: ignore[arg-type]  # mypy does not know that classes hash
+        result: T = adapter.validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         # A misspelt key that is needed is both unknown and missing: the former says more.
-        first = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+        weight = {"unexpected_keyword_argument": 0, "missing": 2, "missing_argument": 2}
+        first = min(error.errors(), key=lambda problem: weight.get(problem["type"], 1))
         raise UserError(f"{where}: {_sentence(kind, first)}") from None
     return result
 

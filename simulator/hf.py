@@ -53,7 +53,7 @@ class _Config:
 
     def activation(self, *keys: str, default: str) -> Any:
         name = next((self.data[k] for k in keys if self.data.get(k) is not None), default)
-        if name not in _ACTIVATIONS:
+        if str(name) not in _ACTIVATIONS:
             raise UserError(f"{self.where}: {keys[0]} = {name!r} is not known{nearest(str(name), _ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
@@ -79,7 +79,7 @@ def read_config(data: dict[str, Any], name: str) -> ModelSpec:
     config = _Config(data, f"model '{name}'")
     if kind is None:
         raise UserError(f"{config.where}: the key 'model_type' is missing; is this a Hugging Face config.json?")
-    if kind not in _READERS:
+    if str(kind) not in _READERS:
         raise UserError(f"{config.where}: model_type = {kind!r} is not supported{nearest(str(kind), _READERS)}")
     spec = ModelSpec(name=name, **_READERS[kind](config))
     _check_heads(spec, config.where)
@@ -215,7 +215,9 @@ def _t5(c: _Config) -> dict[str, Any]:
     gated = str(projection).startswith("gated-")
     activation = str(projection).removeprefix("gated-")
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{c.where}: feed_forward_proj = {projection!r} is not known{nearest(activation, _ACTIVATIONS)}")
+        raise UserError(
+            f"{c.where}: feed_forward_proj = {projection!r} is not known{nearest(activation, _ACTIVATIONS)}"
+        )
     return {
         "family": "t5",
         "num_hidden_layers": encoder + c.integer("num_decoder_layers", default=encoder),

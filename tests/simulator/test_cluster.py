@@ -137,7 +137,12 @@ source = "a test"
 kind = "NVLink"
 bandwidth = "450 GB/s"
 latency = "2 us"
-collectives = {}
+[scale_up.collectives]
+all_reduce = [{ ranks = 2, latency = "10 us", efficiency = 0.8 }]
+all_gather = [{ ranks = 2, latency = "10 us", efficiency = 0.8 }]
+reduce_scatter = [{ ranks = 2, latency = "10 us", efficiency = 0.8 }]
+all_to_all = [{ ranks = 2, latency = "10 us", efficiency = 0.7 }]
+send_recv = [{ ranks = 2, latency = "10 us", efficiency = 0.9 }]
 """
 
 
@@ -155,6 +160,13 @@ def test_a_cluster_is_read_from_a_file(tmp_path: Path) -> None:
         ('"450 GB/s"', '"450 GB"', ["scale_up.bandwidth", "450 GB/s"]),
         ("gpus_per_node", "gpus_per_nod", ["gpus_per_nod", "did you mean 'gpus_per_node'"]),
         ('latency = "2 us"', "", ["'scale_up.latency' is missing"]),
+        ("per_node = 4", "per_node = 0", ["gpus_per_node = 0", "at least 1"]),
+        ("per_node = 4", "per_node = 4\nscale_up_domain = 6", ["scale_up_domain = 6", "multiple", "= 4"]),
+        ("450 GB/s", "0 GB/s", ["scale_up", "bandwidth above zero"]),
+        ("all_gather", "all_gathers", ["scale_up.collectives", "no 'all_gather'"]),
+        ("efficiency = 0.7", "efficiency = 0.0", ["all_to_all", "efficiency above zero"]),
+        ("efficiency = 0.7", "efficency = 0.7", ["unknown key", "efficency"]),
+        ('source = "a test"', "source = 2026-01-31\nprice_per_gpu_hour = 2026-01-31", ["price_per_gpu_hour"]),
     ],
 )
 def test_a_bad_cluster_file_is_the_users_error(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
@@ -162,6 +174,13 @@ def test_a_bad_cluster_file_is_the_users_error(tmp_path: Path, old: str, new: st
     with pytest.raises(UserError) as caught:
         find_cluster("mine.toml", tmp_path)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_network_needs_cards(tmp_path: Path) -> None:
+    text = (DATA / "clusters" / "dgx-h100.toml").read_text().replace("nics_per_node = 8", "nics_per_node = 0")
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match="nics_per_node = 0 must be at least 1"):
+        find_cluster("mine.toml", tmp_path)
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

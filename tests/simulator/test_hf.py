@@ -87,6 +87,8 @@ def test_encoders_come_before_decoders() -> None:
         (without(LLAMA, "model_type"), ["model 'x'", "'model_type' is missing", "config.json"]),
         (LLAMA | {"model_type": "lama"}, ["'lama'", "did you mean 'llama'"]),
         (LLAMA | {"model_type": "mamba"}, ["'mamba'", "is not supported"]),
+        (LLAMA | {"model_type": ["llama"]}, ["['llama']", "is not supported"]),
+        (LLAMA | {"hidden_act": ["silu"]}, ["hidden_act", "['silu']"]),
         (without(LLAMA, "hidden_size"), ["'hidden_size' is missing"]),
         (without(LLAMA, "hidden_size") | {"hiden_size": 4096}, ["did you mean 'hiden_size'"]),
         (LLAMA | {"hidden_size": "4096"}, ["hidden_size", "'4096'", "integer"]),

@@ -11,7 +11,7 @@ import pytest
 from simulator.errors import UserError
 from simulator.files import plain, to_dataclass
 from simulator.job import Job, build_job, read_job
-from simulator.presets import names
+from simulator.presets import DATA, names
 
 SMALL: dict[str, Any] = {"model": "llama-3.1-8b", "cluster": "dgx-h100", "nodes": 2}
 
@@ -114,6 +114,8 @@ def test_of_two_settings_of_a_key_the_last_holds(job_file: Path) -> None:
         ("training=3", ["'training' must be a table", "[training]"]),
         ("training.seq_length=4096", ["unknown key 'training.seq_length'", "did you mean 'seq_len'"]),
         ("training.seq_len=4096.5", ["seq_len", "4096.5", "integer"]),
+        ("training.seq_len=8k", ["seq_len", '"8k"', "integer"]),
+        ("training.seq_len=2026-01-31", ["seq_len", "2026-01-31", "integer"]),
         ("training.seq_len=0", ["training.seq_len = 0", "at least 1"]),
         ("training.global_batch_size=-8", ["training.global_batch_size = -8", "at least 1"]),
         ("training.precision=fp61", ["precision", '"fp61"', "'bf16'"]),
@@ -162,13 +164,11 @@ def test_every_cluster_makes_a_job(cluster: str) -> None:
 
 
 def test_several_nodes_need_a_network_between_them(tmp_path: Path) -> None:
-    (tmp_path / "alone.toml").write_text(
-        'name = "alone"\ngpu = "L40S"\ngpus_per_node = 4\nsource = "a test"\n'
-        '[scale_up]\nkind = "PCIe"\nbandwidth = "25 GB/s"\nlatency = "5 us"\ncollectives = {}\n'
-    )
+    text = (DATA / "clusters" / "dgx-h100.toml").read_text()
+    (tmp_path / "alone.toml").write_text(text[: text.index("[scale_out]")])
     alone = SMALL | {"cluster": "alone.toml"}
-    assert build_job(alone | {"nodes": 1}, "job", tmp_path).world_size == 4
-    with pytest.raises(UserError, match="nodes = 2, but cluster 'alone' has no scale_out network"):
+    assert build_job(alone | {"nodes": 1}, "job", tmp_path).world_size == 8
+    with pytest.raises(UserError, match="nodes = 2, but cluster 'dgx-h100' has no scale_out network"):
         build_job(alone, "job", tmp_path)
 
 
