@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.cluster import build_cluster, group_shape
+from simulator.cluster import HostFit, build_cluster, group_shape
 from simulator.collectives import bus_bytes
 from simulator.errors import UserError
 from simulator.files import write_json
@@ -30,27 +30,27 @@ def sample(kind: str, sizes: tuple[float, ...], seconds: float, precision: str =
     return Sample(kind, sizes, seconds, seconds, seconds, precision)
 
 
-def synthetic() -> list[Sample]:
-    """Samples of a device with the constants above, without noise."""
-    host = HOST["host_forward"]
-    samples = [sample(kind, (), seconds) for kind, seconds in HOST.items()]
+def synthetic(kind: str = "cpu") -> list[Sample]:
+    """Samples of a device with the constants above, without noise. A GPU works beside its host, a CPU is the host."""
+    host, host_backward = (HOST["host_forward"], HOST["host_backward"]) if kind == "cpu" else (0.0, 0.0)
+    samples = [sample(work, (), seconds) for work, seconds in HOST.items()]
     for m, n, k in itertools.product((256, 1024), (512, 2048), (256, 4096)):
         seconds = host + OVERHEAD + 2 * m * n * (k + K0) / RATE
         samples.append(sample("matmul", (m, n, k), seconds, "fp32"))
     samples += [sample("memory", (float(size),), host + size / MEMORY) for size in (2**20, 2**24, 2**26)]
-    for (kind, fit), seq, causal in itertools.product(ATTENTION.items(), (128, 512, 2048), (0, 1)):
+    for (attention, fit), seq, causal in itertools.product(ATTENTION.items(), (128, 512, 2048), (0, 1)):
         rate, half = fit[2 * causal : 2 * causal + 2]
-        factor, launch = (4, host) if kind == "attention_forward" else (10, HOST["host_backward"])
+        factor, launch = (4, host) if attention == "attention_forward" else (10, host_backward)
         flops = factor * 2 * 8 * seq**2 * 64 / (1 + causal)
-        samples.append(sample(kind, (2, 8, seq, 64, causal), launch + flops / rate * (1 + half / seq)))
+        samples.append(sample(attention, (2, 8, seq, 64, causal), launch + flops / rate * (1 + half / seq)))
     for size in (1e3, 1e5, 1e7):
         samples.append(sample("send_recv", (2, size), LINK_LATENCY + size / LINK))
-    for kind, (ranks, fit), size in itertools.product(
+    for collective, (ranks, fit), size in itertools.product(
         ("all_reduce", "all_gather", "reduce_scatter"), ALL_REDUCE.items(), (1e3, 1e4, 1e5, 1e6, 1e7)
     ):
         latency, efficiency, ramp = fit
-        x = bus_bytes(kind, ranks, size)
-        samples.append(sample(kind, (ranks, size), latency + x / (efficiency * LINK) + ramp * x**0.5))
+        x = bus_bytes(collective, ranks, size)
+        samples.append(sample(collective, (ranks, size), latency + x / (efficiency * LINK) + ramp * x**0.5))
     samples += [sample("concurrency", (ranks,), 1e-3 * slowdown) for ranks, slowdown in ((1, 1.0), (2, 1.25), (4, 4.0))]
     return samples
 
@@ -92,6 +92,20 @@ def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
 
 def test_concurrency_is_the_speed_of_each_rank_and_fills_the_gaps(profile: Profile) -> None:
     assert profile.concurrency == pytest.approx((1.0, 0.8, 0.525, 0.25))
+
+
+def test_a_gpus_samples_are_free_of_the_host() -> None:
+    fits = calibrate(synthetic("gpu"), "gpu")
+    fit = fits["matmul"]["fp32"]
+    assert (fit.rate, fit.k0, fit.overhead) == pytest.approx((RATE, K0, OVERHEAD), rel=1e-4)
+    assert fits["memory_bandwidth"] == pytest.approx(MEMORY, rel=1e-6)
+    assert fits["host"] == HostFit(*HOST.values())
+    assert fits["concurrency"] == ()
+
+
+def test_a_single_gpu_has_no_collectives() -> None:
+    links = ("send_recv", "all_reduce", "all_gather", "reduce_scatter")
+    assert calibrate([s for s in synthetic("gpu") if s.kind not in links], "gpu")["collectives"] == {}
 
 
 def test_five_percent_of_noise_costs_no_more_than_ten_percent_of_the_rate() -> None:
