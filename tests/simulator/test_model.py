@@ -29,8 +29,8 @@ PUBLISHED = {
 
 
 def test_every_preset_is_published_or_our_own() -> None:
-    """The small one is for trying things out; nobody has counted it."""
-    assert set(names("models")) - set(PUBLISHED) <= {"llama-bytes-10m"}
+    """Small models over bytes are for trying things out; nobody has counted them."""
+    assert all(name in PUBLISHED or name.startswith("llama-bytes-") for name in names("models"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
