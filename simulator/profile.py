@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -114,23 +115,31 @@ def cluster_of(profile: Profile) -> ClusterSpec:
     )
 
 
-def calibrate(samples: Sequence[Sample]) -> dict[str, object]:
+def calibrate(samples: Sequence[Sample], kind: Literal["cpu", "gpu"] = "cpu") -> dict[str, object]:
     """The constants that samples determine, as keyword arguments of Profile.
+
+    Args:
+        kind: on a CPU the host's work for a kernel is part of its sample and taken off; a GPU works beside the host,
+            and its samples are the device's alone.
 
     Raises:
         UserError: samples of a kind that every profile needs are missing.
     """
     host = HostFit(*(_median(samples, kind) for kind in ("host_forward", "host_backward", "dtensor")))
-    link_latency, link_bandwidth = _fit_link(samples)
+    serial = host if kind == "cpu" else HostFit(0.0, 0.0)
+    memory_bandwidth = _fit_memory(samples)
+    # A single device has no link: then no collective is ever asked for, and messages stay in its memory.
+    alone = not any(s.kind == "send_recv" for s in samples) and kind == "gpu"
+    link_latency, link_bandwidth = (0.0, memory_bandwidth) if alone else _fit_link(samples)
     return {
         "host": host,
-        "matmul": _fit_matmul(samples, host.forward),
-        "memory_bandwidth": _fit_memory(samples, host.forward),
-        "attention": _fit_attention(samples, host),
+        "matmul": _fit_matmul(samples, serial.forward),
+        "memory_bandwidth": memory_bandwidth,
+        "attention": _fit_attention(samples, serial),
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
-        "collectives": _fit_collectives(samples, link_bandwidth),
-        "concurrency": _concurrency(samples),
+        "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
+        "concurrency": _concurrency(samples) if kind == "cpu" else (),
     }
 
 
@@ -175,15 +184,19 @@ def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
         chosen = [s for s in _of(samples, "matmul") if s.precision == precision]
         m, n, k = np.array([s.sizes for s in chosen]).T
         features = np.stack([2 * m * n * k, 2 * m * n, np.ones_like(m)], axis=1)
-        per_flop, per_output, overhead = non_negative_fit(features, _beyond(chosen, host))
-        result[precision] = MatmulFit(rate=1 / per_flop, k0=per_output / per_flop, overhead=overhead)
+        per_flop, per_output, constant = non_negative_fit(features, np.array([s.seconds for s in chosen]))
+        overhead = max(0.0, float(constant) - host)
+        result[precision] = MatmulFit(rate=float(1 / per_flop), k0=float(per_output / per_flop), overhead=overhead)
     return result
 
 
-def _fit_memory(samples: Sequence[Sample], host: float) -> float:
+def _fit_memory(samples: Sequence[Sample]) -> float:
+    """Bytes per second. The constant is the host's part and fitted with it: for the smallest tensors it is most of
+    the time, and taking off the host's average kernel instead would leave anything."""
     chosen = _of(samples, "memory")
     size = np.array([s.sizes[0] for s in chosen])
-    return float(1 / non_negative_fit(size[:, None], _beyond(chosen, host))[0])
+    features = np.stack([size, np.ones_like(size)], axis=1)
+    return float(1 / non_negative_fit(features, np.array([s.seconds for s in chosen]))[0])
 
 
 def _fit_attention(samples: Sequence[Sample], host: HostFit) -> tuple[AttentionKernel, ...]:
@@ -224,7 +237,8 @@ def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
 
 def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[CollectiveFit, ...]]:
     result = {}
-    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+    measured = {s.kind for s in samples}
+    for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv", *({"all_to_all"} & measured)):
         fits = []
         for ranks in sorted({int(s.sizes[0]) for s in _of(samples, kind)}):
             chosen = [s for s in _of(samples, kind) if s.sizes[0] == ranks]

@@ -1,0 +1,33 @@
+# Every target sets up what it needs in .venv, so that a fresh clone needs nothing but Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
+	$(BIN)/layoutwise demo -o out/demo
+
+test: $(READY)  ## the suite, without what is marked slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-all: $(READY)  ## the suite with the slow tests
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## how fast the tool itself answers
+	$(BIN)/python benchmarks/answer_time.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,54 @@
+"""How long the tool takes to answer, as a user waits for it: whole processes, medians of several runs.
+
+    python benchmarks/answer_time.py [runs]
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+JOB = """
+model = "{model}"
+cluster = "{cluster}"
+nodes = {nodes}
+[training]
+global_batch_size = {batch}
+seq_len = {seq_len}
+stack = "{stack}"
+"""
+
+JOBS = {
+    "llama-3.1-8b, 8 H100": dict(model="llama-3.1-8b", cluster="dgx-h100", nodes=1, batch=128, seq_len=8192),
+    "llama-3.1-70b, 256 H100": dict(model="llama-3.1-70b", cluster="dgx-h100", nodes=32, batch=512, seq_len=8192),
+    "gpt3-175b, 1024 A100": dict(model="gpt3-175b", cluster="dgx-a100", nodes=128, batch=1536, seq_len=2048),
+}
+
+
+def seconds(command: list[str]) -> float:
+    """Wall seconds of one run of a command."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    layoutwise = [sys.executable, "-m", "planner.cli"]
+    commands = {"layoutwise --help": [*layoutwise, "--help"]}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, job in JOBS.items():
+            path = Path(folder) / f"{name.replace(' ', '-')}.toml"
+            path.write_text(JOB.format(**job, stack="megatron-core"), encoding="utf-8")
+            commands[f"layoutwise plan: {name}"] = [*layoutwise, "plan", str(path), "-o", folder]
+        for name, command in commands.items():
+            taken = [seconds(command) for _ in range(runs)]
+            print(f"{name:45} median {statistics.median(taken):6.2f} s  (min {min(taken):.2f}, max {max(taken):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The whole story on one machine: plan a large job; then measure, plan, run and compare here.
+
+Like the command line that starts it, this module may import every package, inside its functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from planner import show
+from planner.plan import Plan, write_plan
+from planner.search import plan
+from simulator.files import write_text
+from simulator.job import Job, build_job
+
+Progress = Callable[[str, float], None]
+
+LARGE_JOB = {
+    "model": "llama-3.1-70b",
+    "cluster": "dgx-h100",
+    "nodes": 32,
+    "training": {"global_batch_size": 512, "seq_len": 8192, "stack": "megatron-core"},
+}
+SMALL_JOB = {
+    "model": "llama-bytes-12m",
+    "cluster": "this-machine",
+    "nodes": 1,
+    "training": {"global_batch_size": 8, "seq_len": 128, "learning_rate": 1e-3},
+}
+# The reference first. Each pins the axes; the planner chooses the rest (micro-batch, recompute, schedule).
+RIVALS: dict[str, dict[str, list[Any]]] = {
+    "one process": {"dp_replicate": [1], "dp_shard": [1], "tp": [1], "pp": [1]},
+    "data parallel 2": {"dp_replicate": [2], "dp_shard": [1], "tp": [1], "pp": [1]},
+    "tensor parallel 2": {"dp_replicate": [1], "dp_shard": [1], "tp": [2], "pp": [1]},
+    "pipeline 2": {"dp_replicate": [1], "dp_shard": [1], "tp": [1], "pp": [2]},
+    "pipeline 2 + data 2": {"dp_replicate": [2], "dp_shard": [1], "tp": [1], "pp": [2]},
+}
+STEPS, WARMUP = 20, 5
+
+
+def run_demo(output: Path, report: Progress) -> None:
+    """Tell the story, print each chapter's result, and leave its files in `output`."""
+    from reports.plots import predicted_vs_measured
+
+    report("planning llama-3.1-70b on 256 GPUs", 0.0)
+    large = plan(build_job(LARGE_JOB, "the demo's large job"), progress=lambda what, _: report(what, 0.02))
+    write_plan(large, output / "large" / "plan.json")
+    show.print_plan(large)
+
+    profile = _measure(output, report)
+    small = plan(build_job(SMALL_JOB | {"profile": str(profile)}, "the demo's small job"))
+    write_plan(small, output / "plan.json")
+    show.print_plan(small)
+
+    comparisons = _run_all(small, output, report)
+    report("drawing", 0.98)
+    machine = f"{small.job.model.name} on this machine ({small.job.world_size} processors, gloo)"
+    figure = predicted_vs_measured(comparisons, output / "predicted_vs_measured.png", machine)
+    text = write_text(output / "report.md", _report(large, small, comparisons, figure.name))
+    for path in (output / "plan.json", figure, text):
+        typer.echo(f"written to {path}")
+
+
+def _measure(output: Path, report: Progress) -> Path:
+    from runtime.measure import measure
+
+    path = output / "profile.json"
+    show.print_profile(measure(path, lambda what, done: report(f"measuring {what}", 0.05 + 0.25 * done)))
+    return path
+
+
+def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
+    """Run the rivals, and the recommendation where it is none of them, and put each beside its prediction."""
+    from reports.tables import Comparison
+    from runtime.launchers import run_here
+
+    plans = {name: plan(dataclasses.replace(small.job, search=pinned), top=1) for name, pinned in RIVALS.items()}
+    if small.layout not in [rival.layout for rival in plans.values()]:
+        plans["recommended"] = small
+    comparisons = []
+    for place, (name, rival) in enumerate(plans.items()):
+        folder = output / "runs" / name.replace(" + ", "-").replace(" ", "-")
+        path = write_plan(rival, folder / "plan.json")
+        done = 0.3 + 0.65 * place / len(plans)
+        report(f"training: {name}", done)
+        measured = run_here(
+            path, folder / "measurement.json", steps=STEPS, warmup=WARMUP,
+            progress=lambda step, steps, name=name, done=done: report(
+                f"training: {name}, step {step}", done + 0.65 / len(plans) * step / steps
+            ),
+        )  # fmt: skip
+        mark = " (recommended)" if rival.layout == small.layout and name != "recommended" else ""
+        comparisons.append(Comparison(name + mark, rival.best, measured))
+        show.print_measurement(measured, rival.best)
+    return comparisons
+
+
+def _report(large: Plan, small: Plan, comparisons: list[Any], figure: str) -> str:
+    """report.md: both recommendations and the comparison."""
+    from reports.tables import comparison_table, prediction_table
+
+    errors = sorted(abs(c.error) for c in comparisons)
+    ranked = [(f"{i}", p) for i, p in enumerate((large.best, *large.runners_up), start=1)]
+    return "\n".join(
+        [
+            "# layoutwise demo",
+            "",
+            f"## {_title(large.job)}",
+            "",
+            prediction_table([*ranked, ("data parallel", large.baseline)]),
+            f"## {_title(small.job)}",
+            "",
+            f"Recommended: `{small.layout.short()}`. Every constant was measured on this machine just before; "
+            f"the median error of the step time is {errors[len(errors) // 2]:.1%}.",
+            "",
+            comparison_table(comparisons),
+            f"![predicted and measured speedup]({figure})",
+            "",
+        ]
+    )
+
+
+def _title(job: Job) -> str:
+    batch = f"{job.training.global_batch_size} x {job.training.seq_len} tokens"
+    return f"{job.model.name} on {job.nodes} x {job.cluster.name}, {batch} a step, {job.training.precision}"
+
+

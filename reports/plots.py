@@ -1,0 +1,49 @@
+"""Figures. Every function draws one figure into one file and returns its path."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from reports.tables import Comparison, speedups
+from simulator.files import write_bytes
+
+matplotlib.use("Agg")
+
+PREDICTED, MEASURED = "#9db4d0", "#1f4e79"
+
+
+def predicted_vs_measured(comparisons: Sequence[Comparison], path: Path | str, title: str) -> Path:
+    """Bars of the speedup over the first layout, predicted beside measured.
+
+    Error bars of the measurement span the 10th to 90th percentile of its step times. Above each pair stands the error
+    of the predicted step time.
+    """
+    from matplotlib import pyplot as plt
+
+    results = speedups(comparisons)
+    figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(results), 4.6), layout="constrained")
+    places = range(len(results))
+    spread = [[r.measured - r.low for r in results], [r.high - r.measured for r in results]]
+    axes.bar([x - 0.2 for x in places], [r.predicted for r in results], 0.38, color=PREDICTED, label="predicted")
+    axes.bar(
+        [x + 0.2 for x in places], [r.measured for r in results], 0.38, color=MEASURED, label="measured",
+        yerr=spread, ecolor="#d08030", capsize=4,
+    )  # fmt: skip
+    for x, result, comparison in zip(places, results, comparisons, strict=True):
+        top = max(result.predicted, result.high)
+        axes.annotate(f"{comparison.error:+.0%}", (x, top), (0, 5), textcoords="offset points", ha="center", fontsize=9)
+    axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set_xticks(list(places), [c.name.replace(" + ", "\n+ ") for c in comparisons])
+    axes.set_ylabel(f"speedup over {comparisons[0].name}")
+    axes.set_ylim(top=1.15 * max(max(r.predicted, r.high) for r in results))
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return write_bytes(path, buffer.getvalue())

@@ -1,0 +1,142 @@
+"""The engine against closed forms: bubbles, exposed communication, shared processors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
+from simulator.engine import Processors, run_program, simulate_step
+from simulator.job import Job, build_job
+from simulator.layout import Layout
+from simulator.program import Program, with_communication
+from simulator.schedules import compute_order
+from simulator.stage import StageCost, Work
+
+FREE = {
+    kind: (CollectiveFit(ranks=2, latency=0.0, efficiency=1e30),)
+    for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
+}
+
+
+def ideal_job(pp: int, microbatches: int, message_bandwidth: float = 1e30) -> Job:
+    """A job on `pp` devices whose network and optimizer cost nothing, unless messages are given a bandwidth."""
+    gpu = Gpu("ideal", "gpu", 1e12, 1e30, {"bf16": 1e15}, {"bf16": MatmulFit(1e15)}, source="made up")
+    fits = FREE | {"send_recv": (CollectiveFit(ranks=2, latency=0.0, efficiency=1.0),)}
+    cluster = ClusterSpec("ideal", gpu, pp, Link("ideal", message_bandwidth, 0.0, fits), source="made up")
+    job = build_job(
+        {"model": "gpt2", "cluster": "dgx-a100", "nodes": 1, "training": {"global_batch_size": microbatches}}, "test"
+    )
+    return dataclasses.replace(job, cluster=cluster)
+
+
+def program(layout: Layout, microbatches: int, forward: float, backward: float, **cost: float) -> Program:
+    """Every rank holds the same work: a forward of its layers takes `forward` over all its chunks."""
+    chunks = layout.virtual_stages
+    stage = StageCost(
+        forward=Work(compute=forward / chunks), backward=Work(compute=backward / chunks), parameters=0.0, saved=0.0,
+        working=0.0, largest_unit=0.0, units=4, reduce=cost.get("reduce", 0.0), gather=0.0,
+    )  # fmt: skip
+    stages = (stage,) * layout.stages
+    orders = (compute_order(layout.schedule, r, layout.pp, chunks, microbatches) for r in range(layout.pp))
+    return Program(tuple(tuple(with_communication(order, layout, stages)) for order in orders), stages)
+
+
+@pytest.mark.parametrize("times", [(1.0, 2.0), (1.0, 1.6), (2.0, 1.0)])
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B"])
+def test_bubble_is_the_closed_form(name: str, pp: int, times: tuple[float, float]) -> None:
+    """(P-1)(F+B)/v beyond the ideal m(F+B): arXiv 2104.04473, section 2.2."""
+    forward, backward = times
+    chunks, m = (2 if name == "Interleaved1F1B" else 1), 4 * pp
+    layout = Layout(pp=pp, schedule=name, virtual_stages=chunks)  # type: ignore[arg-type]
+    run = run_program(ideal_job(pp, m), layout, program(layout, m, forward, backward))
+    assert run.step_seconds == pytest.approx((m + (pp - 1) / chunks) * (forward + backward))
+    assert run.breakdown.bubble == pytest.approx((pp - 1) / chunks * (forward + backward))
+
+
+@given(pp=st.integers(1, 6), per_rank=st.integers(1, 4), forward=st.floats(0.1, 3), backward=st.floats(0.1, 6))
+@settings(deadline=None, max_examples=40)
+def test_breakdown_sums_to_the_step(pp: int, per_rank: int, forward: float, backward: float) -> None:
+    m, layout = pp * per_rank, Layout(pp=pp)
+    run = run_program(ideal_job(pp, m), layout, program(layout, m, forward, backward))
+    assert run.breakdown.total() == pytest.approx(run.step_seconds)
+
+
+def test_slow_messages_are_counted_as_pp() -> None:
+    """Two ranks, one microbatch: F0, message, F1, B1, message, B0. A message of 1024·768 bf16 is 1.57e6 bytes."""
+    layout, size = Layout(pp=2), 1024 * 768 * 2
+    job = ideal_job(2, 1, message_bandwidth=size / 0.5)
+    job = dataclasses.replace(job, training=dataclasses.replace(job.training, global_batch_size=1))
+    run = run_program(job, layout, program(dataclasses.replace(layout, schedule="GPipe"), 1, 1.0, 2.0))
+    assert run.step_seconds == pytest.approx(1 + 0.5 + 1 + 2 + 0.5 + 2)
+    assert run.breakdown.pp == pytest.approx(0.5)
+
+
+def test_reduction_hides_behind_the_last_backward() -> None:
+    """Four buckets of 0.2 s behind a backward of 2 s: three hide, the last one follows. Without overlap all 0.8 s."""
+    layout = Layout(dp_replicate=2)
+    job = ideal_job(2, 2)
+    stack = dataclasses.replace(job.stack, overlap_grad_reduce=True)
+    run = run_program(dataclasses.replace(job, stack=stack), layout, program(layout, 1, 1.0, 2.0, reduce=0.8))
+    assert run.step_seconds == pytest.approx(3.2)
+    assert run.breakdown.dp == pytest.approx(0.2)
+    stack = dataclasses.replace(job.stack, overlap_grad_reduce=False)
+    run = run_program(dataclasses.replace(job, stack=stack), layout, program(layout, 1, 1.0, 2.0, reduce=0.8))
+    assert run.step_seconds == pytest.approx(3.8)
+
+
+def test_long_reduction_is_exposed() -> None:
+    """Four buckets of 1 s ready at 0.5, 1, 1.5 and 2 s of the backward: the stream ends at 0.5 + 4 = 4.5 s."""
+    layout, job = Layout(dp_replicate=2), ideal_job(2, 2)
+    job = dataclasses.replace(job, stack=dataclasses.replace(job.stack, overlap_grad_reduce=True))
+    run = run_program(job, layout, program(layout, 1, 1.0, 2.0, reduce=4.0))
+    assert run.step_seconds == pytest.approx(1.0 + 4.5)
+
+
+def test_processors_share_and_log() -> None:
+    """Two processors: one job alone runs at full speed, two at 0.8 each, four at half of that."""
+    env, log = simpy.Environment(), []
+    pool = Processors(env, (1.0, 0.8))
+
+    def worker(name: str, start: float, seconds: float, ranks: int) -> simpy.events.ProcessGenerator:
+        yield env.timeout(start)
+        yield pool.work(seconds, ranks)
+        log.append((round(env.now, 9), name))
+
+    env.process(worker("a", 0.0, 2.0, 1))  # 1 s alone, then 1 s of work at 0.8 beside b: done at 2.25
+    env.process(worker("b", 1.0, 1.0, 1))  # 1 s of work at 0.8: done at 2.25 too
+    env.process(worker("c", 3.0, 1.0, 4))  # four ranks on two processors: 0.8 · 2/4 = 0.4, done at 5.5
+    env.run()
+    assert log == [(2.25, "a"), (2.25, "b"), (5.5, "c")]
+
+
+def test_spans_carry_torchs_names() -> None:
+    layout, job = Layout(pp=2), ideal_job(2, 2)
+    run = run_program(job, layout, program(layout, 2, 1.0, 2.0), trace=True)
+    compute = [s.name for s in run.spans if s.stream == "compute" and s.rank == 0]
+    assert compute == ["PP:0F0", "PP:0F1", "PP:0B0", "PP:0B1", "OPTIMIZER"]
+    assert not run_program(job, layout, program(layout, 2, 1.0, 2.0)).spans
+
+
+@given(factor=st.floats(1.0, 8.0), tp=st.sampled_from([1, 2, 8]), pp=st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=20)
+def test_more_bandwidth_never_slows_a_step(factor: float, tp: int, pp: int) -> None:
+    job = build_job(
+        {"model": "llama-3.1-8b", "cluster": "dgx-h100", "nodes": 4, "training": {"global_batch_size": 128}}, "test"
+    )
+    dp = 32 // (tp * pp)
+    layout = Layout(dp_shard=dp, zero_stage=1, tp=tp, pp=pp, sequence_parallel=tp > 1)
+    cluster, out = job.cluster, job.cluster.scale_out
+    assert out is not None
+    faster = dataclasses.replace(
+        cluster,
+        scale_up=dataclasses.replace(cluster.scale_up, bandwidth=cluster.scale_up.bandwidth * factor),
+        scale_out=dataclasses.replace(out, bandwidth=out.bandwidth * factor),
+    )
+    before = simulate_step(job, layout).step_seconds
+    assert simulate_step(dataclasses.replace(job, cluster=faster), layout).step_seconds <= before * (1 + 1e-9)
