@@ -1,0 +1,114 @@
+"""`torchrun --nproc-per-node N -m runtime plan.json`: train a plan's model with exactly its layout."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from planner.plan import read_plan
+from runtime.launchers import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
+from simulator.errors import UserError
+from simulator.files import plain, write_json
+
+# A rank that waits longer than this for another has lost it.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank. Returns the exit code: 0 done, 2 the user's error; anything else leaves a traceback."""
+    options = _parse(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
+    try:
+        _run(options.plan, options.steps, options.warmup, options.output)
+    except UserError as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="torchrun -m runtime", description=__doc__)
+    parser.add_argument("plan", type=Path, help="plan.json, written by `layoutwise plan`")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimizer steps in all (%(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=DEFAULT_WARMUP, help="steps left out of the step times (%(default)s)"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
+    return parser.parse_args(arguments)
+
+
+def _run(path: Path, steps: int, warmup: int, output: Path | None) -> None:
+    plan = read_plan(path)
+    check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)), steps, warmup)
+    # torch's notices about its own internals are nothing that a user could act on.
+    warnings.filterwarnings("ignore", module="torch")
+    from runtime.trainer import train
+
+    with _process_group() as rank:
+        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None)
+        if rank != 0:
+            return
+        if output is None:
+            print(json.dumps(plain(measurement), indent=2))
+        else:
+            write_json(output, measurement)
+
+
+def _show_step(step: int, steps: int, loss: float, grad_norm: float, seconds: float) -> None:
+    print(
+        f"step {step}/{steps}  loss {loss:.4f}  grad norm {grad_norm:.4f}  {seconds:.4f} s", file=sys.stderr, flush=True
+    )
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[int]:
+    """The default process group of this rank: NCCL on GPUs, gloo on processors. Yields the rank."""
+    import torch
+    import torch.distributed as dist
+
+    from runtime.trainer import find_device
+
+    device = find_device()
+    if device.type == "cuda":
+        if (count := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise UserError(
+                f"this machine has {count} GPUs, but {os.environ['LOCAL_WORLD_SIZE']} ranks are to run on it"
+            )
+        torch.cuda.set_device(device)
+        dist_options = {"backend": "nccl", "device_id": device}
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        dist_options = {"backend": "gloo"}
+    if "WORLD_SIZE" not in os.environ:
+        # Started without torchrun, as a single process.
+        dist_options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(timeout=COLLECTIVE_TIMEOUT, **dist_options)
+    yield dist.get_rank()
+    # Not after an error: it waits for ranks that may be gone, while torchrun waits for this one to end.
+    dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Die when torchrun dies. Ranks have sessions of their own, so that no signal to torchrun's group reaches them."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

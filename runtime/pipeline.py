@@ -1,0 +1,98 @@
+"""Pipeline stages of a rank, and torch's own schedule over them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from runtime.model import Stage
+from runtime.parallelize import activation_dtype
+from simulator.job import Training
+from simulator.layout import Layout
+from simulator.model import ModelSpec
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def blocks_of(layout: Layout, num_hidden_layers: int, stage: int) -> range:
+    """Indices of the blocks in a stage."""
+    bounds = [0, *itertools.accumulate(layout.layers_per_stage(num_hidden_layers))]
+    return range(bounds[stage], bounds[stage + 1])
+
+
+def build_stage(spec: ModelSpec, layout: Layout, seq_len: int, stage: int) -> Stage:
+    """One stage of the model on the meta device; the whole model where the layout has no pipeline."""
+    with torch.device("meta"):
+        blocks = blocks_of(layout, spec.num_hidden_layers, stage)
+        return Stage(spec, seq_len, blocks, first=stage == 0, last=stage == layout.stages - 1)
+
+
+def build_schedule(
+    modules: Sequence[nn.Module],
+    spec: ModelSpec,
+    layout: Layout,
+    training: Training,
+    mesh: DeviceMesh,
+    device: torch.device,
+    loss: LossFunction,
+) -> Any:
+    """Torch's schedule over this rank's stages, in the order of `Layout.stages_of`.
+
+    The loss is per microbatch and divided by their number already, so torch must not scale gradients again.
+    """
+    numbers = layout.stages_of(mesh["pp"].get_local_rank())
+    stages = [
+        _pipeline_stage(module, number, spec, layout, training, mesh, device)
+        for module, number in zip(modules, numbers, strict=True)
+    ]
+    count = layout.microbatches(training.global_batch_size)
+    if layout.schedule == "Interleaved1F1B":
+        return ScheduleInterleaved1F1B(stages, count, loss_fn=loss, scale_grads=False)
+    kind = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[layout.schedule]
+    return kind(stages[0], count, loss_fn=loss, scale_grads=False)
+
+
+def _pipeline_stage(
+    module: nn.Module,
+    number: int,
+    spec: ModelSpec,
+    layout: Layout,
+    training: Training,
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> PipelineStage:
+    """A stage with the shapes of its inputs and outputs given.
+
+    Without them torch finds the shapes by running a forward and a backward before the first step, which DDP does not
+    survive with several stages on a rank (its reducer counts every parameter twice, torch 2.13).
+    """
+    batch, length = layout.micro_batch_size, training.seq_len
+    share = length // (layout.tp if layout.sequence_parallel else 1)
+    tokens = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    stream = torch.empty(
+        (batch, share, spec.hidden_size),
+        dtype=activation_dtype(layout, training),
+        device="meta",
+        requires_grad=True,
+    )
+    logits = torch.empty(
+        (batch, length, spec.vocab_size),
+        dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        device="meta",
+        requires_grad=True,
+    )
+    return PipelineStage(
+        module,
+        number,
+        layout.stages,
+        device,
+        input_args=(tokens if number == 0 else stream,),
+        output_args=(logits if number == layout.stages - 1 else stream,),
+        group=mesh["pp"].get_group(),
+    )

@@ -1,0 +1,70 @@
+"""What a run measured: step times, losses, peak memory -> Measurement."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import sys
+
+import torch
+import torch.distributed as dist
+
+from planner.plan import Plan
+from simulator.results import Measurement, Quantiles
+
+
+class Recorder:
+    """Collects one rank's steps; `measurement` joins all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def add(self, seconds: float, loss: float, grad_norm: float) -> None:
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+
+    def measurement(self, plan: Plan, warmup: int) -> Measurement:
+        """The same on every rank: a step lasts as long as on its slowest rank."""
+        seconds = torch.tensor(self.seconds, dtype=torch.float64, device=self.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        peaks = [torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(peaks, torch.full_like(peaks[0], peak_memory(self.device)))
+        spread = quantiles(seconds[warmup:].tolist())
+        return Measurement(
+            layout=plan.layout,
+            world_size=dist.get_world_size(),
+            steps=len(self.seconds),
+            warmup=warmup,
+            step_seconds=spread,
+            tokens_per_second=plan.job.tokens_per_step / spread.median,
+            peak_memory=tuple(peak.item() for peak in peaks),
+            losses=tuple(self.losses),
+            grad_norms=tuple(self.grad_norms),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+        )
+
+
+def quantiles(seconds: list[float]) -> Quantiles:
+    """Median and spread of at least one number, interpolated between neighbours."""
+    if len(seconds) == 1:
+        return Quantiles(*seconds * 3)
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return Quantiles(median=statistics.median(seconds), p10=tenths[0], p90=tenths[-1])
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: what torch allocated at most since the run began on a GPU; on a CPU the largest resident set that the
+    process ever had, interpreter and libraries included."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
