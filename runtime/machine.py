@@ -1,0 +1,87 @@
+"""The machine that ranks run on: processors and memory that this process may use, and the environment of a rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+# What a rank without a GPU runs with. One thread, because each rank stands for one processor. The two others keep
+# freed memory in the process (glibc, mallopt(3): never mmap, never trim): otherwise each step takes its large
+# activations as fresh pages, whose faults cost more than the kernels that fill them. Other C libraries ignore them.
+CPU_RANK_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+
+
+def processors(root: Path = Path("/")) -> int:
+    """Processors that this process may use: its affinity, or the quota of its control groups if that is less.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = math.inf
+    for folder in _cgroup_folders(root, "cpu"):
+        text = _read(folder / "cpu.max") or " ".join(
+            (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+        )
+        limit, _, period = text.strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            quota = min(quota, int(limit) / int(period))
+    return max(1, int(min(allowed, quota)))
+
+
+def memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or the limit of its control groups if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder in _cgroup_folders(root, "memory"):
+        limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    statm = _read(Path("/proc/self/statm"))
+    if statm:
+        return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    # Without /proc (macOS) only the peak is known, and in bytes there.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def processor_name() -> str:
+    """The processor's name as the kernel shows it."""
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's control groups, outermost last, for version 2 and for a controller of version 1.
+
+    Inside a container /proc names the group as the host sees it, so folders that do not exist are only skipped.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        group = mount / path.lstrip("/")
+        yield group
+        yield from (parent for parent in group.parents if parent.is_relative_to(mount))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""`layoutwise measure`: microbenchmarks of this machine, and the Profile that they determine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from runtime.machine import CPU_RANK_ENVIRONMENT
+from simulator.errors import UserError
+from simulator.files import read_json, write_json
+from simulator.profile import Profile, Sample, calibrate
+
+Progress = Callable[[str, float], None]
+GridName = Literal["full", "quick"]
+
+# Above this spread of repeated products (p90 - p10, relative to the median) something else was using the machine.
+NOISY = 0.3
+# Seconds that one number of ranks may take: some 30 times what a quiet machine needs, start included.
+TIME_LIMIT = 600.0
+# The word that begins a line of progress from `runtime.microbenchmarks`; that module loads torch, this one does not.
+PROGRESS = "layoutwise-progress"
+
+
+def measure(output: Path, progress: Progress | None = None, grid: GridName = "full") -> Profile:
+    """Measure this machine and write its profile.
+
+    Args:
+        output: the file to write, whole or not at all.
+        progress: called with a step's name and the fraction of the whole that is done.
+        grid: "full" or "quick"; quick takes a third of the time, and its constants are rough.
+
+    Raises:
+        UserError: the microbenchmarks failed or took too long; the message carries their last lines.
+    """
+    report: Progress = progress or (lambda name, fraction: None)
+
+    def part(start: float, share: float) -> Progress:
+        return lambda name, fraction: report(name, start + fraction * share)
+
+    # Kernels of one rank take about half of the time.
+    machine, samples = _measure_ranks(1, grid, part(0.0, 0.5))
+    worlds = world_sizes(machine["kind"], machine["devices"], grid)
+    for index, ranks in enumerate(worlds):
+        samples += _measure_ranks(ranks, grid, part(0.5 + index / len(worlds) / 2, 0.5 / len(worlds)))[1]
+    profile = profile_of(machine, samples)
+    write_json(output, profile)
+    report("done", 1.0)
+    if noise(samples) > NOISY:
+        print(
+            f"warning: repeated matrix products lie {noise(samples):.0%} apart (above {NOISY:.0%}): other work "
+            "disturbed the measurement; measure again on a quiet machine",
+            file=sys.stderr,
+        )
+    return profile
+
+
+def world_sizes(kind: str, devices: int, grid: GridName = "full") -> list[int]:
+    """Numbers of ranks beyond one that are measured: powers of two and all devices, on a CPU up to two on each.
+
+    >>> world_sizes("cpu", 2), world_sizes("gpu", 8), world_sizes("cpu", 6), world_sizes("gpu", 1)
+    ([2, 4], [2, 4, 8], [2, 4, 6, 8, 12], [])
+    """
+    most = 2 * devices if kind == "cpu" else devices
+    if grid == "quick":
+        most = min(2, most)
+    sizes = {2**i for i in range(1, most.bit_length())} | {devices, most}
+    return sorted(size for size in sizes if 1 < size <= most)
+
+
+def profile_of(machine: dict[str, Any], samples: Sequence[Sample]) -> Profile:
+    """The profile of a machine that described itself, with the constants fitted to the samples."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {"python": sys.version.split()[0], **machine["versions"]}
+    constants: dict[str, Any] = calibrate(samples, machine["kind"])
+    return Profile(created=now, samples=tuple(samples), **(machine | {"versions": versions}), **constants)
+
+
+def noise(samples: Sequence[Sample]) -> float:
+    """How far repeated products lie apart: the median over their sizes of (p90 - p10) / median."""
+    return float(np.median([(s.p90 - s.p10) / s.seconds for s in samples if s.kind == "matmul"]))
+
+
+def _measure_ranks(ranks: int, grid: GridName, report: Progress) -> tuple[dict[str, Any], list[Sample]]:
+    """Run the microbenchmarks on some ranks of this machine: how it describes itself, and its samples."""
+    with tempfile.TemporaryDirectory(prefix="layoutwise-") as folder:
+        result = Path(folder) / "samples.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "runtime.microbenchmarks", f"--grid={grid}", f"--output={result}"]
+        report(f"starting {ranks} rank{'s' if ranks > 1 else ''}", 0.0)
+        _run(command, Path(folder) / "errors.txt", report)
+        data = read_json(result, "result of the microbenchmarks")
+    samples = [Sample(**{**s, "sizes": tuple(s["sizes"])}) for s in data["samples"]]
+    return data["machine"], samples
+
+
+def _run(command: list[str], errors: Path, report: Progress) -> None:
+    """Run a command in a rank's environment, passing its lines of progress on.
+
+    Raises UserError when it fails or exceeds TIME_LIMIT.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | CPU_RANK_ENVIRONMENT | {"PYTHONPATH": path}
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        # torchrun ends its ranks when it is asked to, not when it is killed.
+        timer = threading.Timer(TIME_LIMIT, process.send_signal, (signal.SIGTERM,))
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                word, _, rest = line.strip().partition(" ")
+                if word == PROGRESS:
+                    fraction, _, name = rest.partition(" ")
+                    report(name, float(fraction))
+            code = process.wait()
+        finally:
+            timed_out = not timer.is_alive()
+            timer.cancel()
+            if process.poll() is None:
+                process.terminate()
+    if timed_out:
+        raise UserError(f"the microbenchmarks did not finish within {TIME_LIMIT:.0f} s; is the machine busy?")
+    if code != 0:
+        raise UserError(f"the microbenchmarks failed (exit code {code}): {_last_lines(errors.read_text())}")
+
+
+def _last_lines(text: str, count: int = 12) -> str:
+    """The end of an error output, where the first rank's exception stands before torchrun's own summary."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    failed = next((i for i, line in enumerate(lines) if "Traceback" in line), 0)
+    exceptions = [line for line in lines[failed:] if "Error" in line]
+    return exceptions[0].strip() if exceptions else "\n".join(lines[-count:])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m runtime.measure -o profile.json`."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.measure", description="Measure this machine.")
+    parser.add_argument("-o", "--output", type=Path, default=Path("profile.json"))
+    parser.add_argument("--quick", action="store_true", help="few sizes and repetitions: rough constants")
+    options = parser.parse_args(arguments)
+
+    def show(name: str, fraction: float) -> None:
+        print(f"{fraction:4.0%}  {name}", file=sys.stderr)
+
+    try:
+        profile = measure(options.output, show, "quick" if options.quick else "full")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    print(json.dumps({"profile": str(options.output), "name": profile.name, "noise": noise(profile.samples)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Microbenchmarks that ranks run on their devices: kernels, the host's work per kernel, shared processors, collectives.
+
+Started by `runtime.measure` under torchrun, once for every number of ranks; rank 0 writes the samples to a file.
+All cases of a kind are timed in turn, round after round, so that a disturbance meets many cases once and not one
+case always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What a training rank imports; its memory counts.
+from torch.distributed import fsdp, pipelining  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
+from runtime.measure import PROGRESS
+from simulator.files import write_json
+from simulator.profile import Sample
+
+KIB, MIB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes that are measured, and how often.
+
+    matmul: (m, n, k) of forward products; each is measured in the two forms of its backward too.
+    memory, collective: bytes. attention: sequence lengths at `tokens` tokens. seconds: the least length of one timing.
+    """
+
+    matmul: tuple[tuple[int, int, int], ...]
+    memory: tuple[int, ...]
+    attention: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    tokens: int
+    collective: tuple[int, ...]
+    concurrency_tokens: int
+    repeats: int
+    seconds: float
+
+
+_WEIGHTS = ((128, 128), (384, 128), (256, 256), (1024, 256), (256, 1024), (512, 512), (2048, 512), (512, 2048))
+_LARGE = ((64, 2048, 2048), (512, 4096, 512), (2048, 1024, 1024), (2048, 2048, 2048))
+GRIDS = {
+    "full": Grid(
+        matmul=tuple((m, n, k) for m in (64, 256, 1024) for n, k in _WEIGHTS) + _LARGE,
+        memory=tuple(64 * KIB * 2**i for i in range(10)),
+        attention=(64, 128, 256, 512, 1024),
+        head_dims=(32, 64, 128),
+        tokens=1024,
+        collective=(*(4 * KIB * 4**i for i in range(7)), 32 * MIB),
+        concurrency_tokens=1024,
+        repeats=6,
+        seconds=3e-3,
+    ),
+    "quick": Grid(
+        matmul=((64, 128, 128), (256, 256, 128), (256, 512, 256)),
+        memory=(64 * KIB, MIB, 4 * MIB),
+        attention=(64, 256),
+        head_dims=(32,),
+        tokens=256,
+        collective=(4 * KIB, 256 * KIB, MIB),
+        concurrency_tokens=128,
+        repeats=3,
+        seconds=1e-3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: call(i) runs it once on operands number i."""
+
+    kind: str
+    sizes: tuple[float, ...]
+    call: Callable[[int], object]
+    precision: str = ""
+
+
+class Operands:
+    """Tensors cut from one pool that is larger than the caches of a processor, one behind the other.
+
+    A training step comes back to a tensor after it has touched many others; operands that lie in the cache from the
+    last repetition would be too fast.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, elements: int = 16 * MIB) -> None:
+        self.pool = torch.randn(elements, device=device).to(dtype)
+        self.position = 0
+
+    def take(self, *shape: int) -> Tensor:
+        """The next tensor of this shape, a leaf that needs a gradient."""
+        count = math.prod(shape)
+        if self.position + count > self.pool.numel():
+            self.position = 0
+        part = self.pool[self.position : self.position + count]
+        self.position += count
+        return part.view(shape).requires_grad_()
+
+    def sets(self, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
+        """As many sets of tensors as the pool holds, between 2 and 64."""
+        count = self.pool.numel() // sum(math.prod(shape) for shape in shapes)
+        return [[self.take(*shape) for shape in shapes] for _ in range(max(2, min(64, count)))]
+
+
+def matmul_cases(grid: Grid, device: torch.device, precision: str) -> list[Case]:
+    """Forward products, and those of their backward: dX = dY W and dW = dYᵀ X."""
+    operands = Operands(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    cases = []
+    for m, n, k in grid.matmul:
+        sets = operands.sets((m, k), (n, k), (m, n))
+        forms: tuple[tuple[tuple[int, int, int], Callable[..., Tensor]], ...] = (
+            ((m, n, k), lambda x, w, g: F.linear(x, w)),
+            ((m, k, n), lambda x, w, g: g @ w),
+            ((n, k, m), lambda x, w, g: g.t() @ x),
+        )
+        cases += [Case("matmul", sizes, _on(form, sets), precision) for sizes, form in forms]
+    return cases
+
+
+def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
+    """The residual addition: two tensors read, one written."""
+    operands = Operands(device, torch.float32)
+    return [
+        Case("memory", (3.0 * size,), _on(torch.add, operands.sets((size // 4,), (size // 4,)))) for size in grid.memory
+    ]
+
+
+def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
+    """Scaled dot product attention on heads that lie as the projections leave them: (batch, seq, heads, head_dim)."""
+    # CUDA has fused kernels for 16 bits only.
+    operands = Operands(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    cases = []
+    for head_dim, seq, causal in itertools.product(grid.head_dims, grid.attention, (False, True)):
+        batch, heads = max(1, grid.tokens // seq), max(1, 256 // head_dim)
+        shape = (batch, seq, heads, head_dim)
+        sets = [[t.transpose(1, 2) for t in tensors] for tensors in operands.sets(shape, shape, shape, shape)[:8]]
+
+        def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, causal: bool = causal) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        graphs = [[forward(*tensors), *tensors] for tensors in sets]
+
+        def backward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> object:
+            return torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
+
+        sizes = (batch, heads, seq, head_dim, float(causal))
+        cases.append(Case("attention_forward", sizes, _on(forward, sets)))
+        cases.append(Case("attention_backward", sizes, _on(backward, graphs)))
+    return cases
+
+
+def _on(function: Callable[..., object], sets: Sequence[Sequence[Tensor]]) -> Callable[[int], object]:
+    return lambda i: function(*sets[i % len(sets)])
+
+
+def time_cases(cases: Sequence[Case], grid: Grid, device: torch.device) -> list[Sample]:
+    """Median seconds of each case, in rounds over all cases."""
+    counts = []
+    for case in cases:
+        first, second = _time(case, 1, device), _time(case, 1, device)
+        counts.append(max(1, min(200, int(grid.seconds / min(first, second)))))
+    rounds = [
+        [_time(case, count, device) for case, count in zip(cases, counts, strict=True)] for _ in range(1 + grid.repeats)
+    ]
+    # The first round takes its results' memory from the system, the others from what it gave back.
+    return [
+        sample(case.kind, case.sizes, times, case.precision)
+        for case, times in zip(cases, zip(*rounds[1:], strict=True), strict=True)
+    ]
+
+
+def _time(case: Case, count: int, device: torch.device) -> float:
+    """Seconds of one call, averaged over `count` calls. The results live until the end, as activations do."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        # The device waits until the host has queued the calls: their launches do not count.
+        torch.cuda._sleep(int(2e5 * count))
+        start.record()
+        results = [case.call(i) for i in range(count)]
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / count
+    begin = time.perf_counter()
+    results = [case.call(i) for i in range(count)]  # noqa: F841
+    return (time.perf_counter() - begin) / count
+
+
+def sample(kind: str, sizes: Sequence[float], seconds: Sequence[float], precision: str = "") -> Sample:
+    """The median and the spread of repeated timings."""
+    p10, median, p90 = (float(v) for v in np.percentile(seconds, (10, 50, 90)))
+    return Sample(kind, tuple(float(s) for s in sizes), median, p10, p90, precision)
+
+
+class _TinyMLP(nn.Module):
+    """A gated feed-forward layer so small that its time is the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False, device=device) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+# Kernels of _TinyMLP: three products, silu, multiplication, addition; backward two per product, one for silu, two
+# for the multiplication and two additions where a tensor's gradients meet.
+_FORWARD_KERNELS, _BACKWARD_KERNELS, _BACKWARD_PRODUCTS, _PRODUCTS = 6, 11, 6, 3
+
+
+def host_samples(grid: Grid, device: torch.device, layers: int = 30) -> list[Sample]:
+    """Seconds of the host for one kernel, forward and backward; and what DTensor adds to each kernel of a product
+    that tensor parallelism cuts (ColwiseParallel, RowwiseParallel on a mesh of this rank alone)."""
+    plain = nn.ModuleList(_TinyMLP(device) for _ in range(layers))
+    plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    mesh = init_device_mesh(device.type, (1,))
+    parallel = nn.ModuleList(parallelize_module(_TinyMLP(device), mesh, plan) for _ in range(layers))
+    times = [[_time_layers(modules, device) for modules in (plain, parallel)] for _ in range(3 + 3 * grid.repeats)]
+    # The first rounds fill caches of DTensor and of the allocator.
+    forward, backward, forward_parallel, backward_parallel = np.array(times[3:]).reshape(-1, 4).T / layers
+    added = forward_parallel - forward + backward_parallel - backward
+    return [
+        sample("host_forward", (), list(forward / _FORWARD_KERNELS)),
+        sample("host_backward", (), list(backward / _BACKWARD_KERNELS)),
+        sample("dtensor", (), list(added / (_PRODUCTS + _BACKWARD_PRODUCTS))),
+    ]
+
+
+def _time_layers(layers: nn.ModuleList, device: torch.device) -> tuple[float, float]:
+    """Seconds of a chain of layers, forward and backward."""
+    x = torch.randn(8, 16, device=device, requires_grad=True)
+    start = _now(device)
+    for layer in layers:
+        x = layer(x)
+    middle = _now(device)
+    x.sum().backward()
+    return middle - start, _now(device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def concurrency_sample(grid: Grid, device: torch.device) -> Sample:
+    """Seconds of a small training step on every rank at once: 1 / the mean of the ranks' rates."""
+    layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
+    x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
+    times = []
+    for _ in range(1 + grid.repeats):
+        dist.barrier()
+        start = _now(device)
+        layer(x).sum().backward()
+        times.append(_now(device) - start)
+    rates = 1 / torch.tensor(times[1:], dtype=torch.float64)
+    dist.all_reduce(rates)
+    ranks = dist.get_world_size()
+    return sample("concurrency", (ranks,), (ranks / rates).tolist())
+
+
+def collective_cases(grid: Grid, device: torch.device) -> list[Case]:
+    """Collectives over all ranks, by the bytes of the whole buffer; messages between ranks 0 and 1."""
+    # torch 2.13 renames the two; older releases have only the long names.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    ranks = dist.get_world_size()
+    cases = []
+    for size in grid.collective:
+        elements = size // 4 // ranks * ranks
+        # Zeros, so that summing them again and again stays finite.
+        whole, part = torch.zeros(elements, device=device), torch.zeros(elements // ranks, device=device)
+        other = torch.zeros_like(whole)
+        calls = {
+            "all_reduce": _on(dist.all_reduce, [[whole]]),
+            "all_gather": _on(all_gather, [[whole, part]]),
+            "reduce_scatter": _on(reduce_scatter, [[part, whole]]),
+            "all_to_all": _on(dist.all_to_all_single, [[other, whole]]),
+        }
+        if ranks == 2:
+            calls["send_recv"] = functools.partial(_message, whole)
+        cases += [Case(kind, (ranks, 4.0 * elements), call) for kind, call in calls.items()]
+    return cases
+
+
+def _message(tensor: Tensor, i: int) -> None:
+    """A message from rank 0 to rank 1, and back the next time: the receiver of one is the sender of the next."""
+    operation = dist.isend if dist.get_rank() == i % 2 else dist.irecv
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, 1 - dist.get_rank())]):
+        work.wait()
+
+
+def collective_samples(grid: Grid, device: torch.device) -> list[Sample]:
+    """Median seconds of each case on the slowest rank."""
+    cases = collective_cases(grid, device)
+    estimate = torch.tensor([[_time_together(case, 2, device) for _ in range(2)] for case in cases]).amin(1)
+    # All ranks must make the same number of calls; an even one, so that messages go there and back.
+    dist.all_reduce(estimate, dist.ReduceOp.MAX)
+    counts = [2 * max(1, min(25, int(2 * grid.seconds / seconds))) for seconds in estimate.tolist()]
+    rounds = torch.tensor(
+        [
+            [_time_together(case, count, device) for case, count in zip(cases, counts, strict=True)]
+            for _ in range(grid.repeats)
+        ]
+    )
+    dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    return [sample(case.kind, case.sizes, times) for case, times in zip(cases, rounds.T.tolist(), strict=True)]
+
+
+def _time_together(case: Case, count: int, device: torch.device) -> float:
+    """Seconds of one call on this rank, after all ranks have met."""
+    dist.barrier()
+    start = _now(device)
+    for i in range(count):
+        case.call(i)
+    return (_now(device) - start) / count
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """What a Profile says of the machine. Call it before anything is allocated: a process has memory of its own."""
+    versions = {"torch": torch.__version__, "backend": dist.get_backend()}
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "name": torch.cuda.get_device_name(),
+            "kind": "gpu",
+            "devices": torch.cuda.device_count(),
+            "memory": float(total),
+            "process_memory": float(total - free - torch.cuda.memory_reserved()),
+            "versions": versions | {"cuda": str(torch.version.cuda)},
+        }
+    return {
+        "name": processor_name(),
+        "kind": "cpu",
+        "devices": processors(),
+        "memory": float(memory_bytes()),
+        "process_memory": float(resident_bytes()),
+        "versions": versions,
+    }
+
+
+def run(grid: Grid, output: Path) -> None:
+    """Everything that this number of ranks is there for; rank 0 writes {"machine", "samples"}."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+    ranks, machine, samples = dist.get_world_size(), describe(device), list[Sample]()
+    steps: list[tuple[str, Callable[[], list[Sample]]]] = []
+    if ranks == 1:
+        steps += [
+            ("host", lambda: host_samples(grid, device)),
+            ("matmul fp32", lambda: time_cases(matmul_cases(grid, device, "fp32"), grid, device)),
+            ("matmul bf16", lambda: time_cases(matmul_cases(grid, device, "bf16"), grid, device)),
+            ("memory", lambda: time_cases(memory_cases(grid, device), grid, device)),
+            ("attention", lambda: time_cases(attention_cases(grid, device), grid, device)),
+        ]
+    if not cuda:
+        steps.append((f"{ranks} at once", lambda: [concurrency_sample(grid, device)]))
+    if ranks > 1:
+        steps.append((f"collectives of {ranks}", lambda: collective_samples(grid, device)))
+    for index, (name, step) in enumerate(steps):
+        if dist.get_rank() == 0:
+            print(PROGRESS, index / len(steps), name, flush=True)
+        samples += step()
+    if dist.get_rank() == 0:
+        write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", choices=GRIDS, default="full")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    run(GRIDS[arguments.grid], arguments.output)
+
+
+if __name__ == "__main__":
+    main()

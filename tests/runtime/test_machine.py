@@ -1,0 +1,66 @@
+"""What a process may use of its machine, under control groups of both versions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
+
+
+def system(root: Path, files: dict[str, str]) -> Path:
+    """A file tree with these files."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+@pytest.fixture
+def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+
+
+VERSION_2 = {
+    "proc/self/cgroup": "0::/jobs/mine",
+    "sys/fs/cgroup/jobs/cpu.max": "250000 100000",
+    "sys/fs/cgroup/jobs/memory.max": "max",
+    "sys/fs/cgroup/jobs/mine/cpu.max": "max 100000",
+    "sys/fs/cgroup/jobs/mine/memory.max": "1000000",
+}
+VERSION_1 = {
+    "proc/self/cgroup": "4:memory:/mine\n2:cpu,cpuacct:/mine\n0::/",
+    "sys/fs/cgroup/cpu/mine/cpu.cfs_quota_us": "50000",
+    "sys/fs/cgroup/cpu/mine/cpu.cfs_period_us": "100000",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000",
+    "sys/fs/cgroup/memory/mine/memory.limit_in_bytes": "9223372036854771712",
+}
+# In a container the group's path is the host's, and its files lie at the mount itself.
+CONTAINER = {
+    "proc/self/cgroup": "0::/../host/path",
+    "sys/fs/cgroup/cpu.max": "300000 100000",
+    "sys/fs/cgroup/memory.max": "3000000",
+}
+
+
+@pytest.mark.usefixtures("four_processors")
+@pytest.mark.parametrize(
+    ("files", "count", "memory"), [(VERSION_2, 2, 1000000), (VERSION_1, 1, 2000000), (CONTAINER, 3, 3000000)]
+)
+def test_the_least_limit_of_all_groups_holds(tmp_path: Path, files: dict[str, str], count: int, memory: int) -> None:
+    root = system(tmp_path, files)
+    assert (processors(root), memory_bytes(root)) == (count, memory)
+
+
+@pytest.mark.usefixtures("four_processors")
+def test_without_control_groups_the_affinity_and_the_machine_hold(tmp_path: Path) -> None:
+    assert processors(tmp_path) == 4
+    assert memory_bytes(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_this_process_is_in_memory_and_its_processor_has_a_name() -> None:
+    assert 1e6 < resident_bytes() < memory_bytes()
+    assert processor_name()

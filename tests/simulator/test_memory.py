@@ -1,0 +1,99 @@
+"""Bytes of a rank: the papers' arithmetic, item by item."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from simulator.job import Job, build_job
+from simulator.layout import Layout, parse_layout
+from simulator.memory import capacity, fullest, memory_per_rank, shortfall
+from simulator.program import stage_costs
+from simulator.results import MemoryBreakdown
+
+
+def job(stack: str = "megatron-core", model: str = "llama-3.1-8b", nodes: int = 1, **training: object) -> Job:
+    recipe = {"global_batch_size": 64, "seq_len": 4096, "stack": stack} | training
+    return build_job({"model": model, "cluster": "dgx-h100", "nodes": nodes, "training": recipe}, "test")
+
+
+def memory(task: Job, layout: Layout) -> tuple[MemoryBreakdown, ...]:
+    assert not layout.problems(task)
+    return memory_per_rank(task, layout, stage_costs(task, layout))
+
+
+def test_state_of_megatrons_distributed_optimizer() -> None:
+    """2 bytes of weight and 4 of gradient on every rank, 12/d of optimizer (Megatron-LM docs, dist_optimizer.md)."""
+    task = job()
+    (rank,) = memory(task, Layout(dp_shard=8, zero_stage=1))
+    n = task.model.parameters()
+    assert rank.parameters == pytest.approx(2 * n)
+    assert rank.gradients == pytest.approx(4 * n)
+    assert rank.optimizer == pytest.approx(12 * n / 8)
+
+
+def test_state_of_fsdp2() -> None:
+    """16 bytes per parameter over d ranks (torchtitan: fp32 shards, fp32 gradients, AdamW)."""
+    task = job("torchtitan")
+    (rank,) = memory(task, Layout(dp_shard=8, zero_stage=3))
+    assert rank.parameters + rank.gradients + rank.optimizer == pytest.approx(16 * task.model.parameters() / 8)
+
+
+def test_zero_2_keeps_gathered_weights() -> None:
+    task = job("torchtitan")
+    (two,), (three,) = (memory(task, Layout(dp_shard=8, zero_stage=z)) for z in (2, 3))
+    assert two.buffers - three.buffers > 0.8 * 2 * task.model.parameters()
+
+
+def test_1f1b_keeps_fewer_microbatches_than_gpipe() -> None:
+    """64 microbatches over 4 ranks: GPipe keeps all, 1F1B at most 4 - r."""
+    task = job("torchtitan", nodes=1)
+    one = memory(task, Layout(dp_replicate=2, pp=4, micro_batch_size=1))
+    gpipe = memory(task, Layout(dp_replicate=2, pp=4, micro_batch_size=1, schedule="GPipe"))
+    assert gpipe[1].activations / one[1].activations == pytest.approx(32 / 3, rel=0.01)
+    # The last rank keeps one microbatch of its blocks, but its logits besides.
+    assert one[0].activations > one[2].activations
+
+
+def test_full_recompute_keeps_the_input_of_each_block() -> None:
+    """2·s·b·h bytes per block and one block's working set."""
+    task = job()
+    none, full = (memory(task, Layout(dp_shard=8, zero_stage=1, recompute=r))[0] for r in ("none", "full"))
+    boundary = 32 * 2 * 4096 * 4096
+    assert full.activations < none.activations / 3
+    assert full.activations > boundary
+
+
+def test_selective_recompute_drops_the_scores() -> None:
+    """5·a·s²·b/t bytes per block (arXiv 2205.05198)."""
+    task = job("megatron-2021", "gpt3-175b", nodes=8, seq_len=2048)
+    kept, dropped = (
+        fullest(memory(task, parse_layout(f"tp=8 pp=8 dp_replicate=1 recompute={r}", task)))
+        for r in ("none", "selective")
+    )
+    scores = 5 * 96 * 2048**2 / 8
+    # 96 layers over 8 ranks, 8 microbatches alive on the first; one block's scores come back while it works.
+    assert kept.activations - dropped.activations == pytest.approx(scores * (12 * 8 - 1), rel=0.02)
+
+
+def test_tensor_parallelism_divides_weights_but_not_norms() -> None:
+    task = job()
+    (rank,) = memory(task, parse_layout("tp=8", task))
+    norms = 2 * 32 * 4096
+    n = task.model.parameters()
+    assert rank.parameters == pytest.approx(2 * ((n - norms) / 8 + norms), rel=1e-4)
+
+
+def test_shortfall_names_the_largest_items() -> None:
+    task = job(model="llama-3.1-405b")
+    worst = fullest(memory(task, Layout(dp_shard=8, zero_stage=1)))
+    sentence = shortfall(task, worst)
+    assert "too much" in sentence and "gradients" in sentence and f"{capacity(task) / 2**30:.1f}" in sentence
+    assert shortfall(task, dataclasses.replace(worst, peak=1.0)) == ""
+
+
+def test_peak_is_the_sum_of_its_items() -> None:
+    (rank,) = memory(job(), Layout(dp_shard=8, zero_stage=1))
+    items = [getattr(rank, f.name) for f in dataclasses.fields(rank) if f.name != "peak"]
+    assert rank.peak == pytest.approx(sum(items))
