@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.plan import Certificate, Plan
+from simulator.cluster import AttentionFit, ClusterSpec, CollectiveFit, Gpu, HostFit, Link, MatmulFit
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, read_toml, to_dataclass, write_json, write_text
+from simulator.job import Job, Training
 from simulator.layout import Layout
+from simulator.profile import Profile, Sample
+from simulator.results import Breakdown, Measurement, MemoryBreakdown, Prediction, Quantiles, Span
 from simulator.units import BYTES
 
 
@@ -142,3 +149,15 @@ def test_an_unknown_field_of_a_layout_names_the_nearest() -> None:
 def test_a_value_outside_a_choice_names_the_choices() -> None:
     with pytest.raises(UserError, match=r"recompute = \"some\".*'none', 'selective' or 'full'"):
         to_dataclass(Layout, {"recompute": "some"}, "layout")
+
+
+DOCUMENTED = (
+    Job, Training, Layout, ClusterSpec, Link, CollectiveFit, Gpu, MatmulFit, AttentionFit, HostFit, Plan, Certificate,
+    Prediction, Breakdown, MemoryBreakdown, Span, Measurement, Quantiles, Profile, Sample,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DOCUMENTED)
+def test_the_documentation_names_every_field(kind: type) -> None:
+    words = set(re.findall(r"\w+", (Path(__file__).parents[2] / "docs" / "files.md").read_text()))
+    assert {field.name for field in dataclasses.fields(kind)} - words == set()
