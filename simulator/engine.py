@@ -155,6 +155,8 @@ class _Engine:
             self.env.process(self._run_rank(rank))
         self.env.run()
         critical = min(self.ranks, key=lambda rank: rank.spent.get("bubble", 0.0))
+        # It may be done with its own update before the rank with the most parameters is.
+        critical.spend("bubble", self.env.now - sum(critical.spent.values()))
         return Run(self.env.now, Breakdown(**critical.spent), tuple(self.spans))
 
     def _make_rank(self, index: int) -> _Rank:

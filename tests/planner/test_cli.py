@@ -1,0 +1,205 @@
+"""The command line: what it prints, what it writes, and how it answers bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner import cli
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+JOB = """
+model = "gpt2"
+cluster = "dgx-a100"
+nodes = 1
+[training]
+global_batch_size = 64
+seq_len = 1024
+"""
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["layoutwise", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "job.toml").write_text(JOB)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_plan_writes_and_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "job.toml", "-o", "out", "--top", 3) == 0
+    shown = capsys.readouterr()
+    assert "recommended:" in shown.out and "data parallel" in shown.out and shown.err == ""
+    assert json.loads((folder / "out" / "plan.json").read_text())["version"] == 1
+
+
+def test_plan_json_is_the_contract(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "job.toml", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"job", "best", "runners_up", "baseline", "certificate"}
+    assert set(document["certificate"]) == {
+        "space", "illegal", "out_of_memory", "bounded", "simulated", "lower_bound_gap", "seconds",
+    }  # fmt: skip
+
+
+def test_simulate_json_is_the_contract(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "simulate", "job.toml", "--layout", "tp=2 pp=2", "--json", "--trace", "t.json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {
+        "layout", "fits", "problems", "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu",
+        "breakdown", "memory", "memory_per_stage",
+    }  # fmt: skip
+    assert sum(document["breakdown"].values()) == pytest.approx(document["step_seconds"])
+    assert list(document["breakdown"]) == [
+        "compute", "recompute", "tp", "cp", "ep", "pp", "dp", "bubble", "optimizer", "host",
+    ]  # fmt: skip
+    assert list(document["memory"]) == [
+        "parameters", "gradients", "optimizer", "activations", "buffers", "overhead", "peak",
+    ]  # fmt: skip
+    names = {event["name"] for event in json.loads((folder / "t.json").read_text())["traceEvents"]}
+    assert {"PP:0F0", "PP:1B0", "OPTIMIZER"} <= names
+
+
+def test_explain_reads_what_plan_wrote(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, "plan", "job.toml")
+    assert call(monkeypatch, "explain", "plan.json", "--against", "tp=4") == 0
+    assert "yours (dp_shard=2 tp=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in EXAMPLES.glob("*.toml") if p.stem != "this-machine"))
+def test_examples_plan(
+    example: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", EXAMPLES / example) == 0
+    assert "recommended:" in capsys.readouterr().out
+
+
+# (files to write, command, words of the one sentence, exit code)
+PLAN = ("plan", "job.toml")
+SIMULATE = ("simulate", "job.toml", "--layout")
+BAD: dict[str, tuple[dict[str, str], tuple[str, ...], list[str], int]] = {
+    "missing job": ({}, ("plan", "jop.toml"), ["job 'jop.toml' does not exist", "job.toml"], 2),
+    "job is a folder": ({}, ("plan", "."), ["is a folder"], 2),
+    "not toml": ({"job.toml": "model = "}, PLAN, ["not valid TOML"], 2),
+    "binary": ({"job.toml": "\udcff"}, PLAN, ["not a UTF-8 text file"], 2),
+    "missing key": ({"job.toml": 'model = "gpt2"\nnodes = 1'}, PLAN, ["'cluster' is missing"], 2),
+    "unknown key": ({"job.toml": JOB.replace("nodes", "node")}, PLAN, ["unknown key 'node'", "'nodes'"], 2),
+    "unknown training key": ({"job.toml": JOB + "seqlen = 1"}, PLAN, ["'training.seqlen'", "'seq_len'"], 2),
+    "unknown search key": ({"job.toml": JOB + "[search]\ntpp = 2"}, PLAN, ["'search.tpp'", "'tp'"], 2),
+    "empty search": ({"job.toml": JOB + "[search]\ntp = []"}, PLAN, ["search.tp = []"], 2),
+    "search of a wrong kind": ({"job.toml": JOB + '[search]\ntp = ["2"]'}, PLAN, ["tp", "integer"], 2),
+    "search of an unknown schedule": ({"job.toml": JOB + '[search]\nschedule = "1f1b"'}, PLAN, ["1f1b", "1F1B"], 2),
+    "misspelled model": ({}, (*PLAN, "--set", "model=gtp2"), ["model 'gtp2'", "'gpt2'"], 2),
+    "misspelled cluster": ({}, (*PLAN, "--set", "cluster=dgx-h10"), ["cluster 'dgx-h10'", "did you mean"], 2),
+    "misspelled stack": ({}, (*PLAN, "--set", "training.stack=megatron"), ["stack 'megatron'", "megatron-core"], 2),
+    "misspelled precision": ({}, (*PLAN, "--set", "training.precision=bf-16"), ["precision", "bf16"], 2),
+    "precision without a rate": ({}, (*PLAN, "--set", "training.precision=fp8"), ["fp8", "A100"], 2),
+    "nodes of zero": ({}, (*PLAN, "--set", "nodes=0"), ["nodes = 0"], 2),
+    "nodes as text": ({}, (*PLAN, "--set", "nodes=two"), ["nodes = 'two'"], 2),
+    "batch of zero": ({}, (*PLAN, "--set", "training.global_batch_size=0"), ["global_batch_size = 0"], 2),
+    "batch as text": ({}, (*PLAN, "--set", 'training.global_batch_size="64"'), ["global_batch_size", "integer"], 2),
+    "sequence too long": ({}, (*PLAN, "--set", "training.seq_len=2048"), ["2048", "1024 positions"], 2),
+    "set without a value": ({}, (*PLAN, "--set", "nodes"), ["--set 'nodes'", "key=value"], 2),
+    "training is no table": ({"job.toml": JOB.split("[")[0] + "training = 1"}, PLAN, ["[training]"], 2),
+    "missing model file": ({}, (*PLAN, "--set", "model=./c.json"), ["model 'c.json' does not exist"], 2),
+    "model without a type": ({"c.json": "{}"}, (*PLAN, "--set", "model=./c.json"), ["model_type", "config.json"], 2),
+    "model of an unknown type": (
+        {"c.json": '{"model_type": "lama"}'}, (*PLAN, "--set", "model=./c.json"), ["'lama'", "'llama'"], 2,
+    ),
+    "model cut off": ({"c.json": '{"model_type": "gp'}, (*PLAN, "--set", "model=./c.json"), ["cut off"], 2),
+    "cluster without keys": ({"c.toml": ""}, (*PLAN, "--set", "cluster=./c.toml"), ["is missing"], 2),
+    "cluster with a bad unit": (
+        {"c.toml": 'name="c"\ngpu="H100-SXM5-80G"\ngpus_per_node=8\nsource="me"\n[scale_up]\nkind="x"\nlatency="1 us"\n'
+                   'bandwidth="450 GBps"\n[scale_up.collectives]\n'},
+        (*PLAN, "--set", "cluster=./c.toml"), ["scale_up.bandwidth", "'450 GBps'", "450 GB/s"], 2,
+    ),
+    "cluster with an unknown gpu": ({"c.toml": 'gpu="H100"'}, (*PLAN, "--set", "cluster=./c.toml"), ["gpu 'H100'"], 2),
+    "unmeasured machine": ({}, (*PLAN, "--set", "cluster=this-machine"), ["layoutwise measure"], 2),
+    "profile that is not there": (
+        {}, (*PLAN, "--set", "cluster=this-machine", "--set", "profile=p.json"), ["profile 'p.json'"], 2,
+    ),
+    "layout without an equals sign": ({}, (*SIMULATE, "tp"), ["'tp'", "field=value"], 2),
+    "layout with an unknown field": ({}, (*SIMULATE, "tpp=2"), ["'tpp'", "'tp'"], 2),
+    "layout with text for a number": ({}, (*SIMULATE, "tp=two"), ["tp = 'two'", "integer"], 2),
+    "layout with an unknown choice": ({}, (*SIMULATE, "recompute=some"), ["recompute = 'some'", "none"], 2),
+    "tp that does not divide the heads": ({}, (*SIMULATE, "tp=8"), ["tp = 8", "num_attention_heads = 12", "is 6"], 2),
+    "tp of zero": ({}, (*SIMULATE, "tp=0"), ["tp = 0 must be at least 1"], 2),
+    "tp below zero": ({}, (*SIMULATE, "tp=-2"), ["tp = -2 must be at least 1"], 2),
+    "a grid that is not the world": ({}, (*SIMULATE, "tp=2 dp_replicate=2"), ["= 4 ranks", "have 8"], 2),
+    "more ranks than samples": (
+        {}, (*SIMULATE, "dp_replicate=8", "--set", "training.global_batch_size=4"), ["global_batch_size = 4", "8"], 2,
+    ),
+    "fewer microbatches than stages": (
+        {}, (*SIMULATE, "pp=4 dp_replicate=2 micro_batch_size=16"), ["2 microbatches", "pp = 4 needs at least 4"], 2,
+    ),
+    "more stages than layers": ({}, (*SIMULATE, "pp=8 virtual_stages=2"), ["16 stages", "12 layers"], 2),
+    "a model that cannot fit": (
+        {}, (*PLAN, "--set", "model=llama-3.1-405b", "--set", "training.global_batch_size=8"), ["GiB", "nearest"], 3,
+    ),
+    "missing plan": ({}, ("explain", "plan.json"), ["plan 'plan.json' does not exist"], 2),
+    "plan cut off": ({"plan.json": '{"version": 1, "job": {'}, ("explain", "plan.json"), ["cut off"], 2),
+    "plan of another version": ({"plan.json": '{"version": 7}'}, ("explain", "plan.json"), ["version = 7"], 2),
+    "plan that is a list": ({"plan.json": "[]"}, ("explain", "plan.json"), ["list", "object"], 2),
+    "run of a missing plan": ({}, ("run", "plan.json"), ["plan 'plan.json' does not exist"], 2),
+    "output that is a file": ({"o": ""}, (*PLAN, "-o", "o"), ["cannot write", "o"], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, command, words, code = BAD[case]
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = sorted(p.name for p in folder.iterdir())
+    assert call(monkeypatch, *command) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    for word in words:
+        assert word in shown.err
+    assert sorted(p.name for p in folder.iterdir()) == before, "nothing is written on the way"
+
+
+def test_help_is_light(tmp_path: Path) -> None:
+    """`--help` and planning load neither torch nor matplotlib; help alone not even pydantic or networkx."""
+    code = (
+        "import sys; sys.argv = ['layoutwise', {arguments}]\n"
+        "from planner import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', sorted({{'torch', 'matplotlib', 'pydantic', 'networkx', 'numpy', 'simpy'}} & set(sys.modules)))"
+    )
+    loaded: dict[str, Any] = {}
+    for name, arguments in {"help": "'--help'", "plan": f"'plan', {str(EXAMPLES / 'gpt2-workstation.toml')!r}"}.items():
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(arguments=arguments)],
+            capture_output=True, text=True, check=True, cwd=tmp_path,
+        )  # fmt: skip
+        loaded[name] = result.stdout.splitlines()[-1]
+    assert "torch" not in loaded["plan"] and "matplotlib" not in loaded["plan"]
+    assert loaded["help"] == "LOADED []"

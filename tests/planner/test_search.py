@@ -1,0 +1,131 @@
+"""The answer is the optimum of the simulator over the whole space, and the certificate accounts for every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner.plan import read_plan, write_plan
+from planner.search import lower_bound, plan
+from planner.space import candidates, data_parallel_only
+from simulator.errors import NothingFits, UserError
+from simulator.job import Job, build_job
+from simulator.layout import Layout
+from simulator.program import stage_costs
+from simulator.simulate import simulate
+
+
+def job(model: str = "gpt2", cluster: str = "dgx-a100", nodes: int = 1, search: Any = None, **training: Any) -> Job:
+    data = {"model": model, "cluster": cluster, "nodes": nodes, "training": training, "search": search or {}}
+    return build_job(data, "test")
+
+
+jobs = st.builds(
+    job,
+    model=st.sampled_from(["gpt2", "llama-3.1-8b", "bert-large", "mixtral-8x7b"]),
+    cluster=st.sampled_from(["dgx-a100", "dgx-h100", "workstation-4x4090"]),
+    nodes=st.just(1),
+    global_batch_size=st.sampled_from([8, 16, 32]),
+    seq_len=st.sampled_from([256, 512]),
+    stack=st.sampled_from(["megatron-core", "torchtitan", "torchtitan-compile", "megatron-2021"]),
+    search=st.just({"micro_batch_size": [1, 2], "recompute": ["none"]}),
+)
+
+
+@given(task=jobs)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_answer_equals_brute_force(task: Job) -> None:
+    legal = [layout for layout in candidates(task) if not layout.problems(task)]
+    everything = [simulate(task, layout) for layout in legal]
+    fitting = sorted(p.step_seconds for p in everything if p.fits)
+    if not fitting:
+        with pytest.raises(NothingFits):
+            plan(task)
+        return
+    found = plan(task, top=3)
+    assert [p.step_seconds for p in (found.best, *found.runners_up)] == pytest.approx(fitting[:3])
+
+
+@given(task=jobs, pick=st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_bound_is_admissible(task: Job, pick: int) -> None:
+    legal = [layout for layout in candidates(task) if not layout.problems(task)]
+    layout = legal[pick % len(legal)]
+    bound = lower_bound(task, layout, stage_costs(task, layout))
+    assert bound <= simulate(task, layout).step_seconds * (1 + 1e-9)
+
+
+def test_certificate_accounts_for_every_layout() -> None:
+    task = job(global_batch_size=64)
+    c = plan(task).certificate
+    assert c.space == len(list(candidates(task)))
+    assert c.space == c.illegal + c.out_of_memory + c.bounded + c.simulated
+    assert c.simulated < c.space / 4
+
+
+def test_candidates_are_distinct() -> None:
+    found = list(candidates(job("llama-3.1-8b", nodes=2, global_batch_size=64)))
+    assert len(found) == len(set(found))
+    assert {layout.pp for layout in found} >= {1, 2, 4, 8, 16}
+    assert {layout.zero_stage for layout in found} == {0, 1, 3}
+
+
+def test_baseline_is_plain_data_parallel() -> None:
+    found = plan(job("llama-3.1-8b", nodes=1, global_batch_size=64, stack="torchtitan"))
+    assert data_parallel_only(found.baseline.layout)
+    assert found.best.step_seconds <= found.baseline.step_seconds
+
+
+def test_baseline_that_does_not_fit_is_shown_with_its_reason() -> None:
+    found = plan(job("gpt3-175b", nodes=16, global_batch_size=128, stack="megatron-2021"))
+    assert not found.baseline.fits and "too much" in found.baseline.problems[0]
+
+
+def test_search_pins_fields() -> None:
+    found = plan(job(global_batch_size=64, search={"tp": [2], "pp": [2], "schedule": ["1F1B"]}))
+    for p in (found.best, *found.runners_up):
+        assert (p.layout.tp, p.layout.pp, p.layout.schedule) == (2, 2, "1F1B")
+
+
+def test_nothing_fits_names_the_nearest_misses() -> None:
+    with pytest.raises(NothingFits, match=r"nearest miss it: .* by .* GiB") as caught:
+        plan(job("llama-3.1-405b", global_batch_size=8, seq_len=4096))
+    assert caught.value.exit_code == 3
+
+
+def test_nothing_legal_names_the_rule() -> None:
+    with pytest.raises(NothingFits, match=r"tp = 8 must divide num_attention_heads = 12"):
+        plan(job(global_batch_size=8, search={"tp": [8]}))
+
+
+def test_more_nodes_never_slow_the_best() -> None:
+    """The same batch on twice the machines: the optimum cannot get slower."""
+    steps = [plan(job("llama-3.1-8b", "dgx-h100", n, global_batch_size=128)).best.step_seconds for n in (1, 2, 4)]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_plan_survives_its_file(tmp_path: Any) -> None:
+    found = plan(job(global_batch_size=64))
+    again = read_plan(write_plan(found, tmp_path / "plan.json"))
+    assert again.layout == found.layout and again.certificate == found.certificate
+    assert again.job == found.job
+    # The file alone is enough to predict again.
+    assert simulate(again.job, again.layout).step_seconds == pytest.approx(found.best.step_seconds)
+
+
+def test_plan_of_another_version_is_refused(tmp_path: Any) -> None:
+    path = write_plan(dataclasses.replace(plan(job(global_batch_size=8)), version=99), tmp_path / "plan.json")
+    with pytest.raises(UserError, match="version = 99"):
+        read_plan(path)
+
+
+def test_uneven_layers_are_legal() -> None:
+    """llama-3.1-405b has 126 layers: 16 stages hold 8 or 7."""
+    task = job("llama-3.1-405b", "dgx-h100", 64, global_batch_size=128, seq_len=8192)
+    layout = Layout(dp_shard=4, zero_stage=1, tp=8, pp=16, sequence_parallel=True)
+    assert not layout.problems(task)
+    assert sorted(set(layout.layers_per_stage(126))) == [7, 8]
