@@ -11,14 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from simulator.errors import UserError
-
-if TYPE_CHECKING:
-    from planner.plan import Plan
 
 app = typer.Typer(
     name="layoutwise",

@@ -86,14 +86,12 @@ def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     for place, (name, rival) in enumerate(plans.items()):
         folder = output / "runs" / name.replace(" + ", "-").replace(" ", "-")
         path = write_plan(rival, folder / "plan.json")
-        done = 0.3 + 0.65 * place / len(plans)
-        report(f"training: {name}", done)
-        measured = run_here(
-            path, folder / "measurement.json", steps=STEPS, warmup=WARMUP,
-            progress=lambda step, steps, name=name, done=done: report(
-                f"training: {name}, step {step}", done + 0.65 / len(plans) * step / steps
-            ),
-        )  # fmt: skip
+
+        def progress(step: int, steps: int, name: str = name, place: int = place) -> None:
+            report(f"training {name}, step {step}", 0.3 + 0.65 * (place + step / steps) / len(plans))
+
+        progress(0, STEPS)
+        measured = run_here(path, folder / "measurement.json", steps=STEPS, warmup=WARMUP, progress=progress)
         mark = " (recommended)" if rival.layout == small.layout and name != "recommended" else ""
         comparisons.append(Comparison(name + mark, rival.best, measured))
         show.print_measurement(measured, rival.best)
@@ -128,5 +126,3 @@ def _report(large: Plan, small: Plan, comparisons: list[Any], figure: str) -> st
 def _title(job: Job) -> str:
     batch = f"{job.training.global_batch_size} x {job.training.seq_len} tokens"
     return f"{job.model.name} on {job.nodes} x {job.cluster.name}, {batch} a step, {job.training.precision}"
-
-

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from planner.plan import Plan
+from simulator.errors import UserError
 from simulator.layout import parse_layout
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
-from simulator.errors import UserError
 from simulator.simulate import simulate
 
 _MEANING = {

@@ -17,7 +17,7 @@ from importlib import metadata
 
 from planner.plan import Certificate, Plan
 from planner.space import candidates, without_model_parallelism
-from simulator.errors import NothingFits
+from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity, fullest, memory_per_rank
@@ -52,14 +52,14 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
         progress: called with what is being done and the fraction that is done.
 
     Raises:
-        NothingFits: no legal layout fits; the message names the nearest misses.
+        NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
     counts = _Counts()
     screened, misses = _screen(job, counts, report)
     if not screened:
-        raise NothingFits(_nothing_fits(job, counts, misses))
+        raise NothingFitsError(_nothing_fits(job, counts, misses))
     best, simulated = _best_first(job, screened, top, report)
     certificate = Certificate(
         space=counts.space,
@@ -167,5 +167,3 @@ def _version() -> str:
         return metadata.version("layoutwise")
     except metadata.PackageNotFoundError:
         return "source tree"
-
-

@@ -45,7 +45,9 @@ def print_plan(plan: Plan) -> None:
         f"{job.training.global_batch_size} x {job.training.seq_len} tokens a step, "
         f"{job.training.precision}, {job.stack.name}"
     )
-    table = _table("", "TP", "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step", "tok/s/GPU", "MFU", "GiB")
+    table = _table(
+        "", "TP", "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step", "tok/s/GPU", "MFU", "GiB"
+    )
     for place, prediction in enumerate((best, *plan.runners_up), start=1):
         table.add_row(str(place), *_layout_cells(prediction.layout), *_number_cells(prediction))
     table.add_section()
@@ -111,13 +113,16 @@ def print_profile(profile: Profile) -> None:
     for precision, fit in profile.matmul.items():
         table.add_row(f"matmul {precision}", f"{fit.rate / 1e9:,.0f} GFLOP/s, k0 {fit.k0:.0f}")
     table.add_row("memory bandwidth", f"{profile.memory_bandwidth / 1e9:.1f} GB/s")
-    table.add_row("host per kernel", f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}")
+    table.add_row(
+        "host per kernel",
+        f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}",
+    )
     table.add_row("speed of k ranks at once", ", ".join(f"{speed:.2f}" for speed in profile.concurrency))
     table.add_row("link", f"{profile.link_bandwidth / 1e9:.2f} GB/s, {show_seconds(profile.link_latency)}")
     for name, fits in profile.collectives.items():
-        for fit in fits:
-            rate = fit.efficiency * profile.link_bandwidth / 1e9
-            table.add_row(f"{name}, {fit.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(fit.latency)}")
+        for known in fits:
+            rate = known.efficiency * profile.link_bandwidth / 1e9
+            table.add_row(f"{name}, {known.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(known.latency)}")
     console.print(table)
 
 

@@ -24,7 +24,9 @@ def candidates(job: Job) -> Iterator[Layout]:
     for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
     """
     for world in _world_sizes(job):
-        for tp, pp in itertools.product(_values(job, "tp", _tensor_sizes(job, world)), _values(job, "pp", _divisors(world))):
+        for tp, pp in itertools.product(
+            _values(job, "tp", _tensor_sizes(job, world)), _values(job, "pp", _divisors(world))
+        ):
             cp, ep = _values(job, "cp", [1])[0], _values(job, "ep", [1])[0]
             if tp < 1 or pp < 1 or cp < 1 or world % (tp * pp * cp):
                 continue
@@ -55,7 +57,7 @@ def _tensor_sizes(job: Job, world: int) -> list[int]:
     return [d for d in _divisors(world) if d <= min(widest, job.model.num_attention_heads)]
 
 
-def _data_parallel(job: Job, ranks: int) -> Iterator[dict[str, int]]:
+def _data_parallel(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
     """Ways to replicate and shard over this many data-parallel ranks."""
     stages = sorted({0, *job.stack.zero_stages})
     for zero in _values(job, "zero_stage", stages):

@@ -9,6 +9,7 @@ graph, as in networkx; `graph.graph["spec"]` is the ClusterSpec it was built fro
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -209,7 +210,7 @@ def path(graph: nx.DiGraph, a: Any, b: Any) -> list[Any]:
 def bottleneck(graph: nx.DiGraph, a: Any, b: Any) -> tuple[float, float]:
     """Bandwidth of the slowest edge and sum of the latencies on the path from a to b."""
     hops = path(graph, a, b)
-    edges = [graph.edges[u, v] for u, v in zip(hops, hops[1:], strict=False)]
+    edges = [graph.edges[u, v] for u, v in itertools.pairwise(hops)]
     if not edges:
         return float("inf"), 0.0
     return min(e["bandwidth"] for e in edges), sum(e["latency"] for e in edges)

@@ -48,7 +48,10 @@ def collective_seconds(collective: Collective, size: float, shape: GroupShape, s
     one_way = 1.0 if collective == "all_reduce" else 0.5
     latency = outside.latency + one_way * spec.scale_out.latency_per_doubling * math.log2(shape.domains)
     bandwidth = outside.efficiency * shape.bandwidth
-    if shape.ranks_per_domain > 1:
+    if collective == "all_to_all":
+        # Every rank's own bytes leave through its own share of the cards: there is no ring that others carry on.
+        bandwidth /= shape.ranks_per_domain
+    elif shape.ranks_per_domain > 1:
         ring = _fit(spec.scale_up.collectives["all_gather"], shape.ranks_per_domain)
         bandwidth = min(bandwidth, ring.efficiency * spec.scale_up.bandwidth)
     return latency + x / bandwidth + outside.ramp * math.sqrt(x)

@@ -122,9 +122,9 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
-            forward += kernel.count * matmul_seconds(gpu, precision, m, n, k)
-            backward += kernel.count * matmul_seconds(gpu, precision, m, k, n)
-            backward += kernel.count * matmul_seconds(gpu, precision, k, n, m)
+            forward += kernel.copies * matmul_seconds(gpu, precision, m, n, k)
+            backward += kernel.copies * matmul_seconds(gpu, precision, m, k, n)
+            backward += kernel.copies * matmul_seconds(gpu, precision, k, n, m)
             launches_forward += 1
             launches_backward += 2
         elif isinstance(kernel, Attention):

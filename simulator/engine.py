@@ -12,12 +12,12 @@ the measured speed of k, and communication over the loopback needs processors li
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from simulator.cluster import ClusterSpec, group_shape
+from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds, message_seconds
 from simulator.compute import optimizer_seconds
 from simulator.layout import Layout
@@ -71,7 +71,7 @@ class Processors:
         if active <= 0:
             return 1.0
         known = len(self.speeds)
-        index = min(max(int(round(active)), 1), known)
+        index = min(max(round(active), 1), known)
         return self.speeds[index - 1] * min(1.0, known / active)
 
     def work(self, seconds: float, ranks: int) -> simpy.Event:
@@ -271,9 +271,8 @@ class _Engine:
         if (source, target) not in self.message_costs:
             layout, training = self.layout, self.job.training
             width = self.job.stack.recipes[training.precision].compute
-            size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width
-            if layout.sequence_parallel:
-                size /= layout.tp
+            shards = layout.tp if layout.sequence_parallel else 1
+            size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
             ranks = (layout.rank(pp=source), layout.rank(pp=target))
             shape = group_shape(self.job.graph, ranks)
             self.message_costs[source, target] = message_seconds(size, shape, self.job.cluster)

@@ -12,7 +12,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class NothingFits(UserError):
+class NothingFitsError(UserError):
     """The input is right, but no layout fits it. The message names the nearest misses and by how much."""
 
     exit_code = 3

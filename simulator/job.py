@@ -116,9 +116,7 @@ def _default_stack(cluster: ClusterSpec) -> str:
     return "layoutwise-cpu" if cluster.gpu.kind == "cpu" else "megatron-core"
 
 
-def _training(
-    settings: dict[str, Any], model: ModelSpec, cluster: ClusterSpec, nodes: int, where: str
-) -> Training:
+def _training(settings: dict[str, Any], model: ModelSpec, cluster: ClusterSpec, nodes: int, where: str) -> Training:
     names = [*(f.name for f in dataclasses.fields(Training)), "stack"]
     for key in settings:
         if key not in names:

@@ -17,14 +17,14 @@ from simulator.stack import Stack
 
 
 class Matmul(NamedTuple):
-    """(m, k) x (k, n), `count` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n)."""
+    """(m, k) x (k, n), `copies` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n)."""
 
     name: str
     m: float
     n: float
     k: float
     saved: float = 0.0
-    count: float = 1.0
+    copies: float = 1.0
 
 
 class Attention(NamedTuple):
@@ -95,7 +95,7 @@ def block_kernels(model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, sta
 
 
 def attention_input(cut: Cut, stack: Stack) -> float:
-    """Tokens of a column-parallel input that are kept: Megatron keeps its shard and gathers again, DTensor the whole."""
+    """Tokens of a column-parallel input that are kept: Megatron its shard, to gather it again; DTensor the whole."""
     return cut.norm_tokens if stack.regathers_inputs else float(cut.tokens)
 
 

@@ -235,7 +235,9 @@ class Layout:
         if not stack.ties_across_stages and self.pp > 1 and job.model.tie_word_embeddings:
             found.append(f"stack {stack.name} cannot run tie_word_embeddings with pp > 1: the two copies would drift")
         if self.dp_replicate > 1 and self.dp_shard > 1 and not stack.hybrid_shard:
-            found.append(f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)")
+            found.append(
+                f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)"
+            )
         return found
 
     def short(self) -> str:

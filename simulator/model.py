@@ -128,7 +128,9 @@ class ModelSpec:
         return self.num_experts * self.mlp_parameters(self.moe_intermediate_size)
 
     def shared_expert_parameters(self) -> int:
-        return self.mlp_parameters(self.moe_intermediate_size * self.num_shared_experts) if self.num_shared_experts else 0
+        return (
+            self.mlp_parameters(self.moe_intermediate_size * self.num_shared_experts) if self.num_shared_experts else 0
+        )
 
     def block_parameters(self, kind: BlockKind) -> int:
         """Weights of one block, norms included."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-
 class Op(NamedTuple):
     """One action of one pipeline rank. `stage` and `microbatch` are None where the action has none."""
 
@@ -89,9 +88,7 @@ def compute_order(schedule: str, rank: int, ranks: int, chunks: int, microbatche
 
 
 @functools.lru_cache(maxsize=65536)
-def peak_in_flight(
-    schedule: str, rank: int, ranks: int, chunks: int, microbatches: int
-) -> tuple[tuple[int, int], ...]:
+def peak_in_flight(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) -> tuple[tuple[int, int], ...]:
     """(stage, microbatches alive) of a rank's stages at the moment when the rank holds the most in total.
 
     A microbatch lives from its forward to its backward.

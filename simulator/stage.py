@@ -192,7 +192,9 @@ class StageCosts:
     def _exposed_backward(self, units: list[UnitCost], groups: Groups) -> float:
         """Seconds that a backward waits: its gathers and the reductions of the units behind share one network."""
         backwards = units[::-1]
-        gathers = [self.gather_seconds(u.parameters, groups) if self.gathers_every_microbatch else 0.0 for u in backwards]
+        gathers = [
+            self.gather_seconds(u.parameters, groups) if self.gathers_every_microbatch else 0.0 for u in backwards
+        ]
         reduces = [
             self.reduce_seconds(u.parameters, groups, 1) if self.reduces_every_microbatch else 0.0 for u in backwards
         ]
@@ -297,5 +299,3 @@ class StageCosts:
 
 
 _GROUP_AXES = ("tp", "dp_shard", "dp_replicate")
-
-

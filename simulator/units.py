@@ -17,6 +17,7 @@ _PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "Ki": 2*
 _SIZES = {p + "B": f for p, f in _PREFIX.items()}
 _BITS = {p + "b": f / 8 for p, f in _PREFIX.items()}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_SHOWN_TIMES = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 _NUMBER = re.compile(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(\S.*?)\s*")
 
 
@@ -76,8 +77,6 @@ def show_seconds(value: float) -> str:
     """Three digits with the unit that suits them: `"1.23 s"`, `"45.6 ms"`, `"7.89 us"`."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f} s"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(value) >= size:
-            break
+    unit, size = next((u for u in _SHOWN_TIMES if abs(value) >= u[1]), _SHOWN_TIMES[-1])
     digits = value / size
     return f"{digits:.{max(0, 2 - int(math.log10(max(abs(digits), 1))))}f} {unit}"

@@ -192,7 +192,8 @@ def test_help_is_light(tmp_path: Path) -> None:
         "from planner import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
-        "print('LOADED', sorted({{'torch', 'matplotlib', 'pydantic', 'networkx', 'numpy', 'simpy'}} & set(sys.modules)))"
+        "heavy = {{'torch', 'matplotlib', 'pydantic', 'networkx', 'numpy', 'simpy'}}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))"
     )
     loaded: dict[str, Any] = {}
     for name, arguments in {"help": "'--help'", "plan": f"'plan', {str(EXAMPLES / 'gpt2-workstation.toml')!r}"}.items():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
 from planner.space import candidates, data_parallel_only
-from simulator.errors import NothingFits, UserError
+from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
 from simulator.program import stage_costs
@@ -43,7 +43,7 @@ def test_answer_equals_brute_force(task: Job) -> None:
     everything = [simulate(task, layout) for layout in legal]
     fitting = sorted(p.step_seconds for p in everything if p.fits)
     if not fitting:
-        with pytest.raises(NothingFits):
+        with pytest.raises(NothingFitsError):
             plan(task)
         return
     found = plan(task, top=3)
@@ -92,13 +92,13 @@ def test_search_pins_fields() -> None:
 
 
 def test_nothing_fits_names_the_nearest_misses() -> None:
-    with pytest.raises(NothingFits, match=r"nearest miss it: .* by .* GiB") as caught:
+    with pytest.raises(NothingFitsError, match=r"nearest miss it: .* by .* GiB") as caught:
         plan(job("llama-3.1-405b", global_batch_size=8, seq_len=4096))
     assert caught.value.exit_code == 3
 
 
 def test_nothing_legal_names_the_rule() -> None:
-    with pytest.raises(NothingFits, match=r"tp = 8 must divide num_attention_heads = 12"):
+    with pytest.raises(NothingFitsError, match=r"tp = 8 must divide num_attention_heads = 12"):
         plan(job(global_batch_size=8, search={"tp": [8]}))
 
 

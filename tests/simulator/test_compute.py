@@ -56,7 +56,7 @@ def test_kernels_do_the_models_flops(name: str) -> None:
     kernels = head_kernels(model, cut, stack)
     for i in range(model.num_hidden_layers):
         kernels += block_kernels(model, model.block_kind(i), model.block_is_causal(i), cut, stack)
-    matmuls = sum(2 * k.m * k.n * k.k * k.count for k in kernels if isinstance(k, Matmul))
+    matmuls = sum(2 * k.m * k.n * k.k * k.copies for k in kernels if isinstance(k, Matmul))
     attention = sum(k.flops for k in kernels if isinstance(k, Attention))
     # Norms' and biases' weights multiply nothing, but latent attention's counted ones include small norms: 0.1 %.
     assert 3 * (matmuls + attention) / seq == pytest.approx(model.flops_per_token(seq), rel=1e-3)
