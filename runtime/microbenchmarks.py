@@ -23,11 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a training rank imports; its memory counts.
-from torch.distributed import fsdp, pipelining  # noqa: F401
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
+import runtime.trainer  # noqa: F401  What a training rank has loaded counts as its process's memory.
+from runtime.host_overhead import host_seconds, now
 from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
 from runtime.measure import PROGRESS
 from simulator.files import write_json
@@ -209,56 +206,9 @@ def sample(kind: str, sizes: Sequence[float], seconds: Sequence[float], precisio
     return Sample(kind, tuple(float(s) for s in sizes), median, p10, p90, precision)
 
 
-class _TinyMLP(nn.Module):
-    """A gated feed-forward layer so small that its time is the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False, device=device) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(F.silu(self.gate(x)) * self.up(x))
-        return out
-
-
-# Kernels of _TinyMLP: three products, silu, multiplication, addition; backward two per product, one for silu, two
-# for the multiplication and two additions where a tensor's gradients meet.
-_FORWARD_KERNELS, _BACKWARD_KERNELS, _BACKWARD_PRODUCTS, _PRODUCTS = 6, 11, 6, 3
-
-
-def host_samples(grid: Grid, device: torch.device, layers: int = 30) -> list[Sample]:
-    """Seconds of the host for one kernel, forward and backward; and what DTensor adds to each kernel of a product
-    that tensor parallelism cuts (ColwiseParallel, RowwiseParallel on a mesh of this rank alone)."""
-    plain = nn.ModuleList(_TinyMLP(device) for _ in range(layers))
-    plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
-    mesh = init_device_mesh(device.type, (1,))
-    parallel = nn.ModuleList(parallelize_module(_TinyMLP(device), mesh, plan) for _ in range(layers))
-    times = [[_time_layers(modules, device) for modules in (plain, parallel)] for _ in range(3 + 3 * grid.repeats)]
-    # The first rounds fill caches of DTensor and of the allocator.
-    forward, backward, forward_parallel, backward_parallel = np.array(times[3:]).reshape(-1, 4).T / layers
-    added = forward_parallel - forward + backward_parallel - backward
-    return [
-        sample("host_forward", (), list(forward / _FORWARD_KERNELS)),
-        sample("host_backward", (), list(backward / _BACKWARD_KERNELS)),
-        sample("dtensor", (), list(added / (_PRODUCTS + _BACKWARD_PRODUCTS))),
-    ]
-
-
-def _time_layers(layers: nn.ModuleList, device: torch.device) -> tuple[float, float]:
-    """Seconds of a chain of layers, forward and backward."""
-    x = torch.randn(8, 16, device=device, requires_grad=True)
-    start = _now(device)
-    for layer in layers:
-        x = layer(x)
-    middle = _now(device)
-    x.sum().backward()
-    return middle - start, _now(device) - middle
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
+    """The host's work per kernel, without sizes."""
+    return [sample(kind, (), seconds) for kind, seconds in host_seconds(device, 10 * grid.repeats).items()]
 
 
 def concurrency_sample(grid: Grid, device: torch.device) -> Sample:
@@ -268,9 +218,9 @@ def concurrency_sample(grid: Grid, device: torch.device) -> Sample:
     times = []
     for _ in range(1 + grid.repeats):
         dist.barrier()
-        start = _now(device)
+        start = now(device)
         layer(x).sum().backward()
-        times.append(_now(device) - start)
+        times.append(now(device) - start)
     rates = 1 / torch.tensor(times[1:], dtype=torch.float64)
     dist.all_reduce(rates)
     ranks = dist.get_world_size()
@@ -328,14 +278,14 @@ def collective_samples(grid: Grid, device: torch.device) -> list[Sample]:
 def _time_together(case: Case, count: int, device: torch.device) -> float:
     """Seconds of one call on this rank, after all ranks have met."""
     dist.barrier()
-    start = _now(device)
+    start = now(device)
     for i in range(count):
         case.call(i)
-    return (_now(device) - start) / count
+    return (now(device) - start) / count
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """What a Profile says of the machine. Call it before anything is allocated: a process has memory of its own."""
+    """What a Profile says of the machine. Call it before anything is allocated: then the process has its own memory."""
     versions = {"torch": torch.__version__, "backend": dist.get_backend()}
     if device.type == "cuda":
         torch.zeros(1, device=device)

@@ -127,3 +127,14 @@ def test_microbenchmarks_that_do_not_end_are_stopped(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "TIME_LIMIT", 0.2)
     with pytest.raises(UserError, match="did not finish within"):
         module._run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "errors.txt", lambda *_: None)
+
+
+def test_the_host_is_counted_by_the_kernels_that_the_simulator_counts() -> None:
+    import torch
+
+    from runtime.host_overhead import kernel_counts
+
+    forward, backward = kernel_counts(torch.device("cpu"))
+    # Seven products, one attention and the pointwise kernels of a Llama block; products have two kernels backward.
+    assert forward >= 7 + 1 + 2 + 2
+    assert backward >= 14 + 1 + 2 + 2
