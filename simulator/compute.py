@@ -162,6 +162,12 @@ def optimizer_seconds(gpu: Gpu, stack: Stack, optimizer: str, parameters: float)
     return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * gpu.memory_efficiency)
 
 
+def accumulation_seconds(gpu: Gpu, parameters: float) -> float:
+    """Seconds of adding one microbatch's gradients to those of the microbatches before: 12 bytes per parameter, in
+    fp32. Stacks that let the matmul add into its output (Megatron-Core) do not pay it."""
+    return parameters * 12 / (gpu.memory_bandwidth * gpu.memory_efficiency)
+
+
 def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes that kernels keep for the backward pass.
 

@@ -123,6 +123,9 @@ def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack) -> l
             Matmul("k", tokens, groups * model.head_dim, h),
             Matmul("v", tokens, groups * model.head_dim, h),
         ]
+    # In the backward the gradients of q, k and v (of gate and up) meet at their common input.
+    if not stack.fused_projections and not model.kv_lora_rank:
+        projections += [Pointwise("gradient_add", tokens * h)] * 2
     rotary: list[Kernel] = []
     if model.position == "rope":
         rotated = model.qk_rope_head_dim or model.head_dim
@@ -171,6 +174,7 @@ def _gated(
     ups: list[Kernel] = [Matmul("gate_up", tokens, 2 * width, h, kept, count)]
     if not stack.fused_projections:
         ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, 0.0, count)]
+        ups.append(Pointwise("gradient_add", count * tokens * h))
     return [*ups, Pointwise("gated_activation", count * tokens * width), down]
 
 

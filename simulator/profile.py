@@ -127,15 +127,16 @@ def calibrate(samples: Sequence[Sample], kind: Literal["cpu", "gpu"] = "cpu") ->
     """
     host = HostFit(*(_median(samples, kind) for kind in ("host_forward", "host_backward", "dtensor")))
     serial = host if kind == "cpu" else HostFit(0.0, 0.0)
-    memory_bandwidth = _fit_memory(samples)
+    matmul, memory_bandwidth = _fit_matmul(samples, serial.forward), _fit_memory(samples)
+    fastest = max(fit.rate for fit in matmul.values())
     # A single device has no link: then no collective is ever asked for, and messages stay in its memory.
     alone = not any(s.kind == "send_recv" for s in samples) and kind == "gpu"
     link_latency, link_bandwidth = (0.0, memory_bandwidth) if alone else _fit_link(samples)
     return {
         "host": host,
-        "matmul": _fit_matmul(samples, serial.forward),
+        "matmul": matmul,
         "memory_bandwidth": memory_bandwidth,
-        "attention": _fit_attention(samples, serial),
+        "attention": _fit_attention(samples, serial, fastest),
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
         "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
@@ -199,30 +200,35 @@ def _fit_memory(samples: Sequence[Sample]) -> float:
     return float(1 / non_negative_fit(features, np.array([s.seconds for s in chosen]))[0])
 
 
-def _fit_attention(samples: Sequence[Sample], host: HostFit) -> tuple[AttentionKernel, ...]:
+def _fit_attention(samples: Sequence[Sample], host: HostFit, fastest: float) -> tuple[AttentionKernel, ...]:
     kernels = []
     forward, backward = _of(samples, "attention_forward"), _of(samples, "attention_backward")
     for head_dim in sorted({int(s.sizes[3]) for s in forward}):
         kernels.append(
             AttentionKernel(
                 head_dim,
-                _attention_fit([s for s in forward if s.sizes[3] == head_dim], 4.0, host.forward),
-                _attention_fit([s for s in backward if s.sizes[3] == head_dim], 10.0, host.backward),
+                _attention_fit([s for s in forward if s.sizes[3] == head_dim], 4.0, host.forward, fastest),
+                _attention_fit([s for s in backward if s.sizes[3] == head_dim], 10.0, host.backward, fastest),
             )
         )
     return tuple(kernels)
 
 
-def _attention_fit(samples: list[Sample], flops_factor: float, host: float) -> AttentionFit:
-    """Rate and half length, full and causal, from t = flops / rate · (1 + half_length / s)."""
+def _attention_fit(samples: list[Sample], flops_factor: float, host: float, fastest: float) -> AttentionFit:
+    """Rate and half length, full and causal, from t = flops / rate · (1 + half_length / s).
+
+    Short sequences say little about the rate of long ones: it is at most that of a matmul (`fastest`).
+    """
     constants: list[float] = []
     for causal in (0, 1):
         chosen = [s for s in samples if s.sizes[4] == causal]
         batch, heads, seq, dim, _ = np.array([s.sizes for s in chosen]).T
         flops = flops_factor * batch * heads * seq**2 * dim / (1 + causal)
         per_flop, per_row = non_negative_fit(np.stack([flops, flops / seq], axis=1), _beyond(chosen, host))
-        # A kernel whose time is all per row has no rate of its own in these samples: bound it by the fastest seen.
-        per_flop = per_flop or float(np.min(_beyond(chosen, host) / flops)) / 100
+        if per_flop < 1 / fastest:
+            per_flop = 1 / fastest
+            beyond = np.maximum(_beyond(chosen, host) - flops * per_flop, 0.0)
+            per_row = float(np.median(beyond * seq / flops))
         constants += [1 / per_flop, per_row / per_flop]
     return AttentionFit(*constants)
 

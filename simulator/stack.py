@@ -63,6 +63,7 @@ class Stack:
     optimizer_traffic: dict[str, float]
     fused_projections: bool
     regathers_inputs: bool
+    fused_accumulation: bool
     copies_gradients: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import kernel_time, saved_bytes
+from simulator.compute import accumulation_seconds, kernel_time, saved_bytes
 from simulator.kernels import (
     Attention,
     Cut,
@@ -247,7 +247,8 @@ class StageCosts:
         saved = saved_bytes(kernels, job.stack, precision)
         tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
         forward = self._work(times.forward, times.host_forward, tp=tp_forward)
-        backward = self._work(times.backward, times.host_backward, tp=tp_backward)
+        device_backward = times.backward + self._accumulation_seconds(parameters)
+        backward = self._work(device_backward, times.host_backward, tp=tp_backward)
         is_block = columns > 0 and rows > 0
         recompute, working = self.layout.recompute if is_block else "none", 0.0
         if recompute == "full":
@@ -261,6 +262,14 @@ class StageCosts:
             dropped = self._dropped_by_selective(cores)
             saved, working = saved - dropped, dropped
         return UnitCost(forward, backward, parameters, saved, working)
+
+    def _accumulation_seconds(self, parameters: float) -> float:
+        """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
+        count = self.layout.microbatches(self.job.training.global_batch_size)
+        if count == 1 or self.job.stack.fused_accumulation:
+            return 0.0
+        share = parameters / (self.layout.dp_shard if self.reduces_every_microbatch else 1)
+        return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
 
     def _dropped_by_selective(self, cores: list[Attention]) -> float:
         """Scores of the attention core, which Megatron's selective recompute does not keep (arXiv 2205.05198)."""
