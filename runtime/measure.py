@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,9 @@ GridName = Literal["full", "quick"]
 
 # Above this spread of repeated products (p90 - p10, relative to the median) something else was using the machine.
 NOISY = 0.3
+# Above this share of the processors the other work counts as a disturbance, also where it was so steady that repeated
+# timings agree.
+BUSY = 0.1
 # Seconds that one number of ranks may take: some 30 times what a quiet machine needs, start included.
 TIME_LIMIT = 600.0
 # The word that begins a line of progress from `runtime.microbenchmarks`; that module loads torch, this one does not.
@@ -49,6 +53,8 @@ def measure(output: Path, progress: Progress | None = None, grid: GridName = "fu
     def part(start: float, share: float) -> Progress:
         return lambda name, fraction: report(name, start + fraction * share)
 
+    busy, own = busy_seconds()
+    begin = time.perf_counter()
     # Kernels of one rank take about half of the time.
     machine, samples = _measure_ranks(1, grid, part(0.0, 0.5))
     worlds = world_sizes(machine["kind"], machine["devices"], grid)
@@ -57,12 +63,10 @@ def measure(output: Path, progress: Progress | None = None, grid: GridName = "fu
     profile = profile_of(machine, samples)
     write_json(output, profile)
     report("done", 1.0)
-    if noise(samples) > NOISY:
-        print(
-            f"warning: repeated matrix products lie {noise(samples):.0%} apart (above {NOISY:.0%}): other work "
-            "disturbed the measurement; measure again on a quiet machine",
-            file=sys.stderr,
-        )
+    busy_after, own_after = busy_seconds()
+    others = (busy_after - busy - (own_after - own)) / (time.perf_counter() - begin)
+    for disturbance in disturbances(noise(samples), others, machine["devices"]):
+        print(f"warning: {disturbance}; measure again on a quiet machine", file=sys.stderr)
     return profile
 
 
@@ -90,6 +94,36 @@ def profile_of(machine: dict[str, Any], samples: Sequence[Sample]) -> Profile:
 def noise(samples: Sequence[Sample]) -> float:
     """How far repeated products lie apart: the median over their sizes of (p90 - p10) / median."""
     return float(np.median([(s.p90 - s.p10) / s.seconds for s in samples if s.kind == "matmul"]))
+
+
+def disturbances(noise: float, others: float, devices: int) -> list[str]:
+    """What speaks against the samples: a spread of repeated products, or processors that others used meanwhile."""
+    found = []
+    if noise > NOISY:
+        found.append(f"repeated matrix products lie {noise:.0%} apart (more than {NOISY:.0%})")
+    if others > BUSY * devices:
+        found.append(f"other work used {others:.1f} of the {devices} processors")
+    return found
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Seconds of work so far on the processors that this process may use: by everyone, and by it and its children.
+
+    Without /proc/stat (macOS) nothing is known of others: both are its own.
+    """
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return own, own
+    names = {f"cpu{index}" for index in os.sched_getaffinity(0)}
+    ticks = 0
+    for name, *counts in (line.split() for line in lines if line.startswith("cpu")):
+        if name in names:
+            # user, nice, system, then idle and waiting, then interrupts and what other guests took.
+            ticks += sum(int(counts[i]) for i in (0, 1, 2, 5, 6, 7))
+    return ticks / os.sysconf("SC_CLK_TCK"), own
 
 
 def _measure_ranks(ranks: int, grid: GridName, report: Progress) -> tuple[dict[str, Any], list[Sample]]:

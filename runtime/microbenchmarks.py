@@ -211,8 +211,8 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
     return [sample(kind, (), seconds) for kind, seconds in host_seconds(device, 10 * grid.repeats).items()]
 
 
-def concurrency_sample(grid: Grid, device: torch.device) -> Sample:
-    """Seconds of a small training step on every rank at once: 1 / the mean of the ranks' rates."""
+def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
+    """Seconds of a small training step on every rank at once, repeated: 1 / the mean of the ranks' rates."""
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
     times = []
@@ -223,8 +223,8 @@ def concurrency_sample(grid: Grid, device: torch.device) -> Sample:
         times.append(now(device) - start)
     rates = 1 / torch.tensor(times[1:], dtype=torch.float64)
     dist.all_reduce(rates)
-    ranks = dist.get_world_size()
-    return sample("concurrency", (ranks,), (ranks / rates).tolist())
+    seconds: list[float] = (dist.get_world_size() / rates).tolist()
+    return seconds
 
 
 def collective_cases(grid: Grid, device: torch.device) -> list[Case]:
@@ -308,6 +308,39 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
+def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[tuple[str, Callable[[], list[Sample]]]]:
+    """What this number of ranks measures, with names for the progress.
+
+    Args:
+        at_once: takes the timings of ranks that share processors, which are made before and after all others, since
+            a disturbance of some seconds would change each of them alike.
+    """
+
+    def kernels(make: Callable[..., list[Case]], *arguments: str) -> Callable[[], list[Sample]]:
+        return lambda: time_cases(make(grid, device, *arguments), grid, device)
+
+    def concurrency() -> list[Sample]:
+        at_once.extend(concurrency_seconds(grid, device))
+        return []
+
+    ranks = dist.get_world_size()
+    steps: list[tuple[str, Callable[[], list[Sample]]]]
+    if ranks == 1:
+        steps = [
+            ("host", lambda: host_samples(grid, device)),
+            ("matmul fp32", kernels(matmul_cases, "fp32")),
+            ("matmul bf16", kernels(matmul_cases, "bf16")),
+            ("memory", kernels(memory_cases)),
+            ("attention", kernels(attention_cases)),
+        ]
+    else:
+        steps = [(f"collectives of {ranks}", lambda: collective_samples(grid, device))]
+    if device.type == "cpu":
+        shared = (f"{ranks} at once", concurrency)
+        steps = [shared, *steps, shared]
+    return steps
+
+
 def run(grid: Grid, output: Path) -> None:
     """Everything that this number of ranks is there for; rank 0 writes {"machine", "samples"}."""
     cuda = torch.cuda.is_available()
@@ -316,23 +349,13 @@ def run(grid: Grid, output: Path) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
     ranks, machine, samples = dist.get_world_size(), describe(device), list[Sample]()
-    steps: list[tuple[str, Callable[[], list[Sample]]]] = []
-    if ranks == 1:
-        steps += [
-            ("host", lambda: host_samples(grid, device)),
-            ("matmul fp32", lambda: time_cases(matmul_cases(grid, device, "fp32"), grid, device)),
-            ("matmul bf16", lambda: time_cases(matmul_cases(grid, device, "bf16"), grid, device)),
-            ("memory", lambda: time_cases(memory_cases(grid, device), grid, device)),
-            ("attention", lambda: time_cases(attention_cases(grid, device), grid, device)),
-        ]
-    if not cuda:
-        steps.append((f"{ranks} at once", lambda: [concurrency_sample(grid, device)]))
-    if ranks > 1:
-        steps.append((f"collectives of {ranks}", lambda: collective_samples(grid, device)))
-    for index, (name, step) in enumerate(steps):
+    at_once: list[float] = []
+    for index, (name, step) in enumerate(steps := list_steps(grid, device, at_once)):
         if dist.get_rank() == 0:
             print(PROGRESS, index / len(steps), name, flush=True)
         samples += step()
+    if at_once:
+        samples.append(sample("concurrency", (ranks,), at_once))
     if dist.get_rank() == 0:
         write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
     dist.destroy_process_group()

@@ -258,9 +258,12 @@ def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[
 
 
 def _concurrency(samples: Sequence[Sample]) -> tuple[float, ...]:
-    """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated."""
+    """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
+
+    From the 10th percentiles: what disturbs here is other work on the same processors, which would pass for ranks.
+    """
     chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
-    seconds = np.array([s.seconds for s in chosen])
+    seconds = np.array([s.p10 for s in chosen])
     speeds = seconds[0] / seconds
     return tuple(float(v) for v in np.interp(np.arange(1, ranks[-1] + 1), ranks, speeds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from runtime import measure as module
 from runtime.machine import processors
-from runtime.measure import measure, noise, profile_of, world_sizes
+from runtime.measure import busy_seconds, disturbances, measure, noise, profile_of, world_sizes
 from simulator.errors import UserError
 from simulator.profile import Profile, Sample, cluster_of, read_profile
 
@@ -96,6 +97,22 @@ def test_world_sizes(kind: str, devices: int, expected: list[int]) -> None:
 def test_noise_is_the_usual_spread_of_products() -> None:
     spreads = [Sample("matmul", (1, 1, 1), 2.0, 2.0 - s, 2.0 + s, "fp32") for s in (0.1, 0.2, 1.9)]
     assert noise([*spreads, Sample("memory", (1,), 1.0, 0.0, 9.0)]) == pytest.approx(0.2)
+
+
+def test_disturbances_are_told_above_their_limits() -> None:
+    assert disturbances(0.3, 0.2, 2) == []
+    assert disturbances(0.31, 0.9, 2) == [
+        "repeated matrix products lie 31% apart (more than 30%)", "other work used 0.9 of the 2 processors"
+    ]  # fmt: skip
+
+
+def test_own_work_is_not_the_work_of_others() -> None:
+    (busy, own), until = busy_seconds(), time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    busy_after, own_after = busy_seconds()
+    assert own_after - own == pytest.approx(0.3, abs=0.1)
+    assert busy_after >= busy
 
 
 def test_a_machine_with_one_gpu_has_no_link() -> None:
