@@ -31,10 +31,11 @@ def parity_runs(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     results: dict[str, dict[str, Any]] = {}
     for world_size in (1, 2, 4):
         output = folder / f"{world_size}.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        command = [sys.executable, *(torchrun if world_size > 1 else []), str(HERE / "parity_worker.py")]
         path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
-            [*torchrun, str(HERE / "parity_worker.py"), str(text_folder), str(output)],
+            [*command, str(text_folder), str(output)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             capture_output=True,
             text=True,

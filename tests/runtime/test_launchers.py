@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_jobs import tiny_plan
+from tiny_jobs import LLAMA, tiny_plan
 
 from planner.plan import write_plan
 from runtime import launchers
@@ -83,7 +84,15 @@ def test_stacks_of_others_are_refused(tmp_path: Path) -> None:
         run_here(plan, tmp_path / "m.json")
 
 
-def test_a_crash_shows_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.xdist_group("distributed")
+def test_a_crash_of_a_rank_is_shown(text_folder: Path, tmp_path: Path) -> None:
+    broken = dataclasses.replace(LLAMA, num_key_value_heads=3)
+    plan = write_plan(tiny_plan(Layout(), broken, data=str(text_folder)), tmp_path / "plan.json")
+    with pytest.raises(RuntimeError, match="Number of heads in key and value must divide"):
+        run_here(plan, tmp_path / "m.json", timeout=120)
+
+
+def test_torchruns_own_report_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["Traceback", "ValueError: boom", "E0101 00:00:00.0 1 torch/distributed/elastic/x.py:1] failed", "noise"]
     monkeypatch.setattr(launchers, "_run", lambda *_: (1, lines))
     plan = write_plan(tiny_plan(Layout()), tmp_path / "plan.json")
