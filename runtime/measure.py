@@ -87,7 +87,7 @@ def profile_of(machine: dict[str, Any], samples: Sequence[Sample]) -> Profile:
     """The profile of a machine that described itself, with the constants fitted to the samples."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {"python": sys.version.split()[0], **machine["versions"]}
-    constants: dict[str, Any] = calibrate(samples, machine["kind"])
+    constants: dict[str, Any] = calibrate(samples, machine["kind"], machine["devices"])
     return Profile(created=now, samples=tuple(samples), **(machine | {"versions": versions}), **constants)
 
 

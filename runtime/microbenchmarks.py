@@ -38,7 +38,8 @@ class Grid:
     """The sizes that are measured, and how often.
 
     matmul: (m, n, k) of forward products; each is measured in the two forms of its backward too.
-    memory, collective: bytes. attention: sequence lengths at `tokens` tokens. seconds: the least length of one timing.
+    memory, collective: bytes. attention: sequence lengths at `tokens` tokens and `width` = heads · head_dim.
+    seconds: the least length of one timing. pool: elements that operands are cut from, larger than the caches.
     """
 
     matmul: tuple[tuple[int, int, int], ...]
@@ -46,21 +47,38 @@ class Grid:
     attention: tuple[int, ...]
     head_dims: tuple[int, ...]
     tokens: int
+    width: int
     collective: tuple[int, ...]
     concurrency_tokens: int
     repeats: int
     seconds: float
+    pool: int = 16 * MIB
 
 
 _WEIGHTS = ((128, 128), (384, 128), (256, 256), (1024, 256), (256, 1024), (512, 512), (2048, 512), (512, 2048))
-_LARGE = ((64, 2048, 2048), (512, 4096, 512), (2048, 1024, 1024), (2048, 2048, 2048))
+_LARGE = ((64, 2048, 2048), (512, 4096, 512), (2048, 1024, 1024))
+_GPU_WEIGHTS = ((1024, 1024), (2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096))
 GRIDS = {
+    "gpu": Grid(
+        matmul=(*((m, n, k) for m in (512, 2048, 8192) for n, k in _GPU_WEIGHTS), (8192, 8192, 8192)),
+        memory=tuple(MIB * 2**i for i in range(9)),
+        attention=(512, 1024, 2048, 4096, 8192),
+        head_dims=(64, 128),
+        tokens=8192,
+        width=2048,
+        collective=tuple(4 * KIB * 4**i for i in range(9)),
+        concurrency_tokens=0,
+        repeats=10,
+        seconds=3e-3,
+        pool=256 * MIB,
+    ),
     "full": Grid(
         matmul=tuple((m, n, k) for m in (64, 256, 1024) for n, k in _WEIGHTS) + _LARGE,
         memory=tuple(64 * KIB * 2**i for i in range(10)),
         attention=(64, 128, 256, 512, 1024),
         head_dims=(32, 64, 128),
         tokens=1024,
+        width=256,
         collective=(*(4 * KIB * 4**i for i in range(7)), 32 * MIB),
         concurrency_tokens=1024,
         repeats=6,
@@ -72,6 +90,7 @@ GRIDS = {
         attention=(64, 256),
         head_dims=(32,),
         tokens=256,
+        width=256,
         collective=(4 * KIB, 256 * KIB, MIB),
         concurrency_tokens=128,
         repeats=3,
@@ -97,7 +116,7 @@ class Operands:
     last repetition would be too fast.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, elements: int = 16 * MIB) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, elements: int) -> None:
         self.pool = torch.randn(elements, device=device).to(dtype)
         self.position = 0
 
@@ -118,7 +137,7 @@ class Operands:
 
 def matmul_cases(grid: Grid, device: torch.device, precision: str) -> list[Case]:
     """Forward products, and those of their backward: dX = dY W and dW = dYᵀ X."""
-    operands = Operands(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    operands = Operands(device, torch.bfloat16 if precision == "bf16" else torch.float32, grid.pool)
     cases = []
     for m, n, k in grid.matmul:
         sets = operands.sets((m, k), (n, k), (m, n))
@@ -133,7 +152,7 @@ def matmul_cases(grid: Grid, device: torch.device, precision: str) -> list[Case]
 
 def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
     """The residual addition: two tensors read, one written."""
-    operands = Operands(device, torch.float32)
+    operands = Operands(device, torch.float32, grid.pool)
     return [
         Case("memory", (3.0 * size,), _on(torch.add, operands.sets((size // 4,), (size // 4,)))) for size in grid.memory
     ]
@@ -142,10 +161,10 @@ def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
 def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
     """Scaled dot product attention on heads that lie as the projections leave them: (batch, seq, heads, head_dim)."""
     # CUDA has fused kernels for 16 bits only.
-    operands = Operands(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    operands = Operands(device, torch.bfloat16 if device.type == "cuda" else torch.float32, grid.pool)
     cases = []
     for head_dim, seq, causal in itertools.product(grid.head_dims, grid.attention, (False, True)):
-        batch, heads = max(1, grid.tokens // seq), max(1, 256 // head_dim)
+        batch, heads = max(1, grid.tokens // seq), max(1, grid.width // head_dim)
         shape = (batch, seq, heads, head_dim)
         sets = [[t.transpose(1, 2) for t in tensors] for tensors in operands.sets(shape, shape, shape, shape)[:8]]
 
@@ -341,9 +360,11 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
     return steps
 
 
-def run(grid: Grid, output: Path) -> None:
+def run(grid_name: str, output: Path) -> None:
     """Everything that this number of ranks is there for; rank 0 writes {"machine", "samples"}."""
     cuda = torch.cuda.is_available()
+    # A GPU is not busy with what fills a processor.
+    grid = GRIDS["gpu" if cuda and grid_name == "full" else grid_name]
     device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -363,10 +384,10 @@ def run(grid: Grid, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", choices=GRIDS, default="full")
+    parser.add_argument("--grid", choices=("full", "quick"), default="full")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    run(GRIDS[arguments.grid], arguments.output)
+    run(arguments.grid, arguments.output)
 
 
 if __name__ == "__main__":

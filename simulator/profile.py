@@ -115,12 +115,15 @@ def cluster_of(profile: Profile) -> ClusterSpec:
     )
 
 
-def calibrate(samples: Sequence[Sample], kind: Literal["cpu", "gpu"] = "cpu") -> dict[str, object]:
+def calibrate(
+    samples: Sequence[Sample], kind: Literal["cpu", "gpu"] = "cpu", devices: float = float("inf")
+) -> dict[str, object]:
     """The constants that samples determine, as keyword arguments of Profile.
 
     Args:
         kind: on a CPU the host's work for a kernel is part of its sample and taken off; a GPU works beside the host,
             and its samples are the device's alone.
+        devices: processors of the machine; ranks beyond them share.
 
     Raises:
         UserError: samples of a kind that every profile needs are missing.
@@ -140,7 +143,7 @@ def calibrate(samples: Sequence[Sample], kind: Literal["cpu", "gpu"] = "cpu") ->
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
         "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
-        "concurrency": _concurrency(samples) if kind == "cpu" else (),
+        "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
     }
 
 
@@ -257,13 +260,16 @@ def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[
     return result
 
 
-def _concurrency(samples: Sequence[Sample]) -> tuple[float, ...]:
+def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:
     """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
 
-    From the 10th percentiles: what disturbs here is other work on the same processors, which would pass for ranks.
+    From the 10th percentiles, because what disturbs here is other work on the same processors, which would pass for
+    ranks. k ranks never run at more than the whole of the machine's processors, whatever disturbed the first.
     """
     chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
     seconds = np.array([s.p10 for s in chosen])
     speeds = seconds[0] / seconds
-    return tuple(float(v) for v in np.interp(np.arange(1, ranks[-1] + 1), ranks, speeds))
+    counts = np.arange(1, ranks[-1] + 1)
+    bound = np.minimum(1.0, devices / counts)
+    return tuple(float(v) for v in np.minimum(np.interp(counts, ranks, speeds), bound))

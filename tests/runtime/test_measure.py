@@ -55,8 +55,7 @@ class TestQuickRun:
         if measured[0].kind == "cpu":
             assert concurrency[0] == 1.0
             assert len(concurrency) == 2
-            # More than 1 would be noise: two ranks do not make each other faster.
-            assert 0.1 < concurrency[1] < 2.0
+            assert 0.1 < concurrency[1] <= 1.0
 
     def test_every_collective_has_constants(self, measured: tuple[Profile, Path, list[tuple[str, float]]]) -> None:
         profile = measured[0]

@@ -108,6 +108,10 @@ def test_a_single_gpu_has_no_collectives() -> None:
     assert calibrate([s for s in synthetic("gpu") if s.kind not in links], "gpu")["collectives"] == {}
 
 
+def test_ranks_never_share_more_than_the_processors() -> None:
+    assert calibrate(synthetic(), devices=1)["concurrency"] == pytest.approx((1.0, 1 / 2, 1 / 3, 0.25))
+
+
 def test_five_percent_of_noise_costs_no_more_than_ten_percent_of_the_rate() -> None:
     noise = np.random.default_rng(0)
     noisy = [dataclasses.replace(s, seconds=s.seconds * noise.uniform(0.95, 1.05)) for s in synthetic()]
