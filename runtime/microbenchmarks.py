@@ -81,7 +81,7 @@ GRIDS = {
         width=256,
         collective=(*(4 * KIB * 4**i for i in range(7)), 32 * MIB),
         concurrency_tokens=1024,
-        repeats=6,
+        repeats=5,
         seconds=3e-3,
     ),
     "quick": Grid(
