@@ -248,13 +248,15 @@ class _Engine:
         return self.messages.setdefault((kind, stage, microbatch), _Message(self.env.event()))
 
     def _send(self, rank: _Rank, op: Op) -> Process:
-        """Put a tensor on the link to the neighbour; the rank goes on."""
+        """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
         assert op.stage is not None and op.microbatch is not None
         kind, target = op.kind[-1], op.stage + (1 if op.kind == "SEND_F" else -1)
         message = self._message(kind, target, op.microbatch)
         message.sent = self.env.now
-        self.env.process(self._transfer(rank, target % self.layout.pp, message, op))
-        yield from ()
+        transfer = self.env.process(self._transfer(rank, target % self.layout.pp, message, op))
+        if not self.job.stack.overlap_p2p:
+            yield transfer
+            rank.spend("pp", self.env.now - message.sent)
 
     def _transfer(self, rank: _Rank, target: int, message: _Message, op: Op) -> Process:
         latency, seconds = self._message_cost(rank.index, target)

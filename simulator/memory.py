@@ -78,11 +78,14 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
     elif layout.zero_stage == 2:
         total += sum(s.parameters for s in stages) * recipe.compute
         total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
-    elif layout.dp > 1 and stack.copies_gradients:
-        total += sum(s.parameters for s in stages) * recipe.gradient_reduce
+    elif layout.dp > 1 and layout.tp > 1 and stack.replicates_by_fsdp:
+        # FSDP over a shard group of one still copies what it gathers.
+        total += sum(s.parameters for s in stages) * recipe.compute
     if layout.pp > 1:
         tokens = layout.micro_batch_size * job.training.seq_len / (layout.tp if layout.sequence_parallel else 1)
-        total += 4 * tokens * job.model.hidden_size * recipe.compute
+        # Received activations and gradients; torch allocates those of all microbatches ahead, on every stage.
+        count = 2 * layout.microbatches(job.training.global_batch_size) * layout.virtual_stages
+        total += (count if stack.preallocates_receives else 4) * tokens * job.model.hidden_size * recipe.compute
     return total
 
 

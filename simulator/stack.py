@@ -60,11 +60,13 @@ class Stack:
     overlap_grad_reduce: bool
     overlap_param_gather: bool
     bucket_bytes: float
+    overlap_p2p: bool
+    preallocates_receives: bool
     optimizer_traffic: dict[str, float]
     fused_projections: bool
     regathers_inputs: bool
     fused_accumulation: bool
-    copies_gradients: bool = False
+    replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True
     dropout: bool = False

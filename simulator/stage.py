@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import accumulation_seconds, kernel_time, saved_bytes
+from simulator.data_parallel import DataParallel
 from simulator.kernels import (
     Attention,
     Cut,
@@ -65,6 +66,16 @@ class UnitCost:
     parameters: float
     saved: float
     working: float
+    # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
+    stays_gathered: bool = False
+
+    @property
+    def forward_seconds(self) -> float:
+        return self.forward.total
+
+    @property
+    def backward_seconds(self) -> float:
+        return self.backward.total
 
 
 @dataclass(frozen=True)
@@ -123,93 +134,21 @@ class StageCosts:
         return self._stages[key]
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
+        data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
         parameters = sum(u.parameters for u in units)
-        if self.gathers_every_microbatch or self.reduces_every_microbatch:
-            forward += Work(dp=self._exposed_forward(units, groups))
-            backward += Work(dp=self._exposed_backward(units, groups))
         return StageCost(
-            forward=forward,
-            backward=backward,
+            forward=forward + Work(dp=data.exposed_forward(units)),
+            backward=backward + Work(dp=data.exposed_backward(units)),
             parameters=parameters,
             saved=sum(u.saved for u in units),
             working=max(u.working for u in units),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
-            reduce=0.0 if self.reduces_every_microbatch else self.reduce_seconds(parameters, groups, len(units)),
-            gather=self._gather_once(parameters, groups, len(units)),
+            reduce=data.once_reduce_seconds(parameters, len(units)),
+            gather=data.once_gather_seconds(parameters, len(units)),
         )
-
-    @property
-    def gathers_every_microbatch(self) -> bool:
-        """ZeRO-3 gathers parameters before each use; ZeRO-2 and ZeRO-1 once a step."""
-        return self.layout.zero_stage == 3
-
-    @property
-    def reduces_every_microbatch(self) -> bool:
-        """Sharded gradients are reduced after each backward, except under a pipeline (torch reduces at its end)."""
-        return self.layout.zero_stage >= 2 and self.layout.pp == 1
-
-    def reduce_seconds(self, parameters: float, groups: Groups, units: int) -> float:
-        """Reduce gradients of these parameters: scatter over dp_shard, then all-reduce the shard over dp_replicate.
-
-        The stack reduces in buckets, each with the latency of a collective.
-        """
-        size = parameters * self.recipe.gradient_reduce
-        pieces = self._pieces(size, units)
-        scatter = pieces * collective_seconds("reduce_scatter", size / pieces, groups.shard, self.job.cluster)
-        shard = size / self.layout.dp_shard / pieces
-        return scatter + pieces * collective_seconds("all_reduce", shard, groups.replicate, self.job.cluster)
-
-    def gather_seconds(self, parameters: float, groups: Groups, units: int = 1) -> float:
-        """All-gather sharded parameters in the width that kernels read."""
-        size = parameters * self.recipe.compute
-        pieces = self._pieces(size, units)
-        return pieces * collective_seconds("all_gather", size / pieces, groups.shard, self.job.cluster)
-
-    def _gather_once(self, parameters: float, groups: Groups, units: int) -> float:
-        if self.gathers_every_microbatch or not self.layout.zero_stage:
-            return 0.0
-        return self.gather_seconds(parameters, groups, units)
-
-    def _pieces(self, size: float, units: int) -> int:
-        """Collectives that a reduction of this size is cut into: FSDP's units, or DDP's buckets."""
-        if self.layout.zero_stage >= 2:
-            return units
-        return max(1, round(size / self.job.stack.bucket_bytes))
-
-    def _exposed_forward(self, units: list[UnitCost], groups: Groups) -> float:
-        """Seconds that a forward waits for parameters: all of them, or what the unit before does not hide."""
-        if not self.gathers_every_microbatch:
-            return 0.0
-        gathers = [self.gather_seconds(u.parameters, groups) for u in units]
-        if not self.job.stack.overlap_param_gather:
-            return sum(gathers)
-        beside = [u.forward.total for u in units[:-1]]
-        return gathers[0] + sum(self._not_hidden(g, work) for g, work in zip(gathers[1:], beside, strict=True))
-
-    def _exposed_backward(self, units: list[UnitCost], groups: Groups) -> float:
-        """Seconds that a backward waits: its gathers and the reductions of the units behind share one network."""
-        backwards = units[::-1]
-        gathers = [
-            self.gather_seconds(u.parameters, groups) if self.gathers_every_microbatch else 0.0 for u in backwards
-        ]
-        reduces = [
-            self.reduce_seconds(u.parameters, groups, 1) if self.reduces_every_microbatch else 0.0 for u in backwards
-        ]
-        exposed = gathers[0]
-        for i, unit in enumerate(backwards):
-            gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
-            reduce = reduces[i - 1] if i else 0.0
-            overlaps = self.job.stack.overlap_grad_reduce
-            exposed += self._not_hidden(gather + reduce, unit.backward.total if overlaps else 0.0)
-        return exposed + reduces[-1]
-
-    def _not_hidden(self, communication: float, work: float) -> float:
-        """What communication beside work adds to it: what is left over, and what hiding the rest costs."""
-        hidden = min(communication, work)
-        return communication - hidden + self.job.cluster.gpu.hiding_cost(hidden)
 
     def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
         key = (kind, causal, groups)
@@ -229,7 +168,9 @@ class StageCosts:
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
-        return self._unit(kernels, self.job.model.embedding_parameters() / self.layout.tp, groups, columns=0, rows=1)
+        parameters = self.job.model.embedding_parameters() / self.layout.tp
+        unit = self._unit(kernels, parameters, groups, columns=0, rows=1)
+        return dataclasses.replace(unit, stays_gathered=True)
 
     def _head(self, groups: Groups) -> UnitCost:
         model = self.job.model
@@ -238,7 +179,11 @@ class StageCosts:
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
         logits = self.cut.tokens * model.vocab_size / self.layout.tp * self.job.stack.logits_bytes
-        return dataclasses.replace(unit, working=unit.working + logits)
+        # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
+        loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
+        return dataclasses.replace(
+            unit, forward=unit.forward + Work(tp=loss), working=unit.working + logits, stays_gathered=True
+        )
 
     def _unit(self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int) -> UnitCost:
         """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs."""
@@ -268,7 +213,8 @@ class StageCosts:
         count = self.layout.microbatches(self.job.training.global_batch_size)
         if count == 1 or self.job.stack.fused_accumulation:
             return 0.0
-        share = parameters / (self.layout.dp_shard if self.reduces_every_microbatch else 1)
+        sharded = self.layout.zero_stage >= 2 and self.layout.pp == 1
+        share = parameters / (self.layout.dp_shard if sharded else 1)
         return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
 
     def _dropped_by_selective(self, cores: list[Attention]) -> float:

@@ -1,0 +1,126 @@
+"""Seconds of data-parallel communication: gathering sharded parameters, reducing gradients, and what kernels hide.
+
+    zero_stage 0   gradients are all-reduced in buckets, once a step
+    zero_stage 1   gradients are reduce-scattered and parameters all-gathered, once a step
+    zero_stage 2   parameters are gathered once a step; gradients are scattered after every microbatch
+    zero_stage 3   parameters are gathered before each use; gradients are scattered after every microbatch
+
+Under a pipeline torch reduces gradients once, at the end of the step. With dp_replicate the shards are all-reduced over
+the replicas, once a step. A unit is what FSDP wraps: a block, the embedding, the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from simulator.cluster import GroupShape
+from simulator.collectives import collective_seconds
+from simulator.layout import Layout
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+
+class Unit(Protocol):
+    """What this module needs to know of a unit: seconds of its passes, and its parameters on this rank."""
+
+    @property
+    def forward_seconds(self) -> float: ...
+    @property
+    def backward_seconds(self) -> float: ...
+    @property
+    def parameters(self) -> float: ...
+    @property
+    def stays_gathered(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The data-parallel groups of one pipeline rank, and what communication over them costs."""
+
+    job: Job
+    layout: Layout
+    shard: GroupShape
+    replicate: GroupShape
+
+    @property
+    def gathers_every_microbatch(self) -> bool:
+        return self.layout.zero_stage == 3
+
+    @property
+    def reduces_every_microbatch(self) -> bool:
+        return self.layout.zero_stage >= 2 and self.layout.pp == 1
+
+    def gather_seconds(self, parameters: float, units: int = 1) -> float:
+        """All-gather parameters of this many units, in the width that kernels read."""
+        size = parameters * self.job.stack.recipes[self.job.training.precision].compute
+        pieces = self._pieces(size, units)
+        return pieces * collective_seconds("all_gather", size / pieces, self.shard, self.job.cluster)
+
+    def scatter_seconds(self, parameters: float, units: int = 1) -> float:
+        """Reduce-scatter the gradients of this many units over the shards."""
+        size = self._gradient_bytes(parameters)
+        pieces = self._pieces(size, units)
+        return pieces * collective_seconds("reduce_scatter", size / pieces, self.shard, self.job.cluster)
+
+    def once_reduce_seconds(self, parameters: float, units: int) -> float:
+        """What is reduced at the end of the step: everything, or only shards over their replicas."""
+        size = self._gradient_bytes(parameters)
+        pieces = self._pieces(size, units)
+        shard = size / self.layout.dp_shard / pieces
+        replicas = pieces * collective_seconds("all_reduce", shard, self.replicate, self.job.cluster)
+        return replicas + (0.0 if self.reduces_every_microbatch else self.scatter_seconds(parameters, units))
+
+    def once_gather_seconds(self, parameters: float, units: int) -> float:
+        """What is gathered once, ahead of the step's first forward."""
+        if self.gathers_every_microbatch or not self.layout.zero_stage:
+            return 0.0
+        return self.gather_seconds(parameters, units)
+
+    def exposed_forward(self, units: Sequence[Unit]) -> float:
+        """Seconds that a forward waits for parameters: what the unit before does not hide.
+
+        Under a pipeline the gathers of the backward serve the next forward too: torch keeps a unit that its backward
+        left gathered.
+        """
+        if not self.gathers_every_microbatch or self.layout.pp > 1:
+            return 0.0
+        gathers = [self.gather_seconds(u.parameters) for u in units]
+        if not self.job.stack.overlap_param_gather:
+            return sum(gathers)
+        beside = [u.forward_seconds for u in units[:-1]]
+        return gathers[0] + sum(self._not_hidden(g, work) for g, work in zip(gathers[1:], beside, strict=True))
+
+    def exposed_backward(self, units: Sequence[Unit]) -> float:
+        """Seconds that a backward waits. Beside a unit's backward run the gather of the next unit and the reduction
+        of the one behind; they share one network."""
+        backwards = units[::-1]
+        gathers = [self._backward_gather(u) for u in backwards]
+        scatters = [self.scatter_seconds(u.parameters) if self.reduces_every_microbatch else 0.0 for u in backwards]
+        exposed = gathers[0]
+        for i, unit in enumerate(backwards):
+            beside = (gathers[i + 1] if i + 1 < len(gathers) else 0.0) + (scatters[i - 1] if i else 0.0)
+            overlaps = self.job.stack.overlap_grad_reduce
+            exposed += self._not_hidden(beside, unit.backward_seconds if overlaps else 0.0)
+        return exposed + scatters[-1]
+
+    def _backward_gather(self, unit: Unit) -> float:
+        if not self.gathers_every_microbatch or unit.stays_gathered:
+            return 0.0
+        return self.gather_seconds(unit.parameters)
+
+    def _not_hidden(self, communication: float, work: float) -> float:
+        """What communication beside work adds to it: what is left over, and what hiding the rest costs."""
+        hidden = min(communication, work)
+        return communication - hidden + self.job.cluster.gpu.hiding_cost(hidden)
+
+    def _gradient_bytes(self, parameters: float) -> float:
+        return parameters * self.job.stack.recipes[self.job.training.precision].gradient_reduce
+
+    def _pieces(self, size: float, units: int) -> int:
+        """Collectives that a transfer of this size is cut into: FSDP's units, or DDP's buckets."""
+        if self.layout.zero_stage >= 2:
+            return units
+        return max(1, round(size / self.job.stack.bucket_bytes))
