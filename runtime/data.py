@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,18 +39,18 @@ def read_tokens(folder: str, most: int = MOST_BYTES) -> np.ndarray:
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise UserError(f"training.data = '{folder}' is not a folder; name a folder with text files")
-    pieces, left = [], most
-    for path in _files(root):
-        if left <= 0:
-            break
-        if folder or path.suffix == ".py":
-            piece = _read_text(path, left)
-            pieces.append(piece)
-            left -= len(piece)
-    tokens = np.frombuffer(b"".join(pieces), dtype=np.uint8)
-    if not len(tokens):
-        raise UserError(f"training.data = '{folder}' holds no text file")
-    return tokens
+    # Mapped from a file without a name, so that a rank holds only the pages that it samples from.
+    with tempfile.TemporaryFile() as file:
+        left = most
+        for path in _files(root):
+            if left <= 0:
+                break
+            if folder or path.suffix == ".py":
+                left -= file.write(_read_text(path, left))
+        if left == most:
+            raise UserError(f"training.data = '{folder}' holds no text file")
+        file.flush()
+        return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 def _files(root: Path) -> list[Path]:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from planner import cli
+from simulator.cluster import AttentionFit, AttentionKernel, CollectiveFit, HostFit, MatmulFit
+from simulator.files import write_json
+from simulator.profile import Profile
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -204,3 +207,76 @@ def test_help_is_light(tmp_path: Path) -> None:
         loaded[name] = result.stdout.splitlines()[-1]
     assert "torch" not in loaded["plan"] and "matplotlib" not in loaded["plan"]
     assert loaded["help"] == "LOADED []"
+
+
+def this_machine(folder: Path) -> None:
+    """A profile of a machine with two processors, as `layoutwise measure` would leave it (round figures)."""
+    rate = AttentionFit(rate=5e10, half_length=100, causal_rate=4e10, causal_half_length=200)
+    fits = {
+        kind: (CollectiveFit(ranks=2, latency=5e-4, efficiency=0.5),)
+        for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
+    }
+    profile = Profile(
+        name="two processors", created="2026-01-01T00:00:00+00:00", versions={}, kind="cpu", devices=2, memory=16e9,
+        process_memory=3e8, matmul={"fp32": MatmulFit(8e10)}, memory_bandwidth=1e10,
+        attention=(AttentionKernel(64, rate, rate),), host=HostFit(1e-5, 2e-5, 5e-5), link_bandwidth=3e9,
+        link_latency=1e-4, collectives=fits, concurrency=(1.0, 0.9, 0.6, 0.45), samples=(),
+    )  # fmt: skip
+    write_json(folder / "profile.json", profile)
+    job = 'model = "llama-bytes-12m"\ncluster = "this-machine"\nprofile = "profile.json"\nnodes = 1\n'
+    (folder / "job.toml").write_text(job + "[training]\nglobal_batch_size = 4\nseq_len = 32\n")
+
+
+def test_this_machine_is_planned_with_its_own_constants(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    this_machine(folder)
+    assert call(monkeypatch, "plan", "job.toml", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    layouts = [document["best"], *document["runners_up"]]
+    worlds = {
+        p["layout"]["dp_replicate"] * p["layout"]["dp_shard"] * p["layout"]["tp"] * p["layout"]["pp"] for p in layouts
+    }
+    assert worlds <= {1, 2, 4}, "up to two ranks a processor"
+    assert document["job"]["stack"]["name"] == "layoutwise-cpu"
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_run_trains_and_measures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    this_machine(folder)
+    pins = [word for axis in ("dp_replicate", "dp_shard", "tp", "pp") for word in ("--set", f"search.{axis}=1")]
+    call(monkeypatch, "plan", "job.toml", *pins)
+    capsys.readouterr()
+    assert call(monkeypatch, "run", "plan.json", "--steps", 3, "--warmup", 1, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == [
+        "layout", "world_size", "steps", "warmup", "step_seconds", "tokens_per_second", "peak_memory", "losses",
+        "grad_norms", "device", "versions", "version",
+    ]  # fmt: skip
+    assert document == json.loads((folder / "measurement.json").read_text())
+    assert (document["steps"], len(document["losses"]), document["world_size"]) == (3, 3, 1)
+    assert set(document["step_seconds"]) == {"median", "p10", "p90"}
+    # A model that knows nothing gives every byte the same chance: ln 256 = 5.545.
+    assert document["losses"][0] == pytest.approx(5.545, abs=0.3)
+
+
+def test_run_refuses_a_wrong_number_of_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    this_machine(folder)
+    call(monkeypatch, "plan", "job.toml", "--set", "search.dp_replicate=2")
+    capsys.readouterr()
+    assert call(monkeypatch, "run", "plan.json", "--nproc-per-node", 3) == 2
+    assert "processes, not 3" in capsys.readouterr().err
+    assert not (folder / "measurement.json").exists()
+
+
+def test_plan_for_another_stack_is_not_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, "plan", "job.toml")
+    capsys.readouterr()
+    assert call(monkeypatch, "run", "plan.json") == 2
+    assert "megatron-core" in capsys.readouterr().err
