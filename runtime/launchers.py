@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from planner.plan import Plan, read_plan
+from runtime.machine import CPU_RANK_ENVIRONMENT
 from runtime.data import check_data
 from simulator.errors import UserError
 from simulator.files import read_json, to_dataclass
@@ -86,8 +87,8 @@ def run_here(
     check_plan(plan, nproc, steps, warmup)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
-    # One thread per rank, also when there is one rank, so that runs of different layouts compare.
-    code, tail = _run(command, os.environ | {"OMP_NUM_THREADS": "1"}, progress, timeout)
+    # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
+    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
     if code != 0:
         sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
         if sentence is not None:
