@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.model import Stage, init_weights
 from runtime.parallelize import apply_tensor_parallel
+from runtime.trainer import build_optimizer, clip_gradients, squared_norm
 from simulator.cluster import AttentionFit, AttentionKernel, Gpu, HostFit, MatmulFit
 from simulator.compute import kernel_time
+from simulator.job import Training
 from simulator.kernels import Cut, block_kernels
 from simulator.presets import find_model, find_stack
 
@@ -79,6 +81,17 @@ def build_stage(device: torch.device, sequence_parallel: bool | None) -> Stage:
         apply_tensor_parallel(stage, init_device_mesh(device.type, (1,)), sequence_parallel)
     init_weights(stage, 0, device)
     return stage
+
+
+def train_once(device: torch.device) -> None:
+    """A step of the tiny blocks, cut and not, with clipping and optimizer: what torch loads only when it is first
+    used (DTensor's dispatcher, the compiler behind fused optimizers) is a rank's memory too."""
+    for cut in (None, True):
+        stage = build_stage(device, cut)
+        _time(stage, device)
+        norm = squared_norm(stage.parameters(), 1).sqrt()
+        clip_gradients(stage.parameters(), norm)
+        build_optimizer(stage.parameters(), Training(1, TOKENS, "fp32")).step()
 
 
 def _time(stage: Stage, device: torch.device) -> tuple[float, float]:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from planner.plan import Plan, read_plan
-from runtime.machine import CPU_RANK_ENVIRONMENT
 from runtime.data import check_data
+from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.errors import UserError
 from simulator.files import read_json, to_dataclass
 from simulator.results import Measurement

@@ -23,8 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runtime.trainer  # noqa: F401  What a training rank has loaded counts as its process's memory.
-from runtime.host_overhead import host_seconds, now
+from runtime.host_overhead import host_seconds, now, train_once
 from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
 from runtime.measure import PROGRESS
 from simulator.files import write_json
@@ -304,7 +303,9 @@ def _time_together(case: Case, count: int, device: torch.device) -> float:
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """What a Profile says of the machine. Call it before anything is allocated: then the process has its own memory."""
+    """What a Profile says of the machine. Call it before anything large is allocated: the process's memory is what a
+    training rank holds without its model."""
+    train_once(device)
     versions = {"torch": torch.__version__, "backend": dist.get_backend()}
     if device.type == "cuda":
         torch.zeros(1, device=device)
@@ -369,7 +370,9 @@ def run(grid_name: str, output: Path) -> None:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
-    ranks, machine, samples = dist.get_world_size(), describe(device), list[Sample]()
+    ranks, samples = dist.get_world_size(), list[Sample]()
+    # The machine is described once, by the world of one rank.
+    machine = describe(device) if ranks == 1 else None
     at_once: list[float] = []
     for index, (name, step) in enumerate(steps := list_steps(grid, device, at_once)):
         if dist.get_rank() == 0:
