@@ -168,6 +168,26 @@ def accumulation_seconds(gpu: Gpu, parameters: float) -> float:
     return parameters * 12 / (gpu.memory_bandwidth * gpu.memory_efficiency)
 
 
+def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+    """Bytes of gradients of activations that are alive at once in the backward: those of the inputs and outputs of
+    one kernel, the largest. They are freed as soon as the next kernel has used them.
+
+    Ignored: what the allocator has not reused yet.
+    """
+    width = 4 if precision == "fp32" else 2
+    largest = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            elements = kernel.copies * kernel.m * (kernel.n + kernel.k)
+        elif isinstance(kernel, Attention):
+            rows = kernel.batch * kernel.heads * kernel.queries
+            elements = rows * (kernel.qk_dim + kernel.v_dim) * 2
+        else:
+            elements = kernel.elements * (3 if kernel.name == "gated_activation" else 2)
+        largest = max(largest, elements)
+    return largest * width
+
+
 def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes that kernels keep for the backward pass.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import accumulation_seconds, kernel_time, saved_bytes
+from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes
 from simulator.data_parallel import DataParallel
 from simulator.kernels import (
     Attention,
@@ -195,17 +195,18 @@ class StageCosts:
         device_backward = times.backward + self._accumulation_seconds(parameters)
         backward = self._work(device_backward, times.host_backward, tp=tp_backward)
         is_block = columns > 0 and rows > 0
-        recompute, working = self.layout.recompute if is_block else "none", 0.0
+        recompute = self.layout.recompute if is_block else "none"
+        working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":
             backward += Work(recompute=forward.compute, host=forward.host, tp=forward.tp)
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
-            saved, working = boundary, saved
+            saved, working = boundary, working + saved
         elif recompute == "selective":
             cores = [k for k in kernels if isinstance(k, Attention)]
             again = kernel_time(cores, job.cluster.gpu, job.stack, precision, self.layout.tp)
             backward += self._work(again.forward, again.host_forward, recompute=True)
             dropped = self._dropped_by_selective(cores)
-            saved, working = saved - dropped, dropped
+            saved, working = saved - dropped, working + dropped
         return UnitCost(forward, backward, parameters, saved, working)
 
     def _accumulation_seconds(self, parameters: float) -> float:
