@@ -16,26 +16,27 @@ from simulator.kernels import Attention, Kernel, Matmul, Pointwise
 from simulator.stack import Stack
 
 
-def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, multiprocessors: float = 0) -> float:
-    """Seconds of one (m, k) x (k, n) product.
+def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, batch: float = 1) -> float:
+    """Seconds of `batch` products (m, k) x (k, n) in one kernel.
 
     Rule: overhead + max(arithmetic, bytes). Arithmetic is in waves of tiles: ceil(tiles / multiprocessors) waves of
     2·Tm·Tn·(k + k0) / (rate · e / multiprocessors), the best tile shape counting; e = sqrt(TmTn/(Tm + Tn) / 85.3) is
-    what a small tile loses to loading its operands, 1 at 128 x 256. Without tiles (CPU): 2·m·n·(k + k0) / rate.
+    what a small tile loses to loading its operands, 1 at 128 x 256. The tiles of a batch fill waves together.
+    Without tiles (CPU): 2·m·n·(k + k0) / rate.
     Reference: tile and wave quantisation as NVIDIA's matmul background guide explains it; constants fitted to
     cuBLASLt tables (Azure/AI-benchmarking-guide@8fd0c6e), rms error 2-10 % by GPU.
     Ignored: split-K and stream-K, alignment of the sizes, power throttling (Gpu.sustained).
     """
     fit = gpu.matmul[precision]
     width = 4 if precision == "fp32" else (1 if precision == "fp8" else 2)
-    bytes_moved = (m * k + k * n) * width + m * n * max(width, 2)
+    bytes_moved = batch * ((m * k + k * n) * width + m * n * max(width, 2))
     memory = bytes_moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
-    processors = multiprocessors or gpu.multiprocessors
     if not gpu.tiles:
-        return fit.overhead + 2 * m * n * (k + fit.k0) / fit.rate
+        return fit.overhead + 2 * batch * m * n * (k + fit.k0) / fit.rate
     best = math.inf
     for tile_m, tile_n in gpu.tiles:
-        waves = math.ceil(math.ceil(m / tile_m) * math.ceil(n / tile_n) / processors)
+        tiles = batch * math.ceil(m / tile_m) * math.ceil(n / tile_n)
+        waves = math.ceil(tiles / gpu.multiprocessors)
         efficiency = min(1.0, math.sqrt(tile_m * tile_n / (tile_m + tile_n) / (128 * 256 / 384)))
         per_wave = 2 * tile_m * tile_n * (k + fit.k0) / (fit.rate * efficiency / gpu.multiprocessors)
         best = min(best, waves * per_wave)
@@ -73,9 +74,9 @@ def _unfused_attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Att
     """Batched QK' and PV and the passes over all scores, masked ones included: nothing is skipped."""
     batches = core.batch * core.heads
     scores = batches * core.queries * core.keys
-    one = matmul_seconds(gpu, precision, core.queries, core.keys, core.qk_dim) - gpu.matmul[precision].overhead
-    two = matmul_seconds(gpu, precision, core.queries, core.v_dim, core.keys) - gpu.matmul[precision].overhead
-    products = batches * (one + two) * (2 if backward else 1)
+    one = matmul_seconds(gpu, precision, core.queries, core.keys, core.qk_dim, batches)
+    two = matmul_seconds(gpu, precision, core.queries, core.v_dim, core.keys, batches)
+    products = (one + two) * (2 if backward else 1)
     softmax = pointwise_seconds(gpu, stack, precision, Pointwise("softmax", scores), backward)
     return products + softmax
 
@@ -122,9 +123,9 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
-            forward += kernel.copies * matmul_seconds(gpu, precision, m, n, k)
-            backward += kernel.copies * matmul_seconds(gpu, precision, m, k, n)
-            backward += kernel.copies * matmul_seconds(gpu, precision, k, n, m)
+            forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies)
+            backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies)
+            backward += matmul_seconds(gpu, precision, k, n, m, kernel.copies)
             launches_forward += 1
             launches_backward += 2
         elif isinstance(kernel, Attention):

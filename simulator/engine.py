@@ -273,7 +273,7 @@ class _Engine:
         if (source, target) not in self.message_costs:
             layout, training = self.layout, self.job.training
             width = self.job.stack.recipes[training.precision].compute
-            shards = layout.tp if layout.sequence_parallel else 1
+            shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
             size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
             ranks = (layout.rank(pp=source), layout.rank(pp=target))
             shape = group_shape(self.job.graph, ranks)

@@ -61,6 +61,7 @@ class Stack:
     overlap_param_gather: bool
     bucket_bytes: float
     overlap_p2p: bool
+    scatters_messages: bool
     preallocates_receives: bool
     optimizer_traffic: dict[str, float]
     fused_projections: bool
