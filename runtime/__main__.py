@@ -16,6 +16,7 @@ from pathlib import Path
 
 from planner.plan import read_plan
 from runtime.launchers import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
+from runtime.machine import leave
 from simulator.errors import UserError
 from simulator.files import plain, write_json
 
@@ -114,9 +115,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    # Everything is on disk. The ordinary way out takes torch's threads and process groups down in an order that now and
-    # then (once in some hundred runs on gloo) ends in std::terminate, and a finished run would count as failed.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    leave(main())

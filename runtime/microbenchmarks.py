@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.host_overhead import host_seconds, now, train_once
-from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
+from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes
 from runtime.measure import PROGRESS
 from simulator.files import write_json
 from simulator.profile import Sample
@@ -382,7 +382,7 @@ def run(grid_name: str, output: Path) -> None:
         samples.append(sample("concurrency", (ranks,), at_once))
     if dist.get_rank() == 0:
         write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
-    dist.destroy_process_group()
+    dist.barrier()
 
 
 def main() -> None:
@@ -391,6 +391,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     run(arguments.grid, arguments.output)
+    leave()
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    from runtime.machine import leave
     from runtime.trainer import train
 
     torch.set_num_threads(1)
@@ -123,7 +124,8 @@ def main() -> None:
             results[case.name] = {"losses": measured.losses, "grad_norms": measured.grad_norms, "seconds": seconds}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    dist.barrier()
+    leave()
 
 
 if __name__ == "__main__":
