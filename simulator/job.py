@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A batch of about four million tokens: what runs of 70B and more use (Llama 3, arXiv 2407.21783, section 3.4).
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 DEFAULT_SEQ_LEN = 8192
+# The cluster is a graph with a vertex per device; no public run has used more.
+MOST_DEVICES = 2**17
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
 
 def _check(job: Job, where: str) -> None:
     training = job.training
+    if job.world_size > MOST_DEVICES:
+        raise UserError(
+            f"{where}: nodes = {job.nodes} are {job.world_size} devices, more than the {MOST_DEVICES} that are simulated"
+        )
     if job.nodes > 1 and job.cluster.scale_out is None:
         raise UserError(f"{where}: nodes = {job.nodes}, but cluster '{job.cluster.name}' has no scale_out network")
     for key in ("global_batch_size", "seq_len"):

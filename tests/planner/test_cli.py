@@ -121,6 +121,7 @@ BAD: dict[str, tuple[dict[str, str], tuple[str, ...], list[str], int]] = {
     "misspelled precision": ({}, (*PLAN, "--set", "training.precision=bf-16"), ["precision", "bf16"], 2),
     "precision without a rate": ({}, (*PLAN, "--set", "training.precision=fp8"), ["fp8", "A100"], 2),
     "nodes of zero": ({}, (*PLAN, "--set", "nodes=0"), ["nodes = 0"], 2),
+    "more nodes than there are": ({}, (*PLAN, "--set", "nodes=1000000"), ["8000000 devices", "131072"], 2),
     "nodes as text": ({}, (*PLAN, "--set", "nodes=two"), ["nodes = 'two'"], 2),
     "batch of zero": ({}, (*PLAN, "--set", "training.global_batch_size=0"), ["global_batch_size = 0"], 2),
     "batch as text": ({}, (*PLAN, "--set", 'training.global_batch_size="64"'), ["global_batch_size", "integer"], 2),
