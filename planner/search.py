@@ -2,13 +2,15 @@
 
 The bound is admissible: no layout runs faster than its slowest rank's own work plus the forwards that must come
 before that rank's first one and the backwards that must follow its last one (tests/planner/test_search.py holds it
-against the simulator). So the answer is the optimum of the simulator over the whole space.
+against the simulator). So the answer is the simulator's optimum over all the layouts that space.py lists.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import heapq
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -92,7 +94,6 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
     """Split the space into layouts that fit, with their bounds, and the nearest misses."""
     fitting: list[_Screened] = []
     misses: list[tuple[float, Layout]] = []
-    limit = capacity(job)
     for layout in candidates(job):
         counts.space += 1
         if counts.space % 200 == 0:
@@ -102,9 +103,10 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
             continue
         stages = stage_costs(job, layout)
         peak = fullest(memory_per_rank(job, layout, stages)).peak
-        if peak > limit:
+        over = peak - capacity(job, layout)
+        if over > 0:
             counts.out_of_memory += 1
-            misses.append((peak - limit, layout))
+            misses.append((over, layout))
             continue
         fitting.append(_Screened(lower_bound(job, layout, stages), layout))
     return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
@@ -130,13 +132,29 @@ def _baseline(job: Job) -> Prediction:
     plain = without_model_parallelism(job)
     legal = [layout for layout in candidates(plain) if not layout.problems(plain)]
     if not legal:
-        # The batch is smaller than the cluster: what is left of data parallelism is one rank.
-        return simulate(job, Layout())
+        return _impossible_baseline(job)
     fitting, misses = _screen(plain, _Counts(), lambda what, fraction: None)
     if not fitting:
         return simulate(job, misses[0][1])
     best, _ = _best_first(job, fitting, 1, lambda what, fraction: None)
     return best[0]
+
+
+def _impossible_baseline(job: Job) -> Prediction:
+    """Where the batch cannot be divided over all ranks: data parallelism over as many as it can, the others idle."""
+    batch = job.training.global_batch_size
+    ranks = math.gcd(batch, job.world_size)
+    used = simulate(job, Layout(dp_replicate=ranks))
+    idle = ranks / job.world_size
+    reason = f"global_batch_size = {batch} cannot be divided over {job.world_size} ranks; {ranks} would work"
+    return dataclasses.replace(
+        used,
+        fits=False,
+        problems=(reason, *used.problems),
+        tokens_per_second_per_gpu=used.tokens_per_second_per_gpu * idle,
+        mfu=used.mfu * idle,
+        hfu=used.hfu * idle,
+    )
 
 
 def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]]) -> str:
@@ -147,7 +165,8 @@ def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]])
         reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""
         return f"no layout of {where} is legal: {counts.illegal} of {counts.space} candidates break a rule{reason}"
     shown = "; ".join(f"{layout.short()} by {over / 2**30:.1f} GiB" for over, layout in misses)
-    return f"no layout of {where} fits into {capacity(job) / 2**30:.1f} GiB per rank; the nearest miss it: {shown}"
+    limit = capacity(job, misses[0][1]) / 2**30
+    return f"no layout of {where} fits into {limit:.1f} GiB per rank; the nearest miss it: {shown}"
 
 
 def _provenance(job: Job) -> dict[str, str]:

@@ -18,17 +18,26 @@ LARGEST_VIRTUAL_STAGES = 8
 
 
 def candidates(job: Job) -> Iterator[Layout]:
-    """Every layout worth asking about, each once. `job.search` replaces the values of any field it names.
+    """Every layout worth asking about, each once. A field that `job.search` names has one of its values in all of them.
 
     Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes. Fields that change nothing
     for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
     """
+    for layout in _combinations(job):
+        if all(getattr(layout, name) in _values(job, name, []) for name in job.search):
+            yield layout
+
+
+def _combinations(job: Job) -> Iterator[Layout]:
     for world in _world_sizes(job):
-        for tp, pp in itertools.product(
-            _values(job, "tp", _tensor_sizes(job, world)), _values(job, "pp", _divisors(world))
-        ):
-            cp, ep = _values(job, "cp", [1])[0], _values(job, "ep", [1])[0]
-            if tp < 1 or pp < 1 or cp < 1 or world % (tp * pp * cp):
+        sizes = {
+            "tp": _values(job, "tp", _tensor_sizes(job, world)),
+            "pp": _values(job, "pp", _divisors(world)),
+            "cp": _values(job, "cp", [1]),
+            "ep": _values(job, "ep", [1]),
+        }
+        for tp, pp, cp, ep in itertools.product(*sizes.values()):
+            if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
                 continue
             for data in _data_parallel(job, world // (tp * pp * cp)):
                 for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
@@ -107,11 +116,6 @@ def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
     for name in names:
         for count in _values(job, "virtual_stages", chunks if name in MULTI_STAGE else [1]):
             yield name, count
-
-
-def data_parallel_only(layout: Layout) -> bool:
-    """Whether this is what a user does without a planner: plain DDP or FSDP, no model parallelism."""
-    return layout.tp == layout.cp == layout.pp == 1
 
 
 def without_model_parallelism(job: Job) -> Job:

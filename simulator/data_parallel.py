@@ -99,12 +99,13 @@ class DataParallel:
         backwards = units[::-1]
         gathers = [self._backward_gather(u) for u in backwards]
         scatters = [self.scatter_seconds(u.parameters) if self.reduces_every_microbatch else 0.0 for u in backwards]
-        exposed = gathers[0]
+        stack, exposed = self.job.stack, gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
-            beside = (gathers[i + 1] if i + 1 < len(gathers) else 0.0) + (scatters[i - 1] if i else 0.0)
-            overlaps = self.job.stack.overlap_grad_reduce
-            exposed += self._not_hidden(beside, unit.backward_seconds if overlaps else 0.0)
-        return exposed + scatters[-1]
+            gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
+            scatter = scatters[i - 1] if i else 0.0
+            beside = gather * stack.overlap_param_gather + scatter * stack.overlap_grad_reduce
+            exposed += gather + scatter - beside + self._not_hidden(beside, unit.backward_seconds)
+        return exposed
 
     def _backward_gather(self, unit: Unit) -> float:
         if not self.gathers_every_microbatch or unit.stays_gathered:

@@ -21,7 +21,7 @@ from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds, message_seconds
 from simulator.compute import optimizer_seconds
 from simulator.layout import Layout
-from simulator.program import Program, build_program
+from simulator.program import Program
 from simulator.results import Breakdown, Span
 from simulator.schedules import Op
 from simulator.stage import Work
@@ -47,11 +47,6 @@ def run_program(job: Job, layout: Layout, program: Program, trace: bool = False)
     The critical rank is the one that waits least in bubbles: the pipeline goes at its pace.
     """
     return _Engine(job, layout, program, trace).run()
-
-
-def simulate_step(job: Job, layout: Layout, trace: bool = False) -> Run:
-    """Compile a legal layout and run it."""
-    return run_program(job, layout, build_program(job, layout), trace)
 
 
 class Processors:
@@ -92,15 +87,20 @@ class Processors:
         """Wake up when the job with the least work is done; a later change makes this waking stale."""
         self.version += 1
         if self.jobs:
-            left = max(0.0, min(entry[0] for entry in self.jobs.values()))
-            self.env.process(self._wake(left / self.speed(), self.version))
+            left = min(entry[0] for entry in self.jobs.values())
+            self.env.process(self._wake(max(0.0, left) / self.speed(), left, self.version))
 
-    def _wake(self, delay: float, version: int) -> Process:
+    def _wake(self, delay: float, left: float, version: int) -> Process:
+        """Finish the jobs that had the least work left, `left` seconds of it, when this waking was set.
+
+        They are known by that, not by having nothing left now: late in a long step the clock is too coarse for it.
+        """
+        ending = [event for event, entry in self.jobs.items() if entry[0] <= left + 1e-12]
         yield self.env.timeout(delay)
         if version != self.version:
             return
         self._advance()
-        for done in [event for event, entry in self.jobs.items() if entry[0] <= 1e-12]:
+        for done in ending:
             del self.jobs[done]
             done.succeed()
         self._schedule()
@@ -189,7 +189,8 @@ class _Engine:
         work = cost.forward if op.kind == "F" else cost.backward
         gathered = rank.gathering.pop(op.stage, []) if op.kind == "F" else []
         reduces = op.kind == "B" and cost.reduce > 0 and self.final_backward[op.stage] == op.microbatch
-        overlaps = reduces and self.job.stack.overlap_grad_reduce
+        # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
+        overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
         pieces = len(gathered) or (cost.units if overlaps else 1)
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce

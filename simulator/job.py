@@ -168,6 +168,11 @@ def _check(job: Job, where: str) -> None:
             f"{where}: training.seq_len = {training.seq_len} is more than the {longest} positions "
             f"that {job.model.name} has"
         )
+    if training.precision not in job.stack.recipes:
+        raise UserError(
+            f"{where}: training.precision = '{training.precision}' is nothing that stack {job.stack.name} has"
+            f"{nearest(training.precision, job.stack.recipes)}"
+        )
     if training.precision not in job.cluster.gpu.matmul:
         raise UserError(
             f"{where}: training.precision = '{training.precision}' has no matmul rate on {job.cluster.gpu.name}"

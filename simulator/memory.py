@@ -28,9 +28,12 @@ def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
     return max(ranks, key=lambda rank: rank.peak)
 
 
-def capacity(job: Job) -> float:
-    """Bytes that a rank may use: the device's, or on an oversubscribed machine its part of them."""
-    return job.cluster.gpu.memory
+def capacity(job: Job, layout: Layout) -> float:
+    """Bytes that a rank may use: those of its GPU, or its part of a machine whose ranks share the memory."""
+    spec = job.cluster
+    if spec.gpu.kind == "gpu":
+        return spec.gpu.memory
+    return spec.gpu.memory * spec.gpus_per_node * job.nodes / max(layout.world_size, job.nodes)
 
 
 def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
@@ -67,18 +70,20 @@ def _state(job: Job, layout: Layout, parameters: float) -> dict[str, float]:
 
 
 def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
-    """Bytes that are neither state nor activations: gathered parameters, reduce buckets, tensors to and from
-    neighbours (two each way)."""
+    """Bytes that are neither state nor activations: gathered parameters, a gradient on its way to the
+    reduction, tensors to and from neighbours."""
     stack, recipe = job.stack, job.stack.recipes[job.training.precision]
     total = 0.0
-    if layout.zero_stage == 3:
+    whole_stage = layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
+    if layout.zero_stage == 3 and not whole_stage:
         unit = max(s.largest_unit for s in stages)
         # The unit in use and the one being fetched, and a gradient on its way to the reduction.
         total += unit * recipe.compute * (2 if stack.overlap_param_gather else 1) + unit * recipe.gradient_reduce
-    elif layout.zero_stage == 2:
+    elif whole_stage:
+        # Under a pipeline torch does not reshard a stage after a backward, so zero_stage 3 holds all of it too.
         total += sum(s.parameters for s in stages) * recipe.compute
         total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
-    elif layout.dp > 1 and layout.tp > 1 and stack.replicates_by_fsdp:
+    elif stack.replicates_by_fsdp and (job.training.precision == "bf16" or (layout.dp > 1 and layout.tp > 1)):
         # FSDP over a shard group of one still copies what it gathers.
         total += sum(s.parameters for s in stages) * recipe.compute
     if layout.pp > 1:
@@ -96,15 +101,16 @@ def _overhead(job: Job, layout: Layout) -> float:
     return gpu.context_memory + gpu.communicator_memory * groups
 
 
-def shortfall(job: Job, memory: MemoryBreakdown) -> str:
+def shortfall(job: Job, layout: Layout, memory: MemoryBreakdown) -> str:
     """Why a layout does not fit, with its largest items; empty if it fits."""
-    over = memory.peak - capacity(job)
+    limit = capacity(job, layout)
+    over = memory.peak - limit
     if over <= 0:
         return ""
     items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
     largest = sorted(items, key=lambda name: -items[name])[:2]
     shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
     return (
-        f"needs {memory.peak / 2**30:.1f} GiB of {capacity(job) / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
+        f"needs {memory.peak / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
         f"(mostly {shown} GiB)"
     )

@@ -164,6 +164,10 @@ class StageCosts:
         model = self.job.model
         norms = (3 if kind == "cross" else 2) * model.norm_parameters()
         replicated = norms + (model.router_parameters() if kind == "moe" else 0)
+        if model.kv_lora_rank:
+            # The down-projections of latent attention and their norms.
+            ranks = model.q_lora_rank + model.kv_lora_rank
+            replicated += model.hidden_size * (ranks + model.qk_rope_head_dim) + ranks
         return replicated + (model.block_parameters(kind) - replicated) / self.layout.tp
 
     def _embedding(self, groups: Groups) -> UnitCost:
@@ -178,11 +182,17 @@ class StageCosts:
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
-        logits = self.cut.tokens * model.vocab_size / self.layout.tp * self.job.stack.logits_bytes
+        # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
+        logits = self.cut.tokens * model.vocab_size / self.layout.tp
+        kept, passing = 4.0 * logits, (self.job.stack.logits_bytes - 4.0) * logits
         # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
         loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
         return dataclasses.replace(
-            unit, forward=unit.forward + Work(tp=loss), working=unit.working + logits, stays_gathered=True
+            unit,
+            forward=unit.forward + Work(tp=loss),
+            saved=unit.saved + kept,
+            working=unit.working + passing,
+            stays_gathered=True,
         )
 
     def _unit(self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int) -> UnitCost:

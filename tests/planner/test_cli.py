@@ -120,6 +120,10 @@ BAD: dict[str, tuple[dict[str, str], tuple[str, ...], list[str], int]] = {
     "misspelled stack": ({}, (*PLAN, "--set", "training.stack=megatron"), ["stack 'megatron'", "megatron-core"], 2),
     "misspelled precision": ({}, (*PLAN, "--set", "training.precision=bf-16"), ["precision", "bf16"], 2),
     "precision without a rate": ({}, (*PLAN, "--set", "training.precision=fp8"), ["fp8", "A100"], 2),
+    "precision without a recipe": (
+        {}, (*PLAN, "--set", "cluster=dgx-h100", "--set", "training.stack=megatron-2021", "--set",
+             "training.precision=fp8"), ["precision = 'fp8'", "megatron-2021", "bf16"], 2,
+    ),
     "nodes of zero": ({}, (*PLAN, "--set", "nodes=0"), ["nodes = 0"], 2),
     "more nodes than there are": ({}, (*PLAN, "--set", "nodes=1000000"), ["8000000 devices", "131072"], 2),
     "nodes as text": ({}, (*PLAN, "--set", "nodes=two"), ["nodes = 'two'"], 2),

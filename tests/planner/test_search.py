@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
-from planner.space import candidates, data_parallel_only
+from planner.space import candidates
 from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
@@ -76,7 +76,7 @@ def test_candidates_are_distinct() -> None:
 
 def test_baseline_is_plain_data_parallel() -> None:
     found = plan(job("llama-3.1-8b", nodes=1, global_batch_size=64, stack="torchtitan"))
-    assert data_parallel_only(found.baseline.layout)
+    assert found.baseline.layout.tp == found.baseline.layout.pp == 1
     assert found.best.step_seconds <= found.baseline.step_seconds
 
 
@@ -89,6 +89,26 @@ def test_search_pins_fields() -> None:
     found = plan(job(global_batch_size=64, search={"tp": [2], "pp": [2], "schedule": ["1F1B"]}))
     for p in (found.best, *found.runners_up):
         assert (p.layout.tp, p.layout.pp, p.layout.schedule) == (2, 2, "1F1B")
+
+
+def test_search_pins_only_what_is_so() -> None:
+    """A pinned value is not dropped where it does not apply: those layouts are left out."""
+    task = job(global_batch_size=64, search={"schedule": ["Interleaved1F1B"], "virtual_stages": [2, 3]})
+    found = list(candidates(task))
+    assert found and all(layout.pp > 1 and layout.virtual_stages in (2, 3) for layout in found)
+    task = job(global_batch_size=64, search={"sequence_parallel": [True]})
+    assert all(layout.tp > 1 for layout in candidates(task))
+    task = job(global_batch_size=64, search={"cp": [2, 1]})
+    assert {layout.cp for layout in candidates(task)} == {1, 2}
+
+
+def test_baseline_of_a_batch_that_is_too_small() -> None:
+    """Four samples over eight ranks: the baseline is shown as impossible, its idle ranks counted."""
+    found = plan(job(global_batch_size=4))
+    assert not found.baseline.fits
+    assert found.baseline.problems[0] == "global_batch_size = 4 cannot be divided over 8 ranks; 4 would work"
+    whole = found.baseline.tokens_per_second / 8
+    assert found.baseline.tokens_per_second_per_gpu == pytest.approx(whole)
 
 
 def test_nothing_fits_names_the_nearest_misses() -> None:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
-from simulator.engine import Processors, run_program, simulate_step
+from simulator.engine import Processors, run_program
 from simulator.job import Job, build_job
 from simulator.layout import Layout
 from simulator.program import Program, with_communication
 from simulator.schedules import compute_order
+from simulator.simulate import simulate
 from simulator.stage import StageCost, Work
 
 FREE = {
@@ -115,6 +116,20 @@ def test_processors_share_and_log() -> None:
     assert log == [(2.25, "a"), (2.25, "b"), (5.5, "c")]
 
 
+def test_processors_finish_late_in_a_long_step() -> None:
+    """At 1e5 s the clock's own grain is 1.5e-11 s: a job is done when its turn is over, not when nothing is left."""
+    env = simpy.Environment(initial_time=1e5)
+    pool = Processors(env, (1.0, 0.7))
+
+    def worker(seconds: float) -> simpy.events.ProcessGenerator:
+        yield pool.work(seconds, 1)
+
+    for seconds in (1 / 3, 1 / 7, 0.1):
+        env.process(worker(seconds))
+    env.run(until=1e5 + 10)
+    assert not pool.jobs
+
+
 def test_spans_carry_torchs_names() -> None:
     layout, job = Layout(pp=2), ideal_job(2, 2)
     run = run_program(job, layout, program(layout, 2, 1.0, 2.0), trace=True)
@@ -138,5 +153,5 @@ def test_more_bandwidth_never_slows_a_step(factor: float, tp: int, pp: int) -> N
         scale_up=dataclasses.replace(cluster.scale_up, bandwidth=cluster.scale_up.bandwidth * factor),
         scale_out=dataclasses.replace(out, bandwidth=out.bandwidth * factor),
     )
-    before = simulate_step(job, layout).step_seconds
-    assert simulate_step(dataclasses.replace(job, cluster=faster), layout).step_seconds <= before * (1 + 1e-9)
+    before = simulate(job, layout).step_seconds
+    assert simulate(dataclasses.replace(job, cluster=faster), layout).step_seconds <= before * (1 + 1e-9)

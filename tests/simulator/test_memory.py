@@ -57,6 +57,31 @@ def test_1f1b_keeps_fewer_microbatches_than_gpipe() -> None:
     assert one[0].activations > one[2].activations
 
 
+def test_gpipe_keeps_the_logits_of_every_microbatch() -> None:
+    """4 bytes per logit for the loss's backward, 32 microbatches alive on the last rank against one."""
+    task = job("torchtitan")
+    logits = 4 * 4096 * 128256
+    one, gpipe = (
+        memory(task, Layout(dp_replicate=2, pp=4, schedule=s, recompute="full"))[-1]  # type: ignore[arg-type]
+        for s in ("1F1B", "GPipe")
+    )
+    assert gpipe.activations - one.activations > 31 * logits
+
+
+def test_zero_3_under_a_pipeline_holds_the_whole_stage() -> None:
+    """torch does not reshard after a backward under a pipeline: the gathered weights are those of zero_stage 2."""
+    task = job("torchtitan")
+    two, three = (memory(task, Layout(dp_shard=4, pp=2, zero_stage=z))[0] for z in (2, 3))
+    assert three.buffers == pytest.approx(two.buffers)
+
+
+def test_ranks_on_a_cpu_share_its_memory() -> None:
+    task = job()
+    cpu = dataclasses.replace(task.cluster, gpu=dataclasses.replace(task.cluster.gpu, kind="cpu"), gpus_per_node=2)
+    task = dataclasses.replace(task, cluster=cpu)
+    assert capacity(task, Layout()) == 4 * capacity(task, Layout(dp_replicate=4))
+
+
 def test_full_recompute_keeps_the_input_of_each_block() -> None:
     """2·s·b·h bytes per block and one block's working set."""
     task = job()
@@ -87,11 +112,11 @@ def test_tensor_parallelism_divides_weights_but_not_norms() -> None:
 
 
 def test_shortfall_names_the_largest_items() -> None:
-    task = job(model="llama-3.1-405b")
-    worst = fullest(memory(task, Layout(dp_shard=8, zero_stage=1)))
-    sentence = shortfall(task, worst)
-    assert "too much" in sentence and "gradients" in sentence and f"{capacity(task) / 2**30:.1f}" in sentence
-    assert shortfall(task, dataclasses.replace(worst, peak=1.0)) == ""
+    task, layout = job(model="llama-3.1-405b"), Layout(dp_shard=8, zero_stage=1)
+    worst = fullest(memory(task, layout))
+    sentence = shortfall(task, layout, worst)
+    assert "too much" in sentence and "gradients" in sentence and f"{capacity(task, layout) / 2**30:.1f}" in sentence
+    assert shortfall(task, layout, dataclasses.replace(worst, peak=1.0)) == ""
 
 
 def test_peak_is_the_sum_of_its_items() -> None:
