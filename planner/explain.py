@@ -25,7 +25,7 @@ _MEANING = {
     "gradients": "",
     "optimizer state": "",
     "activations": "kept for the backward, times the microbatches alive",
-    "buffers": "gathered weights, buckets, tensors on the way",
+    "buffers": "gathered weights, tensors on the way",
     "overhead": "device context, communicators, fragmentation",
 }
 

@@ -54,12 +54,12 @@ def print_plan(plan: Plan) -> None:
     table.add_row("data parallel", *_layout_cells(plan.baseline.layout), *_number_cells(plan.baseline))
     console.print(table)
     if not plan.baseline.fits:
-        console.print(f"plain data parallelism does not fit: {plan.baseline.problems[0]}")
+        console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
     console.print(f"recommended: {best.layout.short()}")
     c = plan.certificate
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
-        f"{c.simulated} simulated, in {c.seconds:.1f} s; none of them is faster"
+        f"{c.simulated} simulated, in {c.seconds:.1f} s; none of these is faster"
     )
 
 
@@ -74,7 +74,10 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     table.add_section()
     table.add_row("step", "", *(show_seconds(p.step_seconds) for _, p in columns))
     table.add_row("tokens/s/GPU", "", *(f"{p.tokens_per_second_per_gpu:,.0f}" for _, p in columns))
-    table.add_row("MFU", "model FLOPs over data-sheet peak", *(f"{p.mfu:.1%}" for _, p in columns))
+    peak = "data-sheet peak" if job.cluster.gpu.kind == "gpu" else "the matmul rate measured here"
+    table.add_row("MFU", f"model FLOPs over {peak}", *(f"{p.mfu:.1%}" for _, p in columns))
+    if job.cluster.price_per_gpu_hour is not None:
+        table.add_row("$ per 1e9 tokens", "", *(f"{_dollars(p, job):,.0f}" for _, p in columns))
     console.print(table)
     memory = _table("bytes of the fullest rank", "", *(name for name, _ in columns))
     for item, meaning, values in memory_rows(columns):
@@ -126,6 +129,12 @@ def print_profile(profile: Profile) -> None:
     console.print(table)
 
 
+def _dollars(prediction: Prediction, job: Job) -> float:
+    """Price of a billion tokens on the whole cluster."""
+    assert job.cluster.price_per_gpu_hour is not None
+    return 1e9 / prediction.tokens_per_second / 3600 * job.world_size * job.cluster.price_per_gpu_hour
+
+
 def _ranks(job: Job) -> str:
     if job.cluster.gpu.kind == "cpu":
         return f"{job.cluster.name} ({job.world_size} processors)"
@@ -147,7 +156,7 @@ def _layout_cells(layout: Layout) -> list[str]:
 
 
 def _number_cells(p: Prediction) -> list[str]:
-    fits = "" if p.fits else " (too much)"
+    fits = "" if p.fits else " (does not fit)" if "too much" in p.problems[0] else " (impossible)"
     return [
         show_seconds(p.step_seconds),
         f"{p.tokens_per_second_per_gpu:,.0f}",

@@ -3,7 +3,7 @@
 Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`, FSDP2's `fully_shard`, DDP.
 
     dp_replicate  dp_shard  tp      data parallelism
-    > 1           1         1       DistributedDataParallel
+    > 1           1         1       DistributedDataParallel in fp32, fully_shard over (dp_replicate, 1) in bf16
     any           > 1       any     fully_shard; with dp_replicate over a two-dimensional mesh (HSDP)
     > 1           1         > 1     fully_shard over (dp_replicate, 1): DDP refuses models that mix DTensors and plain
                                     tensors, and HSDP with a shard of one is replication by public API
@@ -42,20 +42,19 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
 
 
-def uses_ddp(layout: Layout) -> bool:
-    return layout.dp_replicate > 1 and layout.dp_shard == 1 and layout.tp == 1
+def uses_ddp(layout: Layout, training: Training) -> bool:
+    return layout.dp_replicate > 1 and not uses_fsdp(layout, training)
 
 
 def uses_fsdp(layout: Layout, training: Training) -> bool:
-    """Whether stages are FSDP modules. Tensor parallelism in bf16 takes FSDP's mixed precision even without data
-    parallelism, because autocast does not know how to cast DTensors once per step."""
-    return layout.dp_shard > 1 or (layout.tp > 1 and (layout.dp_replicate > 1 or training.precision == "bf16"))
+    """Whether stages are FSDP modules. bf16 is always FSDP's mixed precision, over a shard of one where nothing is
+    sharded: so every layout computes in the same precision, and the residual stream is bf16 in all of them."""
+    return training.precision == "bf16" or layout.dp_shard > 1 or (layout.tp > 1 and layout.dp_replicate > 1)
 
 
 def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
-    """Of the residual stream: FSDP's mixed precision runs it in bf16, autocast leaves it in fp32."""
-    bf16 = training.precision == "bf16" and uses_fsdp(layout, training)
-    return torch.bfloat16 if bf16 else torch.float32
+    """Of the residual stream."""
+    return torch.bfloat16 if training.precision == "bf16" else torch.float32
 
 
 def parallelize(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device) -> nn.Module:
@@ -66,10 +65,8 @@ def parallelize(stage: Stage, layout: Layout, training: Training, mesh: DeviceMe
         apply_recompute(stage)
     if uses_fsdp(layout, training):
         apply_fsdp(stage, layout, training, mesh)
-    elif training.precision == "bf16":
-        stage.forward = torch.autocast(device.type, torch.bfloat16)(stage.forward)  # type: ignore[method-assign]
     init_weights(stage, training.seed, device)
-    return apply_ddp(stage, mesh) if uses_ddp(layout) else stage
+    return apply_ddp(stage, mesh) if uses_ddp(layout, training) else stage
 
 
 class ShardedPositions(ParallelStyle):

@@ -121,13 +121,15 @@ class Gpu:
 @dataclass(frozen=True)
 class Link:
     """A tier of the network: what one device (scale-up) or one card (scale-out) can send, and how collectives
-    do on it. `latency_per_doubling` is added for every doubling of the number of nodes."""
+    do on it. `latency_per_doubling` is added to a tree for every doubling of the number of domains; `ring_hops` is what
+    each step of a ring over several domains costs on this tier, under NCCL's Simple and its LL128 protocol."""
 
     kind: str
     bandwidth: Annotated[float, BANDWIDTH]
     latency: Annotated[float, SECONDS]
     collectives: dict[str, tuple[CollectiveFit, ...]]
     latency_per_doubling: Annotated[float, SECONDS] = 0.0
+    ring_hops: tuple[Annotated[float, SECONDS], ...] = ()
 
     __pydantic_config__ = STRICT
 
@@ -228,7 +230,6 @@ class GroupShape:
     domains: int
     ranks_per_domain: int
     bandwidth: float
-    latency: float
 
 
 def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> GroupShape:
@@ -246,22 +247,21 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
     if len(domains) == 1:
         other = next((p for p in places if p != first), first)
         if other == first:
-            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth, spec.scale_up.latency)
-        bandwidth, latency = _tier(graph, first, other)
-        return GroupShape(len(ranks), 1, len(ranks), bandwidth, latency)
+            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth)
+        return GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
     other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
-    card, latency = _tier(graph, first, other)
+    card = _tier(graph, first, other)
     share = card * spec.nics_per_node / spec.gpus_per_node
     per_group = -(-len(ranks) // len(domains))
-    return GroupShape(len(ranks), len(domains), per_group, share * per_group, latency)
+    return GroupShape(len(ranks), len(domains), per_group, share * per_group)
 
 
-def _tier(graph: nx.DiGraph, a: Any, b: Any) -> tuple[float, float]:
-    """`bottleneck`, searched once per tier: all nodes of a ClusterSpec are alike."""
+def _tier(graph: nx.DiGraph, a: Any, b: Any) -> float:
+    """Bandwidth of the `bottleneck`, searched once per tier: all nodes of a ClusterSpec are alike."""
     spec: ClusterSpec = graph.graph["spec"]
     per_domain = max(1, spec.domain // spec.gpus_per_node)
-    known: dict[bool, tuple[float, float]] = graph.graph.setdefault("tiers", {})
+    known: dict[bool, float] = graph.graph.setdefault("tiers", {})
     same_domain = a[1] // per_domain == b[1] // per_domain
     if same_domain not in known:
-        known[same_domain] = bottleneck(graph, a, b)
+        known[same_domain] = bottleneck(graph, a, b)[0]
     return known[same_domain]

@@ -277,7 +277,8 @@ class _Engine:
             shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
             size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
             ranks = (layout.rank(pp=source), layout.rank(pp=target))
-            shape = group_shape(self.job.graph, ranks)
+            starts = layout.sibling_starts("pp", self.job.cluster.domain)
+            shape = max((group_shape(self.job.graph, ranks, s) for s in starts), key=lambda shape: shape.domains)
             self.message_costs[source, target] = message_seconds(size, shape, self.job.cluster)
         return self.message_costs[source, target]
 

@@ -153,7 +153,7 @@ def _check(job: Job, where: str) -> None:
     training = job.training
     if job.world_size > MOST_DEVICES:
         raise UserError(
-            f"{where}: nodes = {job.nodes} are {job.world_size} devices, more than the {MOST_DEVICES} that are simulated"
+            f"{where}: nodes = {job.nodes} are {job.world_size} devices, but at most {MOST_DEVICES} are simulated"
         )
     if job.nodes > 1 and job.cluster.scale_out is None:
         raise UserError(f"{where}: nodes = {job.nodes}, but cluster '{job.cluster.name}' has no scale_out network")

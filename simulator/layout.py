@@ -8,6 +8,7 @@ regroups the ranks of dp_shard, cp and tp.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -107,6 +108,16 @@ class Layout:
                 ranks = [r + stride * i for i in range(size) for r in ranks]
             stride *= size
         return tuple(ranks)
+
+    def sibling_starts(self, axis: str, domain: int) -> list[int]:
+        """How far the groups of an axis lie from the first one, one of each way that they can lie in scale-up domains
+        of this size. Sizes that divide each other leave one way; others make some groups straddle domains."""
+        stride = math.prod(getattr(self, inner) for inner in AXES[: AXES.index(axis)])
+        block, stage = stride * getattr(self, axis), self.world_size // self.pp
+        if all(domain % size == 0 or size % domain == 0 for size in (stride, block, stage)):
+            return [0]
+        firsts = itertools.product(range(min(stride, domain)), range(min(max(1, stage // block), domain)))
+        return sorted({offset + number * block for offset, number in firsts})
 
     def problems(self, job: Job) -> list[str]:
         """Why this layout cannot run this job, in words with the arithmetic; empty if it can.

@@ -110,10 +110,7 @@ class StageCosts:
         self.job, self.layout = job, layout
         self.recipe = job.stack.recipes[job.training.precision]
         self.cut = Cut(layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel)
-        self.groups = [
-            Groups(*(group_shape(job.graph, layout.group(axis, pp_rank=rank)) for axis in _GROUP_AXES))
-            for rank in range(layout.pp)
-        ]
+        self.groups = [Groups(*(self._worst_shape(axis, rank) for axis in _GROUP_AXES)) for rank in range(layout.pp)]
         self._blocks: dict[tuple[BlockKind, bool, Groups], UnitCost] = {}
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
@@ -132,6 +129,13 @@ class StageCosts:
                 units.append(self._head(groups))
             self._stages[key] = self._sum(units, groups)
         return self._stages[key]
+
+    def _worst_shape(self, axis: str, rank: int) -> GroupShape:
+        """How the groups of an axis lie on the cluster; the step waits for the one that lies worst."""
+        ranks = self.layout.group(axis, pp_rank=rank)
+        starts = self.layout.sibling_starts(axis, self.job.cluster.domain)
+        shapes = (group_shape(self.job.graph, ranks, start) for start in starts)
+        return max(shapes, key=lambda shape: (shape.domains, -shape.bandwidth))
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from simulator.cluster import ClusterSpec, GroupShape, build_cluster, group_shape
 from simulator.collectives import Collective, bus_bytes, collective_seconds, message_seconds
+from simulator.layout import Layout
 from simulator.presets import find_cluster
 
 KINDS: list[Collective] = ["all_reduce", "all_gather", "reduce_scatter"]
@@ -59,6 +60,26 @@ def test_more_bytes_take_longer(size: float, more: float, kind: Collective) -> N
     spec = find_cluster("dgx-a100")
     group = shape(spec, 2, 16)
     assert collective_seconds(kind, size * more, group, spec) >= collective_seconds(kind, size, group, spec)
+
+
+def test_rings_pay_for_every_step() -> None:
+    """256 GPUs of 32 nodes, 1 MiB: 224 steps inside and 31 between nodes, LL128: 224·1.9 + 31·4 = 549.6 us; an
+    all-reduce climbs a tree of five levels instead."""
+    spec = find_cluster("dgx-h100")
+    group = shape(spec, 32, 256)
+    gather, reduce = (collective_seconds(kind, 2**20, group, spec) for kind in ("all_gather", "all_reduce"))
+    assert 549.6e-6 < gather < 620e-6
+    assert reduce < gather
+
+
+def test_a_group_that_straddles_nodes_is_priced_as_such() -> None:
+    """Groups of six on nodes of eight: ranks 0..5 share a node, ranks 6..11 do not, and the step waits for those."""
+    layout = Layout(dp_replicate=4, tp=6)
+    assert layout.sibling_starts("tp", 8) == [0, 6, 12, 18]
+    assert layout.sibling_starts("dp_replicate", 24) == [0]
+    graph = build_cluster(find_cluster("dgx-h100"), 3)
+    assert [group_shape(graph, tuple(range(6)), start).domains for start in (0, 6, 12, 18)] == [1, 2, 2, 1]
+    assert Layout(dp_shard=4, tp=8, pp=4, zero_stage=1).sibling_starts("dp_shard", 8) == [0]
 
 
 def test_groups_of_a_node_share_its_cards() -> None:
