@@ -7,11 +7,12 @@ stdout carries the result, stderr the progress and the errors. Exit codes: 0 don
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -36,16 +37,29 @@ Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Whe
 
 
 def main() -> None:
-    """Entry point: a UserError becomes its sentence and its exit code, anything else stays a traceback."""
+    """Entry point: a user's error becomes one sentence and its exit code, a bug stays a traceback."""
+    # A scheduler ends a job with SIGTERM; the ranks that we started must not outlive it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does.
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        # Wrong options, which typer knows and has a sentence for.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 @app.command()
@@ -60,12 +74,14 @@ def plan(
     from planner import show
     from planner.plan import write_plan
     from planner.search import plan as search
+    from simulator.files import check_writable
     from simulator.job import read_job
 
-    job = read_job(job_file, overrides)
+    job, path = read_job(job_file, overrides), output / "plan.json"
+    check_writable(path)
     with _progress("planning", quiet=as_json) as report:
         found = search(job, top, report)
-    path = write_plan(found, output / "plan.json")
+    write_plan(found, path)
     if as_json:
         _print_json(show.plan_json(found))
         return
@@ -130,7 +146,7 @@ def explain(
 def run(
     plan_file: PlanFile,
     steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="First steps that do not count.")] = 5,
+    warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
     output: Folder = Path("."),
     as_json: AsJson = False,
@@ -142,6 +158,8 @@ def run(
     from simulator.files import plain
 
     path = output / "measurement.json"
+    if warmup is None:
+        warmup = min(5, steps - 1)
     with _progress("training", quiet=as_json) as report:
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
@@ -168,7 +186,7 @@ def measure(
     from simulator.presets import user_profile
 
     path = output or user_profile()
-    with _progress("measuring", quiet=as_json) as report:
+    with _progress("measuring", quiet=as_json, lines=True) as report:
         profile = measure_machine(path, report)
     if as_json:
         _print_json(plain(profile))
@@ -181,8 +199,10 @@ def measure(
 def demo(output: Folder = Path("out/demo")) -> None:
     """The whole story in a few minutes: plan a large job, then measure, plan, run and compare on this machine."""
     from planner.demo import run_demo
+    from simulator.files import check_writable
 
-    with _progress("demo", quiet=False) as report:
+    check_writable(output / "plan.json")
+    with _progress("demo", quiet=False, lines=True) as report:
         run_demo(output, report)
 
 
@@ -191,8 +211,11 @@ def _print_json(data: Any) -> None:
 
 
 @contextmanager
-def _progress(title: str, quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr where that is a terminal; nothing where it is not."""
+def _progress(title: str, quiet: bool, lines: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr where that is a terminal; elsewhere nothing, or a line for every minute's work."""
+    if not quiet and not sys.stderr.isatty() and lines:
+        yield _line_by_line(title)
+        return
     if quiet or not sys.stderr.isatty():
         yield lambda what, fraction: None
         return
@@ -203,6 +226,19 @@ def _progress(title: str, quiet: bool) -> Iterator[Callable[[str, float], None]]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda what, fraction: bar.update(task, description=f"{title}: {what}", completed=fraction)
+
+
+def _line_by_line(title: str) -> Callable[[str, float], None]:
+    """Say on stderr when another tenth is done, and what is being done."""
+    said = -1
+
+    def report(what: str, fraction: float) -> None:
+        nonlocal said
+        if int(10 * fraction) > said:
+            said = int(10 * fraction)
+            print(f"{title} {fraction:4.0%}  {what}", file=sys.stderr, flush=True)
+
+    return report
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ _MEANING = {
     "optimizer": "update and gradient norm",
     "host": "launching kernels that the device outruns",
     "parameters": "weights",
-    "gradients": "",
-    "optimizer state": "",
+    "gradients": "summed over the microbatches",
+    "optimizer state": "moments, and fp32 weights where the others are narrower",
     "activations": "kept for the backward, times the microbatches alive",
     "buffers": "gathered weights, tensors on the way",
     "overhead": "device context, communicators, fragmentation",
@@ -36,7 +36,9 @@ def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Predictio
     Raises:
         UserError: `against` is no layout, or one that cannot run this job; the reasons are its `problems`.
     """
-    columns = [("recommended", plan.best), ("data parallel", plan.baseline)]
+    columns = [("recommended", plan.best)]
+    if plan.baseline.layout != plan.best.layout:
+        columns.append(("data parallel", plan.baseline))
     if against is not None:
         layout = parse_layout(against, plan.job)
         problems = layout.problems(plan.job)

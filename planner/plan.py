@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from simulator.checks import check_job
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass, write_json
 from simulator.job import Job
@@ -57,7 +58,17 @@ def read_plan(path: Path | str) -> Plan:
     data = read_json(path, "plan")
     if data.get("version") != VERSION:
         raise UserError(f"plan '{path}': version = {data.get('version')!r} is not {VERSION}; plan again")
-    return to_dataclass(Plan, data, f"plan '{path}'")
+    plan = to_dataclass(Plan, data, f"plan '{path}'")
+    check_job(plan.job, f"plan '{path}'")
+    for name, prediction in (("best", plan.best), ("baseline", plan.baseline)):
+        if prediction.step_seconds <= 0:
+            raise UserError(f"plan '{path}': {name}.step_seconds = {prediction.step_seconds:g} must be above zero")
+        if not prediction.fits and not prediction.problems:
+            raise UserError(f"plan '{path}': {name}.fits = false, but {name}.problems is empty")
+    problems = plan.layout.problems(plan.job)
+    if problems:
+        raise UserError(f"plan '{path}': the layout '{plan.layout.short()}' cannot run this job: {problems[0]}")
+    return plan
 
 
 def write_plan(plan: Plan, path: Path | str) -> Path:

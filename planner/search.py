@@ -160,6 +160,8 @@ def _impossible_baseline(job: Job) -> Prediction:
 def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]]) -> str:
     """One sentence: the nearest misses and by how much."""
     where = f"{job.model.name} on {job.nodes} x {job.cluster.name}"
+    if not counts.space:
+        return f"no layout of {where}: no sizes that [search] allows multiply to its {job.world_size} ranks"
     if not misses:
         example = next(iter(candidates(job)), None)
         reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""

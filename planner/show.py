@@ -55,6 +55,9 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     if not plan.baseline.fits:
         console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
+    elif plan.baseline.step_seconds < best.step_seconds:
+        console.print("plain data parallelism is faster, but [search] leaves it out")
+    console.print("+SP sequence parallel, VP stages per rank, DP replicas x shards, MBS micro-batch size")
     console.print(f"recommended: {best.layout.short()}")
     c = plan.certificate
     console.print(

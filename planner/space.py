@@ -46,7 +46,7 @@ def _combinations(job: Job) -> Iterator[Layout]:
 
 def _values(job: Job, name: str, default: list[Any]) -> list[Any]:
     found = job.search.get(name, default)
-    return [tuple(v) if isinstance(v, list) else v for v in found]
+    return list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in found))
 
 
 def _divisors(number: int) -> list[int]:

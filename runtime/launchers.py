@@ -23,7 +23,7 @@ from planner.plan import Plan, read_plan
 from runtime.data import check_data
 from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.errors import UserError
-from simulator.files import read_json, to_dataclass
+from simulator.files import check_writable, read_json, to_dataclass
 from simulator.results import Measurement
 
 # Lines that ranks write on stderr (runtime/__main__.py) and the launcher reads.
@@ -85,6 +85,7 @@ def run_here(
     plan = read_plan(plan_path)
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc, steps, warmup)
+    check_writable(output)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.

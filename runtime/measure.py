@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.errors import UserError
-from simulator.files import read_json, write_json
+from simulator.files import check_writable, read_json, write_json
 from simulator.profile import Profile, Sample, calibrate
 
 Progress = Callable[[str, float], None]
@@ -48,6 +48,7 @@ def measure(output: Path, progress: Progress | None = None, grid: GridName = "fu
     Raises:
         UserError: the microbenchmarks failed or took too long; the message carries their last lines.
     """
+    check_writable(output)
     report: Progress = progress or (lambda name, fraction: None)
 
     def part(start: float, share: float) -> Progress:

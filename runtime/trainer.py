@@ -25,6 +25,7 @@ from runtime.launchers import check_plan
 from runtime.parallelize import build_mesh, gradient_sync, parallelize
 from runtime.pipeline import build_schedule, build_stage
 from runtime.record import Recorder
+from simulator.errors import UserError
 from simulator.job import Job, Training
 from simulator.layout import Layout
 from simulator.results import Measurement
@@ -71,6 +72,11 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(
+                f"the loss became {loss:g} at step {step + 1} (gradient norm {norm:g}); "
+                f"lower training.learning_rate = {training.learning_rate:g}"
+            )
         recorder.add(seconds, loss, norm)
         if progress is not None:
             progress(step + 1, steps, loss, norm, seconds)

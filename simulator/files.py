@@ -26,10 +26,11 @@ def read_text(path: Path | str, what: str) -> str:
     """The text of a file, or a UserError that says what was looked for and why it could not be read."""
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else ""
+        hint = nearest(path.name, siblings) if path.suffix and siblings else ""
+        hint = hint if "did you mean" in hint else ""
         raise UserError(f"{what} '{path}' does not exist{hint}") from None
     except IsADirectoryError:
         raise UserError(f"{what} '{path}' is a folder, not a file") from None
@@ -37,6 +38,8 @@ def read_text(path: Path | str, what: str) -> str:
         raise UserError(f"{what} '{path}' is not a UTF-8 text file") from None
     except OSError as error:
         raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{what} {str(path)[:60]!r} is no path: {error}") from None
 
 
 def read_json(path: Path | str, what: str) -> dict[str, Any]:
@@ -48,6 +51,8 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
         raise UserError(
             f"{what} '{path}' is not valid JSON (line {error.lineno}: {error.msg}); is it cut off?"
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{what} '{path}' holds JSON that cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{what} '{path}' holds a JSON {type(data).__name__}, but an object is needed")
     return data
@@ -58,8 +63,20 @@ def read_toml(path: Path | str, what: str) -> dict[str, Any]:
     text = read_text(path, what)
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{what} '{path}' is not valid TOML: {error}") from None
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise UserError now where `write_bytes` would after the work is done."""
+    path = Path(path)
+    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if not folder.is_dir():
+        raise UserError(f"cannot write '{path}': '{folder}' is not a folder")
+    if path.is_dir():
+        raise UserError(f"cannot write '{path}': it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write '{path}': no permission in '{folder}'")
 
 
 def write_text(path: Path | str, text: str) -> Path:

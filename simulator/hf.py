@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from simulator.checks import check_model
 from simulator.errors import UserError, nearest
 from simulator.model import ModelSpec
 
@@ -12,6 +13,10 @@ _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
+
+
+# No size of a model comes near; beyond it floats lose count.
+LARGEST = 2**40
 
 
 class _Config:
@@ -26,10 +31,12 @@ class _Config:
             value = self.data.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{self.where}: {key} = {value!r} must be an integer of at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
+                raise UserError(f"{self.where}: {key} = {repr(value)[:40]} must be an integer of at least {least}")
             return value
         if default is None:
+            if keys[0] in self.data:
+                raise UserError(f"{self.where}: {keys[0]} = null must be an integer of at least {least}")
             raise UserError(f"{self.where}: the key '{keys[0]}' is missing{_hint(keys[0], self.data)}")
         return default
 
@@ -82,23 +89,13 @@ def read_config(data: dict[str, Any], name: str) -> ModelSpec:
     if str(kind) not in _READERS:
         raise UserError(f"{config.where}: model_type = {kind!r} is not supported{nearest(str(kind), _READERS)}")
     spec = ModelSpec(name=name, **_READERS[kind](config))
-    _check_heads(spec, config.where)
+    check_model(spec, config.where)
     return spec
 
 
 def _hint(key: str, data: dict[str, Any]) -> str:
     hint = nearest(key, data)
     return hint if "did you mean" in hint else ""
-
-
-def _check_heads(spec: ModelSpec, where: str) -> None:
-    heads, groups = spec.num_attention_heads, spec.num_key_value_heads
-    if heads % groups:
-        raise UserError(f"{where}: num_key_value_heads = {groups} must divide num_attention_heads = {heads}")
-    if spec.num_experts and spec.num_experts_per_tok > spec.num_experts:
-        raise UserError(
-            f"{where}: num_experts_per_tok = {spec.num_experts_per_tok} is more than num_experts = {spec.num_experts}"
-        )
 
 
 def _head_dim(c: _Config, heads: int, hidden: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simulator import presets
+from simulator.checks import check_job
 from simulator.cluster import ClusterSpec, build_cluster
 from simulator.errors import UserError, nearest
 from simulator.files import STRICT, read_toml, to_dataclass
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 # A batch of about four million tokens: what runs of 70B and more use (Llama 3, arXiv 2407.21783, section 3.4).
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 DEFAULT_SEQ_LEN = 8192
-# The cluster is a graph with a vertex per device; no public run has used more.
-MOST_DEVICES = 2**17
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)), cluster)
     training = _training(settings, model, cluster, nodes, where)
     job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where))
-    _check(job, where)
+    check_job(job, where)
     return job
 
 
@@ -149,45 +148,16 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
     return result
 
 
-def _check(job: Job, where: str) -> None:
-    training = job.training
-    if job.world_size > MOST_DEVICES:
-        raise UserError(
-            f"{where}: nodes = {job.nodes} are {job.world_size} devices, but at most {MOST_DEVICES} are simulated"
-        )
-    if job.nodes > 1 and job.cluster.scale_out is None:
-        raise UserError(f"{where}: nodes = {job.nodes}, but cluster '{job.cluster.name}' has no scale_out network")
-    for key in ("global_batch_size", "seq_len"):
-        if getattr(training, key) < 1:
-            raise UserError(f"{where}: training.{key} = {getattr(training, key)} must be at least 1")
-    if training.learning_rate <= 0:
-        raise UserError(f"{where}: training.learning_rate = {training.learning_rate} must be positive")
-    longest = job.model.max_position_embeddings
-    if job.model.position == "learned" and training.seq_len > longest:
-        raise UserError(
-            f"{where}: training.seq_len = {training.seq_len} is more than the {longest} positions "
-            f"that {job.model.name} has"
-        )
-    if training.precision not in job.stack.recipes:
-        raise UserError(
-            f"{where}: training.precision = '{training.precision}' is nothing that stack {job.stack.name} has"
-            f"{nearest(training.precision, job.stack.recipes)}"
-        )
-    if training.precision not in job.cluster.gpu.matmul:
-        raise UserError(
-            f"{where}: training.precision = '{training.precision}' has no matmul rate on {job.cluster.gpu.name}"
-            f"{nearest(training.precision, job.cluster.gpu.matmul)}"
-        )
-
-
 def _override(data: dict[str, Any], text: str) -> None:
     """Set one key of the job's tables from `training.seq_len=4096`."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set '{text}' is not of the form key=value, like training.seq_len=4096")
+    if "\n" in text:
+        raise UserError("--set takes one key and one value on one line")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         parsed = value.strip()
     *tables, name = key.strip().split(".")
     for table in tables:

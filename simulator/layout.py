@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
 MULTI_STAGE = ("Interleaved1F1B",)
+MOST_MICROBATCHES = 8192
 AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
 
 
@@ -213,6 +215,8 @@ class Layout:
 
     def _microbatch_problems(self, job: Job) -> list[str]:
         count, pp = self.microbatches(job.training.global_batch_size), self.pp
+        if count > MOST_MICROBATCHES:
+            return [f"{count} microbatches a step are more than the {MOST_MICROBATCHES} that are simulated"]
         if pp == 1:
             return []
         shown = (
@@ -279,6 +283,8 @@ def parse_layout(text: str, job: Job) -> Layout:
             raise UserError(f"layout: '{word}' is not of the form field=value, like tp=8")
         if name not in hints:
             raise UserError(f"layout: unknown field '{name}'{nearest(name, hints)}")
+        if name in given:
+            raise UserError(f"layout: '{name}' is given twice")
         given[name] = _parse_value(name, hints[name], value)
     return complete(given, job)
 
@@ -313,7 +319,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
         if text not in ("true", "false"):
             raise UserError(f"layout: {name} = '{text}' must be true or false")
         return text == "true"
-    try:
-        return int(text) if hint is int else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"layout: {name} = '{text}' must be an integer") from None
+    parts = [text] if hint is int else text.split(",")
+    if not all(re.fullmatch(r"-?[0-9]{1,12}", part) for part in parts):
+        raise UserError(f"layout: {name} = '{text}' must be an integer")
+    return int(text) if hint is int else tuple(map(int, parts))

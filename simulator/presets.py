@@ -6,11 +6,11 @@ import functools
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from simulator import profile as profiles
+from simulator.checks import check_cluster
 from simulator.cluster import ClusterSpec
-from simulator.collectives import Collective
 from simulator.errors import UserError, nearest
 from simulator.files import read_json, read_toml, to_dataclass
 from simulator.hf import read_config
@@ -45,12 +45,14 @@ def find_cluster(name: str, folder: Path | None = None, profile: str | None = No
                 f"cluster '{THIS_MACHINE}' needs a profile of this machine ({path} does not exist); "
                 "run `layoutwise measure` first"
             )
-        return profiles.cluster_of(profiles.read_profile(path))
+        spec = profiles.cluster_of(profiles.read_profile(path))
+        check_cluster(spec)
+        return spec
     data = dict(read_toml(_find("clusters", name, ".toml", folder, "cluster"), "cluster"))
     if isinstance(data.get("gpu"), str):
         data["gpu"] = _gpu(data["gpu"])
     spec = to_dataclass(ClusterSpec, data, f"cluster '{name}'")
-    _check_cluster(spec)
+    check_cluster(spec)
     return spec
 
 
@@ -66,32 +68,6 @@ def user_profile() -> Path:
     """Where `layoutwise measure` keeps the profile of this machine."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "layoutwise" / "this-machine.json"
-
-
-def _check_cluster(spec: ClusterSpec) -> None:
-    """Raise UserError where a cluster file is well formed but describes no machine."""
-    where = f"cluster '{spec.name}'"
-    if spec.gpus_per_node < 1:
-        raise UserError(f"{where}: gpus_per_node = {spec.gpus_per_node} must be at least 1")
-    if spec.domain % spec.gpus_per_node:
-        raise UserError(
-            f"{where}: scale_up_domain = {spec.domain} must be a multiple of gpus_per_node = {spec.gpus_per_node}"
-        )
-    if spec.scale_out is not None and spec.nics_per_node < 1:
-        raise UserError(f"{where}: nics_per_node = {spec.nics_per_node} must be at least 1 to reach scale_out")
-    for tier, link in (("scale_up", spec.scale_up), ("scale_out", spec.scale_out)):
-        if link is None:
-            continue
-        if link.bandwidth <= 0 or link.latency < 0:
-            raise UserError(f"{where}: {tier} needs a bandwidth above zero and a latency of at least zero")
-        for collective in get_args(Collective):
-            fits = link.collectives.get(collective)
-            if not fits:
-                raise UserError(f"{where}: {tier}.collectives has no '{collective}'; it needs at least one entry")
-            if any(fit.efficiency <= 0 or fit.latency < 0 or fit.ramp < 0 for fit in fits):
-                raise UserError(
-                    f"{where}: {tier}.collectives.{collective} needs an efficiency above zero and no negative time"
-                )
 
 
 def _gpu(name: str) -> dict[str, Any]:
@@ -118,5 +94,10 @@ def _find(kind: str, name: str, suffix: str, folder: Path | None, what: str) -> 
 
 
 def _relative(name: str, folder: Path | None) -> Path:
-    path = Path(name).expanduser()
-    return path if path.is_absolute() or folder is None or path.exists() else folder / path
+    """A path as the job file means it: beside that file, or from where we are if it is not there."""
+    try:
+        path = Path(name).expanduser()
+        beside = (folder or Path()) / path
+        return beside if beside.exists() else path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"'{name[:60]}' is no path: {error}") from None

@@ -29,7 +29,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     memory = fullest(ranks)
     reason = shortfall(job, layout, memory)
     tokens = job.tokens_per_step / run.step_seconds
-    per_gpu = tokens / layout.world_size
+    # Ranks that share processors are no more devices than there are.
+    per_gpu = tokens / min(layout.world_size, job.world_size)
     seq_len, peak = job.training.seq_len, job.cluster.gpu.peak[job.training.precision]
     flops = job.model.flops_per_token(seq_len)
     recomputed = job.model.recomputed_flops_per_token(seq_len, layout.recompute)

@@ -100,6 +100,25 @@ def test_examples_plan(
     assert "recommended:" in capsys.readouterr().out
 
 
+GPU_CLUSTER = """
+name = "mine"
+gpus_per_node = 1
+source = "me"
+[gpu]
+name = "mine"
+kind = "gpu"
+memory = "80 GB"
+memory_bandwidth = "3 TB/s"
+peak = { bf16 = "1 PFLOP/s" }
+matmul = { bf16 = { rate = "800 TFLOP/s" } }
+source = "me"
+[scale_up]
+kind = "none"
+bandwidth = "1 GB/s"
+latency = "1 us"
+collectives = {}
+"""
+
 # (files to write, command, words of the one sentence, exit code)
 PLAN = ("plan", "job.toml")
 SIMULATE = ("simulate", "job.toml", "--layout")
@@ -125,6 +144,31 @@ BAD: dict[str, tuple[dict[str, str], tuple[str, ...], list[str], int]] = {
              "training.precision=fp8"), ["precision = 'fp8'", "megatron-2021", "bf16"], 2,
     ),
     "nodes of zero": ({}, (*PLAN, "--set", "nodes=0"), ["nodes = 0"], 2),
+    "a batch beyond reason": (
+        {}, (*PLAN, "--set", "training.global_batch_size=1000000000"), ["global_batch_size", "at most 1048576"], 2,
+    ),
+    "layers beyond reason": (
+        {"c.json": '{"model_type": "gpt2", "n_layer": 1000000, "n_embd": 64, "n_head": 1, "vocab_size": 256}'},
+        (*PLAN, "--set", "model=./c.json"), ["num_hidden_layers = 1000000", "10000"], 2,
+    ),
+    "a null in the model": (
+        {"c.json": '{"model_type": "gpt2", "n_layer": null, "n_embd": 64, "n_head": 1, "vocab_size": 256}'},
+        (*PLAN, "--set", "model=./c.json"), ["n_layer = null"], 2,
+    ),
+    "a field given twice": ({}, (*SIMULATE, "tp=2 tp=4"), ["'tp' is given twice"], 2),
+    "a size that no combination reaches": ({}, (*PLAN, "--set", "search.tp=3"), ["no sizes", "8 ranks"], 3),
+    "an unknown option": ({}, (*PLAN, "--fast"), ["No such option", "--fast"], 2),
+    "an option out of range": ({}, (*PLAN, "--top", "0"), ["--top", "1"], 2),
+    "a missing option": ({}, ("simulate", "job.toml"), ["--layout"], 2),
+    "two keys in one --set": ({}, (*PLAN, "--set", "nodes=1\nnodes=2"), ["one line"], 2),
+    "a gpu without memory bandwidth": (
+        {"c.toml": GPU_CLUSTER.replace("3 TB/s", "0 TB/s")}, (*PLAN, "--set", "cluster=./c.toml"),
+        ["memory_bandwidth = 0 must be above zero"], 2,
+    ),
+    "a gpu without a peak": (
+        {"c.toml": GPU_CLUSTER.replace('peak = { bf16 = "1 PFLOP/s" }', "peak = {}")},
+        (*PLAN, "--set", "cluster=./c.toml"), ["peak has no 'bf16'"], 2,
+    ),
     "more nodes than there are": ({}, (*PLAN, "--set", "nodes=1000000"), ["8000000 devices", "131072"], 2),
     "nodes as text": ({}, (*PLAN, "--set", "nodes=two"), ["nodes = 'two'"], 2),
     "batch of zero": ({}, (*PLAN, "--set", "training.global_batch_size=0"), ["global_batch_size = 0"], 2),
