@@ -82,7 +82,7 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
                 raise UserError(f"{where}: {tier}.collectives has no '{collective}'; it needs at least one entry")
             if any(fit.efficiency <= 0 or fit.latency < 0 or fit.ramp < 0 or fit.ranks < 1 for fit in fits):
                 raise UserError(
-                    f"{where}: {tier}.collectives.{collective} needs ranks, an efficiency above zero and no negative time"
+                    f"{where}: {tier}.collectives.{collective} needs ranks, efficiency above zero, no negative time"
                 )
 
 
@@ -132,10 +132,9 @@ def check_job(job: Job, where: str) -> None:
         raise UserError(f"{where}: nodes = {job.nodes}, but cluster '{job.cluster.name}' has no scale_out network")
     for key in ("global_batch_size", "seq_len"):
         _at_least(where, f"training.{key}", getattr(training, key), 1)
-    if training.global_batch_size > MOST_SAMPLES:
-        raise UserError(
-            f"{where}: training.global_batch_size = {training.global_batch_size} must be at most {MOST_SAMPLES} sequences"
-        )
+    batch = training.global_batch_size
+    if batch > MOST_SAMPLES:
+        raise UserError(f"{where}: training.global_batch_size = {batch} must be at most {MOST_SAMPLES} sequences")
     _above_zero(where, "training.learning_rate", [training.learning_rate])
     longest = job.model.max_position_embeddings
     if job.model.position == "learned" and training.seq_len > longest:

@@ -162,7 +162,7 @@ def test_a_cluster_is_read_from_a_file(tmp_path: Path) -> None:
         ('latency = "2 us"', "", ["'scale_up.latency' is missing"]),
         ("per_node = 4", "per_node = 0", ["gpus_per_node = 0", "at least 1"]),
         ("per_node = 4", "per_node = 4\nscale_up_domain = 6", ["scale_up_domain = 6", "multiple", "= 4"]),
-        ("450 GB/s", "0 GB/s", ["scale_up", "bandwidth above zero"]),
+        ("450 GB/s", "0 GB/s", ["scale_up", "bandwidth = 0 must be above zero"]),
         ("all_gather", "all_gathers", ["scale_up.collectives", "no 'all_gather'"]),
         ("efficiency = 0.7", "efficiency = 0.0", ["all_to_all", "efficiency above zero"]),
         ("efficiency = 0.7", "efficency = 0.7", ["unknown key", "efficency"]),

@@ -120,7 +120,7 @@ def test_of_two_settings_of_a_key_the_last_holds(job_file: Path) -> None:
         ("training.global_batch_size=-8", ["training.global_batch_size = -8", "at least 1"]),
         ("training.precision=fp61", ["precision", '"fp61"', "'bf16'"]),
         ("training.optimizer=lion", ["optimizer", '"lion"', "'adamw'"]),
-        ("training.learning_rate=0", ["learning_rate", "positive"]),
+        ("training.learning_rate=0", ["learning_rate", "above zero"]),
         ("training.stack=megatron", ["stack 'megatron'", "did you mean 'megatron-"]),
         ("training.stack=7", ["stack '7'", "valid:"]),
         ("search.tensor=2", ["unknown key 'search.tensor'"]),
