@@ -74,7 +74,7 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
         seconds = time.perf_counter() - begin
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(
-                f"the loss became {loss:g} at step {step + 1} (gradient norm {norm:g}); "
+                f"training diverged at step {step + 1} (loss {loss:g}, gradient norm {norm:g}); "
                 f"lower training.learning_rate = {training.learning_rate:g}"
             )
         recorder.add(seconds, loss, norm)

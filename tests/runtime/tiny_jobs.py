@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.plan import Certificate, Plan
 from simulator import presets
-from simulator.cluster import ClusterSpec, Gpu, Link
+from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
 from simulator.job import Job, Training
 from simulator.layout import Layout
 from simulator.model import ModelSpec
@@ -50,8 +50,10 @@ QWEN = dataclasses.replace(LLAMA, name="tiny-qwen", qk_norm=True, qkv_bias=True)
 GPT_UNTIED = dataclasses.replace(GPT, name="tiny-gpt-untied", tie_word_embeddings=False)
 MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED)}
 
-_NOWHERE = Link("memory", 1e9, 1e-6, {})
-_CPU = Gpu("cpu", "cpu", 8e9, 1e10, {"fp32": 1e11}, {}, source="test")
+_FITS = {name: (CollectiveFit(2, 1e-4, 1.0),) for name in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")}
+_NOWHERE = Link("memory", 1e9, 1e-6, _FITS)
+_RATES = {"fp32": 1e11, "bf16": 1e11, "fp8": 1e11}
+_CPU = Gpu("cpu", "cpu", 8e9, 1e10, _RATES, {name: MatmulFit(rate) for name, rate in _RATES.items()}, source="test")
 
 
 def tiny_plan(layout: Layout, model: ModelSpec = LLAMA, stack: str = "layoutwise-cpu", **training: Any) -> Plan:
