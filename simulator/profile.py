@@ -165,6 +165,12 @@ def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return best
 
 
+def _per_unit(coefficient: float, sizes: np.ndarray, seconds: np.ndarray) -> float:
+    """A coefficient that noise has fitted to nothing is taken from the largest sample alone."""
+    largest = int(np.argmax(sizes))
+    return float(coefficient) or float(seconds[largest] / sizes[largest])
+
+
 def _of(samples: Sequence[Sample], kind: str) -> list[Sample]:
     found = [s for s in samples if s.kind == kind]
     if not found:
@@ -188,7 +194,9 @@ def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
         chosen = [s for s in _of(samples, "matmul") if s.precision == precision]
         m, n, k = np.array([s.sizes for s in chosen]).T
         features = np.stack([2 * m * n * k, 2 * m * n, np.ones_like(m)], axis=1)
-        per_flop, per_output, constant = non_negative_fit(features, np.array([s.seconds for s in chosen]))
+        seconds = np.array([s.seconds for s in chosen])
+        fitted, per_output, constant = non_negative_fit(features, seconds)
+        per_flop = _per_unit(fitted, features[:, 0], seconds)
         overhead = max(0.0, float(constant) - host)
         result[precision] = MatmulFit(rate=float(1 / per_flop), k0=float(per_output / per_flop), overhead=overhead)
     return result
@@ -199,8 +207,8 @@ def _fit_memory(samples: Sequence[Sample]) -> float:
     the time, and taking off the host's average kernel instead would leave anything."""
     chosen = _of(samples, "memory")
     size = np.array([s.sizes[0] for s in chosen])
-    features = np.stack([size, np.ones_like(size)], axis=1)
-    return float(1 / non_negative_fit(features, np.array([s.seconds for s in chosen]))[0])
+    features, seconds = np.stack([size, np.ones_like(size)], axis=1), np.array([s.seconds for s in chosen])
+    return 1 / _per_unit(non_negative_fit(features, seconds)[0], size, seconds)
 
 
 def _fit_attention(samples: Sequence[Sample], host: HostFit, fastest: float) -> tuple[AttentionKernel, ...]:
@@ -240,8 +248,9 @@ def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
     chosen = _of(samples, "send_recv")
     size = np.array([s.sizes[1] for s in chosen])
     features = np.stack([np.ones_like(size), size], axis=1)
-    latency, per_byte = non_negative_fit(features, np.array([s.seconds for s in chosen]))
-    return float(latency), float(1 / per_byte)
+    seconds = np.array([s.seconds for s in chosen])
+    latency, per_byte = non_negative_fit(features, seconds)
+    return float(latency), 1 / _per_unit(per_byte, size, seconds)
 
 
 def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[CollectiveFit, ...]]:

@@ -140,6 +140,14 @@ def test_a_fit_is_never_negative_whatever_the_samples(seed: int) -> None:
     assert found.sum() > 0
 
 
+@given(times=st.lists(st.floats(1e-5, 1e-1), min_size=4, max_size=4))
+def test_noise_never_leaves_a_link_without_a_rate(times: list[float]) -> None:
+    """Messages that took any time at all, larger ones less than smaller ones too, still give a bandwidth."""
+    others = [s for s in synthetic() if s.kind != "send_recv"]
+    messages = [sample("send_recv", (2, 4096.0 * 16**i), seconds) for i, seconds in enumerate(times)]
+    assert 0 < calibrate([*others, *messages])["link_bandwidth"] < float("inf")  # type: ignore[operator]
+
+
 def test_a_missing_kind_of_sample_is_named() -> None:
     with pytest.raises(UserError, match="no samples of kind 'matmul'; measure again"):
         calibrate([s for s in synthetic() if s.kind != "matmul"])
