@@ -212,7 +212,7 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _progress(title: str, quiet: bool, lines: bool = False) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr where that is a terminal; elsewhere nothing, or a line for every minute's work."""
+    """A progress bar on stderr where that is a terminal; elsewhere nothing, or a line for every tenth."""
     if not quiet and not sys.stderr.isatty() and lines:
         yield _line_by_line(title)
         return

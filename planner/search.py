@@ -130,12 +130,9 @@ def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress)
 def _baseline(job: Job) -> Prediction:
     """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
     plain = without_model_parallelism(job)
-    legal = [layout for layout in candidates(plain) if not layout.problems(plain)]
-    if not legal:
-        return _impossible_baseline(job)
     fitting, misses = _screen(plain, _Counts(), lambda what, fraction: None)
     if not fitting:
-        return simulate(job, misses[0][1])
+        return simulate(job, misses[0][1]) if misses else _impossible_baseline(job)
     best, _ = _best_first(job, fitting, 1, lambda what, fraction: None)
     return best[0]
 

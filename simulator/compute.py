@@ -16,6 +16,11 @@ from simulator.kernels import Attention, Kernel, Matmul, Pointwise
 from simulator.stack import Stack
 
 
+def activation_width(precision: str) -> int:
+    """Bytes of one element of an activation; fp8 is for the inputs of matmuls alone."""
+    return 4 if precision == "fp32" else 2
+
+
 def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, batch: float = 1) -> float:
     """Seconds of `batch` products (m, k) x (k, n) in one kernel.
 
@@ -90,7 +95,7 @@ def pointwise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Pointwise,
     entry = stack.elementwise[kernel.name]
     passes, count = (entry.backward, entry.kernels_backward) if backward else (entry.forward, entry.kernels_forward)
     efficiency = gpu.reduction_efficiency if kernel.name in _REDUCTIONS else gpu.memory_efficiency
-    width = 4 if precision == "fp32" else 2
+    width = activation_width(precision)
     return count * gpu.memory_overhead + kernel.elements * passes * width / (gpu.memory_bandwidth * efficiency)
 
 
@@ -175,7 +180,7 @@ def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
 
     Ignored: what the allocator has not reused yet.
     """
-    width = 4 if precision == "fp32" else 2
+    width = activation_width(precision)
     largest = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
@@ -189,6 +194,16 @@ def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
     return largest * width
 
 
+def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
+    """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
+    (and dropout's mask and copy)."""
+    rows = core.batch * core.heads * core.queries
+    if stack.attention[0] != "unfused":
+        return 4 * rows
+    width = activation_width(precision)
+    return rows * core.keys * (2 * width + 1 if stack.dropout else width)
+
+
 def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes that kernels keep for the backward pass.
 
@@ -196,7 +211,7 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
     fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one.
     Reference: Korthikanti et al., arXiv 2205.05198, table 2: 34·sbh + 5·a·s²·b for a GPT block with dropout.
     """
-    width = 4 if precision == "fp32" else 2
+    width = activation_width(precision)
     total = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
@@ -206,10 +221,7 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
             rows = heads * kernel.queries
             total += width * (rows * kernel.qk_dim + groups * kernel.keys * (kernel.qk_dim + kernel.v_dim))
             total += width * rows * kernel.v_dim
-            if stack.attention[0] == "unfused":
-                total += rows * kernel.keys * (2 * width + 1 if stack.dropout else width)
-            else:
-                total += 4 * rows
+            total += score_bytes(kernel, stack, precision)
         else:
             total += kernel.elements * stack.elementwise[kernel.name].saved * width
     return total

@@ -49,10 +49,6 @@ class DataParallel:
     def gathers_every_microbatch(self) -> bool:
         return self.layout.zero_stage == 3
 
-    @property
-    def reduces_every_microbatch(self) -> bool:
-        return self.layout.zero_stage >= 2 and self.layout.pp == 1
-
     def gather_seconds(self, parameters: float, units: int = 1) -> float:
         """All-gather parameters of this many units, in the width that kernels read."""
         size = parameters * self.job.stack.recipes[self.job.training.precision].compute
@@ -71,7 +67,7 @@ class DataParallel:
         pieces = self._pieces(size, units)
         shard = size / self.layout.dp_shard / pieces
         replicas = pieces * collective_seconds("all_reduce", shard, self.replicate, self.job.cluster)
-        return replicas + (0.0 if self.reduces_every_microbatch else self.scatter_seconds(parameters, units))
+        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, units))
 
     def once_gather_seconds(self, parameters: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""
@@ -98,7 +94,7 @@ class DataParallel:
         of the one behind; they share one network."""
         backwards = units[::-1]
         gathers = [self._backward_gather(u) for u in backwards]
-        scatters = [self.scatter_seconds(u.parameters) if self.reduces_every_microbatch else 0.0 for u in backwards]
+        scatters = [self.scatter_seconds(u.parameters) if self.layout.shards_gradients else 0.0 for u in backwards]
         stack, exposed = self.job.stack, gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0

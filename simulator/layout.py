@@ -66,6 +66,11 @@ class Layout:
         """Pipeline stages in torch's sense: pp ranks times the chunks that each of them holds."""
         return self.pp * self.virtual_stages
 
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether gradients are reduced to shards after every microbatch; under a pipeline torch waits for the last."""
+        return self.zero_stage >= 2 and self.pp == 1
+
     def microbatches(self, global_batch_size: int) -> int:
         """Microbatches that one data-parallel rank runs in a step."""
         return global_batch_size // (self.dp * self.micro_batch_size)

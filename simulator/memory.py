@@ -59,12 +59,11 @@ def _state(job: Job, layout: Layout, parameters: float) -> dict[str, float]:
     """
     recipe = job.stack.recipes[job.training.precision]
     shard, zero = layout.dp_shard, layout.zero_stage
-    keeps_whole_gradients = zero < 2 or layout.pp > 1
     # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2
     return {
         "parameters": parameters * recipe.parameters / (shard if shards_parameters else 1),
-        "gradients": parameters * recipe.gradients / (1 if keeps_whole_gradients else shard),
+        "gradients": parameters * recipe.gradients / (shard if layout.shards_gradients else 1),
         "optimizer": parameters * recipe.optimizer[job.training.optimizer] / (shard if zero else 1),
     }
 

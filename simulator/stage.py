@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes
+from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes, score_bytes
 from simulator.data_parallel import DataParallel
 from simulator.kernels import (
     Attention,
@@ -219,7 +219,8 @@ class StageCosts:
             cores = [k for k in kernels if isinstance(k, Attention)]
             again = kernel_time(cores, job.cluster.gpu, job.stack, precision, self.layout.tp)
             backward += self._work(again.forward, again.host_forward, recompute=True)
-            dropped = self._dropped_by_selective(cores)
+            # What Megatron's selective recompute does not keep (arXiv 2205.05198).
+            dropped = sum(score_bytes(core, job.stack, precision) for core in cores)
             saved, working = saved - dropped, working + dropped
         return UnitCost(forward, backward, parameters, saved, working)
 
@@ -228,19 +229,8 @@ class StageCosts:
         count = self.layout.microbatches(self.job.training.global_batch_size)
         if count == 1 or self.job.stack.fused_accumulation:
             return 0.0
-        sharded = self.layout.zero_stage >= 2 and self.layout.pp == 1
-        share = parameters / (self.layout.dp_shard if sharded else 1)
+        share = parameters / (self.layout.dp_shard if self.layout.shards_gradients else 1)
         return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
-
-    def _dropped_by_selective(self, cores: list[Attention]) -> float:
-        """Scores of the attention core, which Megatron's selective recompute does not keep (arXiv 2205.05198)."""
-        outputs = sum(k.batch * k.heads * k.queries * k.v_dim for k in cores)
-        inputs = sum(
-            k.batch * (k.heads * k.queries * k.qk_dim + k.key_value_heads * k.keys * (k.qk_dim + k.v_dim))
-            for k in cores
-        )
-        kept = (outputs + inputs) * (4 if self.job.training.precision == "fp32" else 2)
-        return max(0.0, saved_bytes(cores, self.job.stack, self.job.training.precision) - kept)
 
     def _work(self, device: float, host: float, tp: float = 0.0, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU."""
