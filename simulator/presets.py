@@ -10,7 +10,7 @@ from typing import Any
 
 from simulator import profile as profiles
 from simulator.checks import check_cluster
-from simulator.cluster import ClusterSpec
+from simulator.cluster import ClusterSpec, Gpu
 from simulator.errors import UserError, nearest
 from simulator.files import read_json, read_toml, to_dataclass
 from simulator.hf import read_config
@@ -60,14 +60,33 @@ def find_stack(name: Any, cluster: ClusterSpec | None = None) -> Stack:
     """A stack by preset name."""
     if not isinstance(name, str) or name not in names("stacks"):
         raise UserError(f"stack '{name}' is not known{nearest(str(name), names('stacks'))}")
-    data = read_toml(DATA / "stacks" / f"{name}.toml", "stack")
-    return to_dataclass(Stack, {"name": name} | data, f"stack '{name}'")
+    return to_dataclass(Stack, {"name": name} | _stack_table(name), f"stack '{name}'")
+
+
+def find_gpu(name: str) -> Gpu:
+    """A device by its name in gpus.toml."""
+    return to_dataclass(Gpu, _gpu(name), f"gpu '{name}'")
 
 
 def user_profile() -> Path:
     """Where `layoutwise measure` keeps the profile of this machine."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "layoutwise" / "this-machine.json"
+
+
+def _stack_table(name: str) -> dict[str, Any]:
+    """A stack's file over that of the stack which it `extends`: tables are merged, other keys replaced."""
+    data = dict(read_toml(DATA / "stacks" / f"{name}.toml", "stack"))
+    parent = data.pop("extends", None)
+    return data if parent is None else _merged(_stack_table(parent), data)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        result[key] = _merged(below[key], value) if both else value
+    return result
 
 
 def _gpu(name: str) -> dict[str, Any]:

@@ -1,0 +1,369 @@
+"""Published training runs: read the rows, and say of each which job and layout it ran, and what that leaves open.
+
+A row is what a source states; cells that it leaves empty are filled by rules that hold for all rows of one software
+(data/frameworks.toml). What the source's author will have tuned (micro batch, chunks, recomputation) is left to the
+simulator: `Case.layouts` holds the choices.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from simulator import presets
+from simulator.cluster import ClusterSpec
+from simulator.errors import UserError, nearest
+from simulator.files import read_text
+from simulator.job import Job, Training
+from simulator.layout import MULTI_STAGE, Layout
+from simulator.model import ModelSpec
+from simulator.stack import Stack
+
+DATA = Path(str(resources.files("reports"))) / "data"
+LARGEST_ASSUMED_MICRO_BATCH = 16
+
+TEXTS = (
+    "id", "job", "source", "framework", "gpu", "intra_node", "inter_node", "model_name", "arch", "precision", "sp",
+    "schedule", "recompute", "recompute_detail", "compile", "attention", "overlap_notes", "notes", "confidence",
+    "status",
+)  # fmt: skip
+COUNTS = (
+    "gpus_per_node", "n_gpus", "layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "seq_len", "experts", "topk",
+    "gbs", "mbs", "dp", "tp", "pp", "vpp", "cp", "ep", "zero_stage", "shard_size",
+)  # fmt: skip
+NUMBERS = ("params_b", "iter_time_s", "tokens_per_s_per_gpu", "peak_mem_gib")
+COLUMNS = (*TEXTS, *COUNTS, *NUMBERS)
+
+
+class Skip(Exception):
+    """A row that cannot be predicted; the message says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published run. Cells as the source states them: empty texts and None where it does not.
+
+    counts and numbers hold the columns COUNTS and NUMBERS; tokens per second and GPU, seconds and GiB in the latter.
+    """
+
+    texts: dict[str, str]
+    counts: dict[str, int | None]
+    numbers: dict[str, float | None]
+
+    def text(self, column: str) -> str:
+        return self.texts[column]
+
+    def count(self, column: str) -> int | None:
+        return self.counts[column]
+
+    def number(self, column: str) -> float | None:
+        return self.numbers[column]
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float | None:
+        """As stated, else from the step time."""
+        stated, step = self.numbers["tokens_per_s_per_gpu"], self.numbers["iter_time_s"]
+        gbs, seq, gpus = self.counts["gbs"], self.counts["seq_len"], self.counts["n_gpus"]
+        if stated is None and step and gbs and seq and gpus:
+            return gbs * seq / step / gpus
+        return stated
+
+    @property
+    def ran(self) -> bool:
+        """Whether the run fitted into memory."""
+        return self.texts["status"] != "OOM"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row as the simulator takes it: the job, and the layouts that the row may mean (one if it states all)."""
+
+    row: Row
+    job: Job
+    layouts: tuple[Layout, ...]
+    assumptions: tuple[str, ...]
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The rows of one CSV file.
+
+    Raises:
+        UserError: a missing or unknown column, a cell that is not the number it should be, an id twice.
+    """
+    lines = csv.DictReader(read_text(path, "rows").splitlines())
+    given = list(lines.fieldnames or ())
+    for column in given:
+        if column not in COLUMNS:
+            raise UserError(f"rows '{path}': unknown column '{column}'{nearest(str(column), COLUMNS)}")
+    missing = [column for column in COLUMNS if column not in given]
+    if missing:
+        raise UserError(f"rows '{path}': the column '{missing[0]}' is missing; write it, empty where nothing is known")
+    rows, seen = [], set()
+    for number, cells in enumerate(lines, start=2):
+        if None in cells or None in cells.values():
+            raise UserError(f"rows '{path}' line {number}: {len(COLUMNS)} cells are needed")
+        if not cells["id"] or cells["id"] in seen:
+            raise UserError(f"rows '{path}' line {number}: id = '{cells['id']}' must be there and be there once")
+        seen.add(cells["id"])
+        where = f"rows '{path}' row {cells['id']}"
+        rows.append(
+            Row(
+                {column: cells[column].strip() for column in TEXTS},
+                {column: _count(cells[column], f"{where}: {column}") for column in COUNTS},
+                {column: _number(cells[column], f"{where}: {column}") for column in NUMBERS},
+            )
+        )
+    return rows
+
+
+def published_rows() -> list[Row]:
+    """All rows that the project ships, by file and place."""
+    return [row for path in sorted((DATA / "published").glob("*.csv")) for row in read_rows(path)]
+
+
+def interpret(row: Row) -> Case:
+    """The job and the layouts of a row.
+
+    Raises:
+        Skip: a cell that no rule can fill, or hardware, model or layout that the simulator does not know.
+    """
+    return _Interpreter(row).case()
+
+
+class _Interpreter:
+    def __init__(self, row: Row) -> None:
+        self.row, self.assumptions = row, []  # type: tuple[Row, list[str]]
+        self.rules = self._rules()
+
+    def case(self) -> Case:
+        model = self._model()
+        cluster, nodes = self._cluster()
+        stack = self._stack(cluster)
+        job = Job(model, cluster, nodes, self._training(), stack)
+        layouts = self._layouts(job)
+        reasons = [layout.problems(job) for layout in layouts]
+        legal = tuple(layout for layout, found in zip(layouts, reasons, strict=True) if not found)
+        if not legal:
+            raise Skip(f"no legal layout: {'; '.join(reasons[0])}" if reasons else "no layout")
+        return Case(self.row, job, legal, tuple(self.assumptions))
+
+    def _rules(self) -> dict[str, Any]:
+        framework, notes = self.row.text("framework"), self.row.text("notes")
+        for entry in _table("frameworks")["framework"]:
+            if re.search(entry["match"], framework, re.I) and re.search(entry.get("notes", ""), notes, re.I):
+                return dict(entry)
+        raise Skip(f"framework '{framework}' is not known")
+
+    def _need(self, column: str) -> int:
+        value = self.row.count(column)
+        if value is None and column in self.rules:
+            value = self._assume(column, self.rules[column])
+        if value is None:
+            raise Skip(f"the source does not state {column}")
+        return value
+
+    def _assume(self, column: str, value: Any) -> Any:
+        self.assumptions.append(f"{column} = {value}")
+        return value
+
+    def _model(self) -> ModelSpec:
+        row, arch = self.row, self.row.text("arch")
+        if arch not in ("gpt", "llama"):
+            raise Skip(f"arch '{arch}' is not known")
+        hidden, heads = self._need("hidden"), self._need("heads")
+        llama = arch == "llama"
+        vocab = row.count("vocab") or self._assume("vocab", self.rules.get("vocab", 51200))
+        ffn = row.count("ffn") or self._assume("ffn", 4 * hidden)
+        return ModelSpec(
+            name=row.text("model_name"),
+            family="llama" if llama else "gpt",
+            num_hidden_layers=self._need("layers"),
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_key_value_heads=row.count("kv_heads") or heads,
+            head_dim=hidden // heads,
+            intermediate_size=ffn,
+            vocab_size=vocab,
+            max_position_embeddings=self._need("seq_len"),
+            tie_word_embeddings=not llama,
+            norm="rmsnorm" if llama else "layernorm",
+            activation="silu" if llama else "gelu_tanh",
+            gated_mlp=llama,
+            position="rope" if llama else "learned",
+            qkv_bias=not llama,
+            attention_out_bias=not llama,
+            mlp_bias=not llama,
+        )
+
+    def _cluster(self) -> tuple[ClusterSpec, int]:
+        gpu = self.row.text("gpu")
+        known = next((e for e in _table("hardware")["hardware"] if re.search(e["match"], gpu, re.I)), None)
+        if known is None:
+            raise Skip(f"gpu '{gpu}' is not known")
+        gpus = self._need("n_gpus")
+        spec = _cluster(known["cluster"], known["gpu"])
+        per_node = math.gcd(gpus, self.row.count("gpus_per_node") or spec.gpus_per_node)
+        if gpus > spec.gpus_per_node and gpus % spec.gpus_per_node:
+            raise Skip(f"n_gpus = {gpus} does not fill nodes of {spec.gpus_per_node}")
+        return _with_cards(spec, per_node, _cards(self.row.text("inter_node"))), gpus // per_node
+
+    def _stack(self, cluster: ClusterSpec) -> Stack:
+        compiled = self.row.text("compile").lower() in ("yes", "true") and "compiled" in self.rules
+        stack = _stack(self.rules["compiled" if compiled else "stack"])
+        self.assumptions.append(f"stack = {stack.name}")
+        attention = self.row.text("attention") or self.rules.get("attention", "")
+        wanted = _ATTENTION.get(attention, ())
+        wanted = wanted + tuple(a for a in ("flash3", "flash2") if a not in wanted and "unfused" not in wanted)
+        # The run is there: what the stack is able to do is no question.
+        return dataclasses.replace(
+            stack,
+            attention=wanted or stack.attention,
+            zero_stages=(1, 2, 3),
+            pipeline_zero_stages=(1, 2, 3),
+            schedules=_SCHEDULES,
+            sequence_parallel="optional",
+            hybrid_shard=True,
+            recompute=("none", "selective", "full"),
+            model_families=(),
+            pads_vocabulary=True,
+            ties_across_stages=True,
+        )
+
+    def _training(self) -> Training:
+        precision = self.row.text("precision") or self._assume("precision", self.rules.get("precision", "bf16"))
+        gbs = self.row.count("gbs")
+        if gbs is None:
+            gbs = self._assume("gbs", self._need("dp") * self._need("mbs"))
+        return Training(
+            global_batch_size=gbs,
+            seq_len=self._need("seq_len"),
+            precision={"fp16": "bf16", "mxfp8": "fp8", "nvfp4": "fp8"}.get(precision, precision),
+        )
+
+    def _layouts(self, job: Job) -> Iterable[Layout]:
+        row, gpus = self.row, job.world_size
+        tp, pp, cp, ep = (row.count(c) or 1 for c in ("tp", "pp", "cp", "ep"))
+        if gpus % (tp * pp * cp):
+            raise Skip(f"tp({tp}) * pp({pp}) * cp({cp}) does not divide n_gpus = {gpus}")
+        data = gpus // (tp * pp * cp)
+        zero = row.count("zero_stage")
+        if zero is None:
+            zero = self._assume("zero_stage", self.rules.get("zero_stage", 0))
+        shard = min(row.count("shard_size") or data, data) if zero else 1
+        sp = row.text("sp") == "yes"
+        if not row.text("sp") and tp > 1:
+            sp = self._assume("sp", bool(self.rules.get("sp", True)))
+        schedule = row.text("schedule") or ("Interleaved1F1B" if (row.count("vpp") or 1) > 1 else "1F1B")
+        schedule = _SCHEDULE_NAMES.get(schedule, schedule)
+        if pp == 1:
+            schedule = "1F1B"
+        chunks = [row.count("vpp") or 0] if schedule in MULTI_STAGE else [1]
+        if chunks == [0]:
+            chunks = [v for v in range(2, 9) if job.model.num_hidden_layers % (pp * v) == 0] or [2]
+            self._assume("vpp", "the fastest")
+        micro = [row.count("mbs") or 0]
+        if micro == [0]:
+            share = job.training.global_batch_size // data
+            micro = [b for b in (2**i for i in range(5)) if share and share % b == 0] or [1]
+            self._assume("mbs", "the fastest that fits")
+        recompute = [row.text("recompute")]
+        if recompute == [""]:
+            recompute = ["none", "full"]
+            self._assume("recompute", "the fastest that fits")
+        return tuple(
+            Layout(
+                dp_replicate=data // shard, dp_shard=shard, zero_stage=zero if shard > 1 else 0, cp=cp, tp=tp, pp=pp,
+                ep=ep, micro_batch_size=b, schedule=schedule, virtual_stages=v, recompute=r,
+                sequence_parallel=sp and tp > 1, stage_layers=_stage_layers(job.model.num_hidden_layers, pp * v),
+            )
+            for b, v, r in itertools.product(micro, chunks, recompute)
+        )  # fmt: skip
+
+
+_ATTENTION = {
+    "unfused": ("unfused",), "flash1": ("flash1",), "flash2": ("flash2",), "flash3": ("flash3",),
+    "flash4": ("flash4",), "cudnn": ("cudnn",),
+}  # fmt: skip
+_SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
+_SCHEDULE_NAMES = {"ZB-2p": "1F1B", "InterleavedZeroBubble": "1F1B"}
+
+
+def _stage_layers(layers: int, stages: int) -> tuple[int, ...] | None:
+    """Blocks of each stage where embedding and head count as one each (Llama 3, arXiv 2407.21783, section 3.3.2)."""
+    if layers % stages == 0 or stages == 1:
+        return None
+    for missing in (2, 1):
+        if (layers + missing) % stages == 0:
+            even = [(layers + missing) // stages] * stages
+            even[-1] -= 1
+            even[0] -= missing - 1
+            return tuple(even) if min(even) > 0 else None
+    return None
+
+
+@functools.cache
+def _table(name: str) -> dict[str, Any]:
+    return tomllib.loads(read_text(DATA / f"{name}.toml", name))
+
+
+@functools.cache
+def _stack(name: str) -> Stack:
+    return presets.find_stack(name)
+
+
+@functools.cache
+def _cluster(name: str, gpu: str) -> ClusterSpec:
+    return dataclasses.replace(presets.find_cluster(name), gpu=presets.find_gpu(gpu))
+
+
+def _cards(text: str) -> tuple[int, float] | None:
+    """(cards, bytes per second of each) from `8x HDR 200 Gb/s`, or from `1600 Gbps/node` as one share per GPU."""
+    cards = re.search(r"(\d+)x [^,;]*?(\d+) ?Gb", text)
+    if cards:
+        return int(cards[1]), float(cards[2]) * 1e9 / 8
+    node = re.search(r"([\d.]+) ?([GT])bps/node", text)
+    if node:
+        return 0, float(node[1]) * {"G": 1e9, "T": 1e12}[node[2]] / 8
+    return None
+
+
+def _with_cards(spec: ClusterSpec, per_node: int, cards: tuple[int, float] | None) -> ClusterSpec:
+    if cards and spec.scale_out:
+        number, bandwidth = cards if cards[0] else (spec.nics_per_node, cards[1] / spec.nics_per_node)
+        spec = dataclasses.replace(
+            spec, nics_per_node=number, scale_out=dataclasses.replace(spec.scale_out, bandwidth=bandwidth)
+        )
+    if per_node < spec.gpus_per_node:
+        spec = dataclasses.replace(spec, gpus_per_node=per_node, scale_up_domain=spec.domain)
+    return spec
+
+
+def _count(cell: str, where: str) -> int | None:
+    number = _number(cell, where)
+    if number is None:
+        return None
+    if number != int(number) or number < 0:
+        raise UserError(f"{where} = {cell!r} must be a whole number of at least 0")
+    return int(number)
+
+
+def _number(cell: str, where: str) -> float | None:
+    if not cell.strip():
+        return None
+    try:
+        number = float(cell)
+    except ValueError:
+        raise UserError(f"{where} = {cell!r} must be a number or empty") from None
+    if not math.isfinite(number) or number < 0:
+        raise UserError(f"{where} = {cell!r} must be a number of at least 0 or empty")
+    return number
