@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from simulator.compute import UNFUSED
 from simulator.job import Job
 from simulator.layout import MULTI_STAGE, Layout
 
@@ -98,9 +99,9 @@ def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
 
 
 def _recomputes(job: Job) -> list[str]:
-    """Selective recompute drops the scores of an unfused attention; a fused one has none to drop."""
-    unfused = job.stack.attention[0] == "unfused"
-    return [kind for kind in job.stack.recompute if kind != "selective" or unfused]
+    """Selective recompute of attention alone drops the scores of an unfused core; a fused one has none to drop."""
+    useful = job.stack.attention[0] in UNFUSED or set(job.stack.selective_recompute) != {"attention"}
+    return [kind for kind in job.stack.recompute if kind != "selective" or useful]
 
 
 def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:

@@ -158,9 +158,10 @@ class _Interpreter:
         return Case(self.row, job, legal, tuple(self.assumptions))
 
     def _rules(self) -> dict[str, Any]:
-        framework, notes = self.row.text("framework"), self.row.text("notes")
+        framework = self.row.text("framework")
         for entry in _table("frameworks")["framework"]:
-            if re.search(entry["match"], framework, re.I) and re.search(entry.get("notes", ""), notes, re.I):
+            where = {"framework": entry["match"], **entry.get("where", {})}
+            if all(re.search(pattern, self.row.text(column), re.I) for column, pattern in where.items()):
                 return dict(entry)
         raise Skip(f"framework '{framework}' is not known")
 
@@ -218,12 +219,10 @@ class _Interpreter:
         return _with_cards(spec, per_node, _cards(self.row.text("inter_node"))), gpus // per_node
 
     def _stack(self, cluster: ClusterSpec) -> Stack:
-        compiled = self.row.text("compile").lower() in ("yes", "true") and "compiled" in self.rules
-        stack = _stack(self.rules["compiled" if compiled else "stack"])
-        self.assumptions.append(f"stack = {stack.name}")
+        stack = _stack(self._assume("stack", self.rules["stack"]))
         attention = self.row.text("attention") or self.rules.get("attention", "")
+        attention = self.rules.get("kernels", {}).get(attention, attention)
         wanted = _ATTENTION.get(attention, ())
-        wanted = wanted + tuple(a for a in ("flash3", "flash2") if a not in wanted and "unfused" not in wanted)
         # The run is there: what the stack is able to do is no question.
         return dataclasses.replace(
             stack,
@@ -276,23 +275,22 @@ class _Interpreter:
             share = job.training.global_batch_size // data
             micro = [b for b in (2**i for i in range(5)) if share and share % b == 0] or [1]
             self._assume("mbs", "the fastest that fits")
-        recompute = [row.text("recompute")]
-        if recompute == [""]:
-            recompute = ["none", "full"]
-            self._assume("recompute", "the fastest that fits")
+        recompute = row.text("recompute") or self._assume("recompute", self.rules.get("recompute", "none"))
         return tuple(
             Layout(
                 dp_replicate=data // shard, dp_shard=shard, zero_stage=zero if shard > 1 else 0, cp=cp, tp=tp, pp=pp,
-                ep=ep, micro_batch_size=b, schedule=schedule, virtual_stages=v, recompute=r,
+                ep=ep, micro_batch_size=b, schedule=schedule, virtual_stages=v, recompute=recompute,
                 sequence_parallel=sp and tp > 1, stage_layers=_stage_layers(job.model.num_hidden_layers, pp * v),
             )
-            for b, v, r in itertools.product(micro, chunks, recompute)
+            for b, v in itertools.product(micro, chunks)
         )  # fmt: skip
 
 
+# Kernels by the word of a row, with what stands in for one that has no rate on the device.
 _ATTENTION = {
-    "unfused": ("unfused",), "flash1": ("flash1",), "flash2": ("flash2",), "flash3": ("flash3",),
-    "flash4": ("flash4",), "cudnn": ("cudnn",),
+    "unfused": ("unfused",), "eager": ("eager",), "flash1": ("flash1", "flash2"), "flash2": ("flash2", "sdpa"),
+    "flash3": ("flash3", "flash2"), "flash4": ("flash4", "cudnn", "flash3", "flash2"),
+    "cudnn": ("cudnn", "flash3", "flash2"), "triton": ("triton", "flash1", "flash2"),
 }  # fmt: skip
 _SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
 _SCHEDULE_NAMES = {"ZB-2p": "1F1B", "InterleavedZeroBubble": "1F1B"}
@@ -328,9 +326,14 @@ def _cluster(name: str, gpu: str) -> ClusterSpec:
 
 def _cards(text: str) -> tuple[int, float] | None:
     """(cards, bytes per second of each) from `8x HDR 200 Gb/s`, or from `1600 Gbps/node` as one share per GPU."""
-    cards = re.search(r"(\d+)x [^,;]*?(\d+) ?Gb", text)
-    if cards:
-        return int(cards[1]), float(cards[2]) * 1e9 / 8
+    found = [
+        (int(number), float(gigabits) * 1e9 / 8)
+        for part in text.split(",")
+        for number, gigabits in re.findall(r"(\d+)x [^,;]*?(\d+) ?Gb", part)
+        if not re.search("Ethernet|Management:|Storage:", part)
+    ]
+    if found:
+        return max(found, key=lambda cards: cards[0] * cards[1])
     node = re.search(r"([\d.]+) ?([GT])bps/node", text)
     if node:
         return 0, float(node[1]) * {"G": 1e9, "T": 1e12}[node[2]] / 8

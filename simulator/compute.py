@@ -16,6 +16,11 @@ from simulator.kernels import Attention, Kernel, Matmul, Pointwise
 from simulator.stack import Stack
 
 
+# Cores that write their scores to memory, with the elementwise operation that turns them into probabilities: one fused
+# kernel for scale, mask and softmax, or PyTorch's operations one after another.
+UNFUSED = {"unfused": "softmax", "eager": "eager_softmax"}
+
+
 def activation_width(precision: str) -> int:
     """Bytes of one element of an activation; fp8 is for the inputs of matmuls alone."""
     return 4 if precision == "fp32" else 2
@@ -56,17 +61,27 @@ def attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Attention, b
     largest error 5.4 %. An unfused core is its two matmuls and the passes over the scores.
     Ignored: grouped queries (FLOPs are the same), unequal query and key lengths.
     """
-    name = next((name for name in stack.attention if name == "unfused" or name in gpu.attention), None)
-    if name is None:
-        raise UserError(
-            f"stack {stack.name} runs attention with {' or '.join(stack.attention)}, which has no rate on {gpu.name}"
-        )
-    flops = core.flops * (2.5 if backward else 1.0)
-    if name == "unfused":
+    name = attention_kernel(gpu, stack)
+    if name in UNFUSED:
         return _unfused_attention_seconds(gpu, stack, precision, core, backward)
+    flops = core.flops * (2.5 if backward else 1.0)
     fit = _attention_fit(gpu.attention[name], core, backward)
     rate, half = (fit.causal_rate, fit.causal_half_length) if core.causal else (fit.rate, fit.half_length)
     return flops * (1 + half / core.keys) / rate
+
+
+def attention_kernel(gpu: Gpu, stack: Stack) -> str:
+    """The attention kernel that a stack runs on a device: the first that it names and that the device has a rate for.
+
+    Raises:
+        UserError: no kernel of the stack has a rate on the device.
+    """
+    for name in stack.attention:
+        if name in UNFUSED or name in gpu.attention:
+            return name
+    raise UserError(
+        f"stack {stack.name} runs attention with {' or '.join(stack.attention)}, which has no rate on {gpu.name}"
+    )
 
 
 def _attention_fit(kernels: tuple[AttentionKernel, ...], core: Attention, backward: bool) -> AttentionFit:
@@ -82,8 +97,8 @@ def _unfused_attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Att
     one = matmul_seconds(gpu, precision, core.queries, core.keys, core.qk_dim, batches)
     two = matmul_seconds(gpu, precision, core.queries, core.v_dim, core.keys, batches)
     products = (one + two) * (2 if backward else 1)
-    softmax = pointwise_seconds(gpu, stack, precision, Pointwise("softmax", scores), backward)
-    return products + softmax
+    softmax = UNFUSED[attention_kernel(gpu, stack)]
+    return products + pointwise_seconds(gpu, stack, precision, Pointwise(softmax, scores), backward)
 
 
 def pointwise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Pointwise, backward: bool) -> float:
@@ -99,7 +114,7 @@ def pointwise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Pointwise,
     return count * gpu.memory_overhead + kernel.elements * passes * width / (gpu.memory_bandwidth * efficiency)
 
 
-_REDUCTIONS = ("layernorm", "rmsnorm", "softmax", "cross_entropy")
+_REDUCTIONS = ("layernorm", "rmsnorm", "softmax", "eager_softmax", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -121,37 +136,53 @@ class KernelTime:
 
 
 def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: str, tp: int) -> KernelTime:
-    """Forward and backward seconds of kernels that run one after another on one device."""
+    """Forward and backward seconds of kernels that run one after another on one device. What keeps the arithmetic
+    units busy runs at the clock that a training load sustains; memory-bound operations do not feel it."""
     host = gpu.host or stack.host
     forward = backward = 0.0
     launches_forward = launches_backward = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
-            forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies)
-            backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies)
-            backward += matmul_seconds(gpu, precision, k, n, m, kernel.copies)
+            forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies) / gpu.sustained
+            backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies) / gpu.sustained
+            backward += matmul_seconds(gpu, precision, k, n, m, kernel.copies) / gpu.sustained
             launches_forward += 1
             launches_backward += 2
         elif isinstance(kernel, Attention):
-            forward += attention_seconds(gpu, stack, precision, kernel, backward=False)
-            backward += attention_seconds(gpu, stack, precision, kernel, backward=True)
-            launches_forward += 1
-            launches_backward += 1
+            forward += attention_seconds(gpu, stack, precision, kernel, backward=False) / gpu.sustained
+            backward += attention_seconds(gpu, stack, precision, kernel, backward=True) / gpu.sustained
+            on_forward, on_backward = _attention_launches(gpu, stack)
+            launches_forward += on_forward
+            launches_backward += on_backward
         else:
             forward += pointwise_seconds(gpu, stack, precision, kernel, backward=False)
             backward += pointwise_seconds(gpu, stack, precision, kernel, backward=True)
             launches_forward += stack.elementwise[kernel.name].kernels_forward
             launches_backward += stack.elementwise[kernel.name].kernels_backward
-    return _with_host(gpu, host, tp, KernelTime(forward, backward, launches_forward, launches_backward))
+    return _with_host(host, tp, KernelTime(forward, backward, launches_forward, launches_backward))
 
 
-def _with_host(gpu: Gpu, host: HostFit, tp: int, work: KernelTime) -> KernelTime:
-    """Turn launches into seconds; a training load runs at the sustained clock. DTensor costs where tp cuts ops."""
+def recomputed_share(kernel: Kernel, stack: Stack) -> float:
+    """The share of a kernel that the stack's selective recomputation runs again."""
+    kind = "matmul" if isinstance(kernel, Matmul) else "attention" if isinstance(kernel, Attention) else "pointwise"
+    return stack.selective_recompute.get(kernel.name, stack.selective_recompute.get(kind, 0.0))
+
+
+def _attention_launches(gpu: Gpu, stack: Stack) -> tuple[int, int]:
+    """Kernels of one attention core, forward and backward: unfused, two products and those of the softmax."""
+    softmax = UNFUSED.get(attention_kernel(gpu, stack))
+    if softmax is None:
+        return 1, 1
+    return 2 + stack.elementwise[softmax].kernels_forward, 4 + stack.elementwise[softmax].kernels_backward
+
+
+def _with_host(host: HostFit, tp: int, work: KernelTime) -> KernelTime:
+    """Turn launches into seconds. DTensor costs where tp cuts ops."""
     dtensor = host.dtensor if tp > 1 else 0.0
     return KernelTime(
-        work.forward / gpu.sustained,
-        work.backward / gpu.sustained,
+        work.forward,
+        work.backward,
         work.host_forward * (host.forward + dtensor),
         work.host_backward * (host.backward + dtensor),
     )
@@ -198,7 +229,7 @@ def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
     (and dropout's mask and copy)."""
     rows = core.batch * core.heads * core.queries
-    if stack.attention[0] != "unfused":
+    if stack.attention[0] not in UNFUSED:
         return 4 * rows
     width = activation_width(precision)
     return rows * core.keys * (2 * width + 1 if stack.dropout else width)

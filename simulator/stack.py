@@ -42,6 +42,15 @@ class Stack:
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own.
+
+    overlap_tp: pieces into which tensor-parallel collectives are cut so that all but one run beside the matmul that
+    makes or takes their data; 0 if they wait for each other.
+
+    reduces_every_projection: each of q, k, v (gate, up) is a column-parallel layer with collectives of its own, where
+    others have one for their common input.
+
+    selective_recompute says what recompute = "selective" runs again: the share of the kernels of a name ("q_b",
+    "rmsnorm") or of a kind ("attention", "matmul", "pointwise").
     """
 
     name: str
@@ -61,17 +70,20 @@ class Stack:
     overlap_param_gather: bool
     bucket_bytes: float
     overlap_p2p: bool
+    overlap_tp: int
     scatters_messages: bool
     preallocates_receives: bool
     optimizer_traffic: dict[str, float]
     fused_projections: bool
     regathers_inputs: bool
     fused_accumulation: bool
+    reduces_every_projection: bool = False
     replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True
     dropout: bool = False
     logits_bytes: float = 8.0
+    selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
     model_families: tuple[str, ...] = field(default_factory=tuple)
 
     __pydantic_config__ = STRICT

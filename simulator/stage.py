@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes, score_bytes
+from simulator.compute import (
+    accumulation_seconds,
+    kernel_time,
+    passing_bytes,
+    recomputed_share,
+    saved_bytes,
+    score_bytes,
+)
 from simulator.data_parallel import DataParallel
 from simulator.kernels import (
     Attention,
@@ -160,8 +167,13 @@ class StageCosts:
             kernels = block_kernels(self.job.model, kind, causal, self.cut, self.job.stack)
             modules = 3 if kind == "cross" else 2
             parameters = self._cut_parameters(kind)
-            self._blocks[key] = self._unit(kernels, parameters, groups, columns=modules, rows=modules)
+            columns = self._columns(kind) if self.job.stack.reduces_every_projection else modules
+            self._blocks[key] = self._unit(kernels, parameters, groups, columns=columns, rows=modules)
         return self._blocks[key]
+
+    def _columns(self, kind: BlockKind) -> int:
+        """Column-parallel layers of a block, each projection for itself: q, k, v; up, and gate where there is one."""
+        return 3 * (2 if kind == "cross" else 1) + (2 if self.job.model.gated_mlp else 1)
 
     def _cut_parameters(self, kind: BlockKind) -> float:
         """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
@@ -205,9 +217,14 @@ class StageCosts:
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
         saved = saved_bytes(kernels, job.stack, precision)
         tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
-        forward = self._work(times.forward, times.host_forward, tp=tp_forward)
+        host = job.cluster.gpu.host or job.stack.host
+        launches = columns + rows if self.layout.tp > 1 and job.cluster.gpu.kind == "gpu" else 0
+        tp_forward = self._exposed_tensor(tp_forward, times.forward)
+        tp_backward = self._exposed_tensor(tp_backward, times.backward)
+        forward = self._work(times.forward, times.host_forward + launches * host.forward, tp=tp_forward)
         device_backward = times.backward + self._accumulation_seconds(parameters)
-        backward = self._work(device_backward, times.host_backward, tp=tp_backward)
+        host_backward = times.host_backward + launches * host.backward
+        backward = self._work(device_backward, host_backward, tp=tp_backward)
         is_block = columns > 0 and rows > 0
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
@@ -216,13 +233,29 @@ class StageCosts:
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
         elif recompute == "selective":
-            cores = [k for k in kernels if isinstance(k, Attention)]
-            again = kernel_time(cores, job.cluster.gpu, job.stack, precision, self.layout.tp)
-            backward += self._work(again.forward, again.host_forward, recompute=True)
-            # What Megatron's selective recompute does not keep (arXiv 2205.05198).
-            dropped = sum(score_bytes(core, job.stack, precision) for core in cores)
+            again, dropped = self._selected(kernels)
+            backward += again
             saved, working = saved - dropped, working + dropped
         return UnitCost(forward, backward, parameters, saved, working)
+
+    def _selected(self, kernels: list[Kernel]) -> tuple[Work, float]:
+        """What selective recomputation adds to a backward, and the bytes that it does not keep.
+
+        An attention core keeps Q, K, V and its output, and drops its scores (arXiv 2205.05198); other kernels drop
+        what they had saved.
+        """
+        job, precision = self.job, self.job.training.precision
+        work, dropped = Work(), 0.0
+        for kernel in kernels:
+            share = recomputed_share(kernel, job.stack)
+            if not share:
+                continue
+            again = kernel_time([kernel], job.cluster.gpu, job.stack, precision, self.layout.tp)
+            work += self._work(share * again.forward, share * again.host_forward, recompute=True)
+            core = isinstance(kernel, Attention)
+            kept = score_bytes(kernel, job.stack, precision) if core else saved_bytes([kernel], job.stack, precision)
+            dropped += share * kept
+        return work, dropped
 
     def _accumulation_seconds(self, parameters: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
@@ -234,7 +267,7 @@ class StageCosts:
 
     def _work(self, device: float, host: float, tp: float = 0.0, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU."""
-        exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device)
+        exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device - tp)
         if recompute:
             return Work(recompute=device, host=exposed, tp=tp)
         return Work(compute=device, host=exposed, tp=tp)
@@ -256,6 +289,21 @@ class StageCosts:
         gather = collective_seconds("all_gather", size, shape, cluster)
         scatter = collective_seconds("reduce_scatter", size, shape, cluster)
         return columns * gather + rows * scatter, columns * scatter + rows * gather
+
+
+    def _exposed_tensor(self, collectives: float, work: float) -> float:
+        """Seconds that tensor-parallel collectives add to the kernels of a unit, beside which a stack may run them.
+
+        Rule: of the pieces into which each collective is cut one waits for the matmul, or the matmul for it; the rest
+        is hidden as far as the kernels reach, which that slows (Gpu.hiding_cost). Reference: Transformer Engine's
+        userbuffers, and asynchronous tensor parallelism in torch. Ignored: that smaller pieces have lower bandwidth.
+        """
+        pieces = self.job.stack.overlap_tp
+        if not pieces:
+            return collectives
+        beside = collectives * (1 - 1 / pieces)
+        hidden = min(beside, work)
+        return collectives - hidden + self.job.cluster.gpu.hiding_cost(hidden)
 
 
 _GROUP_AXES = ("tp", "dp_shard", "dp_replicate")
