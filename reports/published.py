@@ -185,7 +185,7 @@ class _Interpreter:
         llama = arch == "llama"
         vocab = row.count("vocab") or self._assume("vocab", self.rules.get("vocab", 51200))
         ffn = row.count("ffn") or self._assume("ffn", 4 * hidden)
-        return ModelSpec(
+        model = ModelSpec(
             name=row.text("model_name"),
             family="llama" if llama else "gpt",
             num_hidden_layers=self._need("layers"),
@@ -205,6 +205,32 @@ class _Interpreter:
             attention_out_bias=not llama,
             mlp_bias=not llama,
         )
+        return self._of_stated_size(model)
+
+    def _of_stated_size(self, model: ModelSpec) -> ModelSpec:
+        """The head length, and whether embedding and head are one, that meet the stated number of parameters best.
+
+        Rows have no column for either. hidden / heads, and what is usual for the family, hold unless another usual
+        choice is nearer by more than 1 %.
+        """
+        stated = self.row.number("params_b")
+        if stated is None:
+            return model
+        choices = [
+            dataclasses.replace(model, head_dim=head_dim, tie_word_embeddings=tied)
+            for tied in (model.tie_word_embeddings, not model.tie_word_embeddings)
+            for head_dim in dict.fromkeys((model.head_dim, 64, 128, 256))
+        ]
+        off = [abs(choice.parameters() / (stated * 1e9) - 1) for choice in choices]
+        best = min(range(len(choices)), key=off.__getitem__)
+        if off[0] - off[best] < 0.01:
+            return model
+        chosen = choices[best]
+        if chosen.head_dim != model.head_dim:
+            self._assume("head_dim", chosen.head_dim)
+        if chosen.tie_word_embeddings != model.tie_word_embeddings:
+            self._assume("tie_word_embeddings", chosen.tie_word_embeddings)
+        return chosen
 
     def _cluster(self) -> tuple[ClusterSpec, int]:
         gpu = self.row.text("gpu")
@@ -276,14 +302,49 @@ class _Interpreter:
             micro = [b for b in (2**i for i in range(5)) if share and share % b == 0] or [1]
             self._assume("mbs", "the fastest that fits")
         recompute = row.text("recompute") or self._assume("recompute", self.rules.get("recompute", "none"))
+        # With fewer microbatches than ranks 1F1B, which torch then refuses, is GPipe.
+        few = schedule == "1F1B" and job.training.global_batch_size // (data * min(micro)) < pp
+        schedule = "GPipe" if few else schedule
         return tuple(
             Layout(
                 dp_replicate=data // shard, dp_shard=shard, zero_stage=zero if shard > 1 else 0, cp=cp, tp=tp, pp=pp,
                 ep=ep, micro_batch_size=b, schedule=schedule, virtual_stages=v, recompute=recompute,
-                sequence_parallel=sp and tp > 1, stage_layers=_stage_layers(job.model.num_hidden_layers, pp * v),
+                sequence_parallel=sp and tp > 1, stage_layers=self._stage_layers(job.model, pp * v),
             )
             for b, v in itertools.product(micro, chunks)
         )  # fmt: skip
+
+
+    def _stage_layers(self, model: ModelSpec, stages: int) -> tuple[int, ...] | None:
+        """Blocks of each stage. Where they do not divide, embedding and head count as a block each (Llama 3, arXiv
+        2407.21783, section 3.3.2); a software that balances by cost counts the head as what it is."""
+        layers = model.num_hidden_layers
+        if stages == 1:
+            return None
+        if self.rules.get("balances_stages"):
+            return _by_cost(model, stages)
+        for missing in (0, 2, 1):
+            if (layers + missing) % stages == 0:
+                even = [(layers + missing) // stages] * stages
+                even[-1] -= missing > 0
+                even[0] -= missing > 1
+                return tuple(even) if missing and min(even) > 0 else None
+        return None
+
+
+def _by_cost(model: ModelSpec, stages: int) -> tuple[int, ...]:
+    """Blocks of each stage such that the stage with the most matmul weights, head included, has the fewest."""
+    head = model.vocab_size * model.hidden_size
+    block = (model.active_matmul_parameters() - head) / model.num_hidden_layers
+    layers = [model.num_hidden_layers // stages + (i < model.num_hidden_layers % stages) for i in range(stages)]
+
+    def cost(i: int) -> float:
+        return layers[i] * block + (head if i == stages - 1 else 0)
+
+    while layers[-1] > 1 and cost(stages - 1) - block >= min(map(cost, range(stages))):
+        layers[min(range(stages), key=cost)] += 1
+        layers[-1] -= 1
+    return tuple(layers)
 
 
 # Kernels by the word of a row, with what stands in for one that has no rate on the device.
@@ -294,19 +355,6 @@ _ATTENTION = {
 }  # fmt: skip
 _SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
 _SCHEDULE_NAMES = {"ZB-2p": "1F1B", "InterleavedZeroBubble": "1F1B"}
-
-
-def _stage_layers(layers: int, stages: int) -> tuple[int, ...] | None:
-    """Blocks of each stage where embedding and head count as one each (Llama 3, arXiv 2407.21783, section 3.3.2)."""
-    if layers % stages == 0 or stages == 1:
-        return None
-    for missing in (2, 1):
-        if (layers + missing) % stages == 0:
-            even = [(layers + missing) // stages] * stages
-            even[-1] -= 1
-            even[0] -= missing - 1
-            return tuple(even) if min(even) > 0 else None
-    return None
 
 
 @functools.cache

@@ -46,6 +46,9 @@ class Stack:
     overlap_tp: pieces into which tensor-parallel collectives are cut so that all but one run beside the matmul that
     makes or takes their data; 0 if they wait for each other.
 
+    recompute_stops_early: a recomputed block ends where everything that its backward needs is there, so before its last
+    matmul (torch's non-reentrant checkpoint).
+
     reduces_every_projection: each of q, k, v (gate, up) is a column-parallel layer with collectives of its own, where
     others have one for their common input.
 
@@ -78,6 +81,7 @@ class Stack:
     regathers_inputs: bool
     fused_accumulation: bool
     reduces_every_projection: bool = False
+    recompute_stops_early: bool = False
     replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True

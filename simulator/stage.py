@@ -25,6 +25,7 @@ from simulator.kernels import (
     Attention,
     Cut,
     Kernel,
+    Matmul,
     block_kernels,
     embedding_kernels,
     head_kernels,
@@ -229,7 +230,8 @@ class StageCosts:
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":
-            backward += Work(recompute=forward.compute, host=forward.host, tp=forward.tp)
+            again = self._again(kernels) if job.stack.recompute_stops_early else forward
+            backward += Work(recompute=again.compute, host=again.host, tp=forward.tp)
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
         elif recompute == "selective":
@@ -237,6 +239,13 @@ class StageCosts:
             backward += again
             saved, working = saved - dropped, working + dropped
         return UnitCost(forward, backward, parameters, saved, working)
+
+    def _again(self, kernels: list[Kernel]) -> Work:
+        """The forward up to its last matmul, whose output no backward needs."""
+        job = self.job
+        last = max((i for i, kernel in enumerate(kernels) if isinstance(kernel, Matmul)), default=len(kernels))
+        times = kernel_time(kernels[:last], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
+        return self._work(times.forward, times.host_forward)
 
     def _selected(self, kernels: list[Kernel]) -> tuple[Work, float]:
         """What selective recomputation adds to a backward, and the bytes that it does not keep.
