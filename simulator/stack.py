@@ -70,6 +70,7 @@ class Stack:
     replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True
+    fixed_rank_order: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
     model_families: tuple[str, ...] = field(default_factory=tuple)
