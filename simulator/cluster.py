@@ -150,8 +150,9 @@ class ClusterSpec:
 
     nccl is the generation in NCCL's tables (data/nccl.toml) whose rules choose algorithms; empty for other libraries.
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
-    send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k - 1] is the speed of each of k
-    ranks that compute at the same time on a node, relative to one alone: empty where every rank has its own device.
+    send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
+    1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
+    every rank has its own device.
     """
 
     name: str
@@ -177,6 +178,13 @@ class ClusterSpec:
         return self.scale_up_domain or self.gpus_per_node
 
     @property
+    def lane(self) -> float:
+        """Bytes per second of a device inside its domain while all the others send too: sibling groups move their
+        bytes at the same time, and each device has its share of what all of them share."""
+        shared = self.scale_up.shared_bandwidth
+        return min(self.scale_up.bandwidth, shared / self.domain) if shared else self.scale_up.bandwidth
+
+    @property
     def tiers(self) -> tuple[int, ...]:
         """Devices in each part of the cluster that a group may straddle: a domain, and a leaf where there are some."""
         return (self.domain, *((self.nodes_per_leaf * self.gpus_per_node,) if self.nodes_per_leaf else ()))
@@ -195,11 +203,9 @@ def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
     graph = nx.DiGraph(spec=spec, nodes=nodes)
     per_domain = max(1, spec.domain // spec.gpus_per_node)
     up = spec.scale_up
-    # Sibling groups move their bytes at the same time: each device has its share of what all of them share.
-    lane = min(up.bandwidth, up.shared_bandwidth / spec.domain) if up.shared_bandwidth else up.bandwidth
     for node in range(nodes):
         for i in range(spec.gpus_per_node):
-            _join(graph, ("gpu", node, i), ("switch", node // per_domain), lane, up.latency / 2)
+            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.lane, up.latency / 2)
             if spec.scale_out and spec.nics_per_node:
                 nic = ("nic", node, i * spec.nics_per_node // spec.gpus_per_node)
                 _join(graph, ("gpu", node, i), nic, spec.scale_out.bandwidth, spec.scale_out.latency / 4)
@@ -285,7 +291,7 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
     if len(domains) == 1:
         other = next((p for p in places if p != first), first)
         if other == first:
-            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth)
+            return GroupShape(len(ranks), 1, len(ranks), spec.lane)
         return GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
     other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
     card = _tier(graph, first, other)

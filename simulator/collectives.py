@@ -102,7 +102,7 @@ def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSp
     fits = spec.scale_up.collectives.get(collective)
     if shape.ranks_per_domain == 1 or not fits:
         return math.inf
-    return _fit(fits, shape.ranks_per_domain).efficiency * spec.scale_up.bandwidth
+    return _fit(fits, shape.ranks_per_domain).efficiency * spec.lane
 
 
 def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -117,7 +117,7 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     assert spec.scale_out is not None
     outside = _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
     leaving, share = size * (n - g) / n, outside.efficiency * shape.bandwidth / g
-    times = [size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), leaving / share]
+    times = [size * (g - 1) / n / (inside.efficiency * spec.lane), leaving / share]
     if shape.ranks_per_leaf:
         uplink = outside.efficiency * shape.spine / shape.ranks_per_leaf
         times.append(size * (n - shape.ranks_per_leaf) / n / uplink)

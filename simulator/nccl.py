@@ -115,7 +115,7 @@ def node_of(spec: ClusterSpec) -> Node:
         generation=spec.nccl,
         pcie=pcie,
         multicast=spec.scale_up.topology == "multicast",
-        link=spec.scale_up.bandwidth * share,
+        link=spec.lane * share,
         card=spec.scale_out.bandwidth if spec.scale_out else 0.0,
         cards_per_gpu=spec.nics_per_node / spec.gpus_per_node,
     )
