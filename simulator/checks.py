@@ -82,7 +82,9 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
         if link is None:
             continue
         _above_zero(where, f"{tier}.bandwidth", [link.bandwidth])
-        _at_least(where, f"{tier}.shared_bandwidth", link.shared_bandwidth, 0)
+        _at_least(where, f"{tier}.devices_per_root", link.devices_per_root, 0)
+        if link.devices_per_root:
+            _above_zero(where, f"{tier}.root_bandwidth (which devices_per_root needs)", [link.root_bandwidth])
         times = (link.latency, link.latency_per_doubling, *link.ring_hops)
         _at_least(where, f"{tier}'s latencies", min(times), 0)
         for collective in get_args(Collective):

@@ -1,6 +1,7 @@
 """Gpu and ClusterSpec: the hardware as data; and the cluster itself, an `nx.DiGraph` built from them.
 
     gpu (n, i) ──► switch (n)          scale-up: NVLink, xGMI, PCIe, or the memory of one machine
+    gpu (n, i) ──► root (n, k) ──► switch (n)           where the host's PCIe roots or sockets lie between
     gpu (n, i) ──► nic (n, j) ──► fabric         scale-out: one edge per network card
                    nic (n, j) ──► leaf (k) ──► fabric          where several nodes share the uplinks of a leaf switch
 
@@ -128,8 +129,8 @@ class Link:
     each step of a ring over several domains costs on this tier, under NCCL's Simple and its LL128 protocol.
 
     `topology` is how the devices of a domain meet: over links of their own (switched or not), over a switch that adds
-    up ("multicast": NVLink SHARP), or in the host ("pcie"). `shared_bandwidth` is what all devices of a domain have
-    together where they meet (a PCIe root, the host's memory); 0 where nothing is shared.
+    up ("multicast": NVLink SHARP), or in the host ("pcie"). `devices_per_root` of them share a root (a PCIe switch, a
+    socket) whose way to the other roots has `root_bandwidth`; 0 where all meet in one place that blocks nobody.
     """
 
     kind: str
@@ -139,7 +140,8 @@ class Link:
     latency_per_doubling: Annotated[float, SECONDS] = 0.0
     ring_hops: tuple[Annotated[float, SECONDS], ...] = ()
     topology: Literal["links", "multicast", "pcie"] = "links"
-    shared_bandwidth: Annotated[float, BANDWIDTH] = 0.0
+    devices_per_root: int = 0
+    root_bandwidth: Annotated[float, BANDWIDTH] = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -178,21 +180,15 @@ class ClusterSpec:
         return self.scale_up_domain or self.gpus_per_node
 
     @property
-    def lane(self) -> float:
-        """Bytes per second of a device inside its domain while all the others send too: sibling groups move their
-        bytes at the same time, and each device has its share of what all of them share."""
-        shared = self.scale_up.shared_bandwidth
-        return min(self.scale_up.bandwidth, shared / self.domain) if shared else self.scale_up.bandwidth
-
-    @property
     def tiers(self) -> tuple[int, ...]:
-        """Devices in each part of the cluster that a group may straddle: a domain, and a leaf where there are some."""
-        return (self.domain, *((self.nodes_per_leaf * self.gpus_per_node,) if self.nodes_per_leaf else ()))
+        """Devices in each part of the cluster that a group may straddle: a root, a domain, a leaf."""
+        parts = (self.scale_up.devices_per_root, self.domain, self.nodes_per_leaf * self.gpus_per_node)
+        return tuple(size for size in parts if size)
 
 
 def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
     """The cluster as a graph. Vertices are `("gpu", node, i)`, `("switch", domain)`, `("nic", node, j)`,
-    `("leaf", k)` where the network has leaves, and `"fabric"`.
+    `("root", node, k)` and `("leaf", k)` where there are some, and `"fabric"`.
 
     >>> graph = build_cluster(spec, nodes=2)                                          # doctest: +SKIP
     >>> bottleneck(graph, ("gpu", 0, 0), ("gpu", 1, 0))                               # doctest: +SKIP
@@ -205,7 +201,12 @@ def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
     up = spec.scale_up
     for node in range(nodes):
         for i in range(spec.gpus_per_node):
-            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.lane, up.latency / 2)
+            meeting: Any = ("switch", node // per_domain)
+            if up.devices_per_root:
+                root = ("root", node, i // up.devices_per_root)
+                _join(graph, root, meeting, up.root_bandwidth, 0.0, shared=True)
+                meeting = root
+            _join(graph, ("gpu", node, i), meeting, up.bandwidth, up.latency / 2)
             if spec.scale_out and spec.nics_per_node:
                 nic = ("nic", node, i * spec.nics_per_node // spec.gpus_per_node)
                 _join(graph, ("gpu", node, i), nic, spec.scale_out.bandwidth, spec.scale_out.latency / 4)
@@ -216,14 +217,14 @@ def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
     if spec.scale_out and spec.nodes_per_leaf:
         cards = spec.nodes_per_leaf * spec.nics_per_node * spec.scale_out.bandwidth
         for k in range(-(-nodes // spec.nodes_per_leaf)):
-            _join(graph, ("leaf", k), "fabric", cards / spec.spine_oversubscription, 0.0)
+            _join(graph, ("leaf", k), "fabric", cards / spec.spine_oversubscription, 0.0, shared=True)
     return graph
 
 
-def _join(graph: nx.DiGraph, a: Any, b: Any, bandwidth: float, latency: float) -> None:
-    """An edge each way; the latencies of a path's edges sum to the link's."""
-    graph.add_edge(a, b, bandwidth=bandwidth, latency=latency)
-    graph.add_edge(b, a, bandwidth=bandwidth, latency=latency)
+def _join(graph: nx.DiGraph, a: Any, b: Any, bandwidth: float, latency: float, shared: bool = False) -> None:
+    """An edge each way; the latencies of a path's edges sum to the link's. What is shared belongs to many devices."""
+    graph.add_edge(a, b, bandwidth=bandwidth, latency=latency, shared=shared)
+    graph.add_edge(b, a, bandwidth=bandwidth, latency=latency, shared=shared)
 
 
 def gpu_of(graph: nx.DiGraph, rank: int) -> tuple[str, int, int]:
@@ -258,8 +259,8 @@ class GroupShape:
     """How a group of ranks lies on the cluster: all that a collective's cost depends on.
 
     `bandwidth` is bytes per second into and out of one rank's share of a device's link where `domains` is 1, and of
-    the group's share of a domain's cards where it is more. `spine` is its share of a leaf's uplinks, on which it has
-    `ranks_per_leaf` ranks; infinite for a group under one leaf.
+    the group's share of a domain's cards where it is more. `spine` is its share of the uplinks of a leaf (of a root
+    inside a domain), on which it has `ranks_per_leaf` ranks; infinite for a group under one of them.
     """
 
     ranks: int
@@ -291,30 +292,39 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
     if len(domains) == 1:
         other = next((p for p in places if p != first), first)
         if other == first:
-            return GroupShape(len(ranks), 1, len(ranks), spec.lane)
-        return GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
+            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth)
+        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
+        per_root = spec.scale_up.devices_per_root
+        if not per_root:
+            return inside
+        return _cross(inside, {(node, i // per_root) for _, node, i in places}, spec.scale_up.root_bandwidth, per_root)
     other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
     card = _tier(graph, first, other)
     share = card * spec.nics_per_node / spec.gpus_per_node
     per_group = -(-len(ranks) // len(domains))
     shape = GroupShape(len(ranks), len(domains), per_group, share * per_group)
-    leaves = {node // spec.nodes_per_leaf for _, node, _ in places} if spec.nodes_per_leaf else {0}
-    if len(leaves) == 1:
+    if not spec.nodes_per_leaf:
         return shape
-    per_leaf = -(-len(ranks) // len(leaves))
+    leaves = {node // spec.nodes_per_leaf for _, node, _ in places}
     uplinks: float = graph.edges["fabric", ("leaf", min(leaves))]["bandwidth"]
-    spine = uplinks * per_leaf / (spec.nodes_per_leaf * spec.gpus_per_node)
-    return dataclasses.replace(shape, spine=spine, ranks_per_leaf=per_leaf)
+    return _cross(shape, leaves, uplinks, spec.nodes_per_leaf * spec.gpus_per_node)
+
+
+def _cross(shape: GroupShape, parts: set[Any], uplinks: float, devices: int) -> GroupShape:
+    """A group that lies in several parts of so many devices each has its ranks' share of their uplinks."""
+    if len(parts) == 1:
+        return shape
+    per_part = -(-shape.ranks // len(parts))
+    return dataclasses.replace(shape, spine=uplinks * per_part / devices, ranks_per_leaf=per_part)
 
 
 def _tier(graph: nx.DiGraph, a: Any, b: Any) -> float:
-    """Bandwidth of the `bottleneck` below the spine, searched once per tier: all nodes of a ClusterSpec are alike."""
+    """Bandwidth of the `bottleneck` that is a device's own, searched once per tier: all nodes are alike."""
     spec: ClusterSpec = graph.graph["spec"]
     per_domain = max(1, spec.domain // spec.gpus_per_node)
     known: dict[bool, float] = graph.graph.setdefault("tiers", {})
     same_domain = a[1] // per_domain == b[1] // per_domain
     if same_domain not in known:
-        hops = [hop for hop in path(graph, a, b) if hop != "fabric"]
-        edges = [graph.edges[u, v] for u, v in itertools.pairwise(hops) if graph.has_edge(u, v)]
-        known[same_domain] = min(edge["bandwidth"] for edge in edges)
+        edges = [graph.edges[u, v] for u, v in itertools.pairwise(path(graph, a, b))]
+        known[same_domain] = min(edge["bandwidth"] for edge in edges if not edge["shared"])
     return known[same_domain]

@@ -74,7 +74,7 @@ def collective_multiprocessors(collective: Collective, size: float, shape: Group
 
 def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
     fit = _fit(spec.scale_up.collectives[collective], shape.ranks)
-    return fit.latency + x / (fit.efficiency * shape.bandwidth) + fit.ramp * math.sqrt(x)
+    return fit.latency + x / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(x)
 
 
 def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -102,7 +102,11 @@ def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSp
     fits = spec.scale_up.collectives.get(collective)
     if shape.ranks_per_domain == 1 or not fits:
         return math.inf
-    return _fit(fits, shape.ranks_per_domain).efficiency * spec.lane
+    link = spec.scale_up
+    bandwidth = link.bandwidth
+    if 0 < link.devices_per_root < shape.ranks_per_domain:
+        bandwidth = min(bandwidth, link.root_bandwidth * shape.ranks_per_domain / spec.domain)
+    return _fit(fits, shape.ranks_per_domain).efficiency * bandwidth
 
 
 def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -113,16 +117,22 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
     if shape.domains == 1:
         x = bus_bytes("all_to_all", n, size)
-        return inside.latency + x / (inside.efficiency * shape.bandwidth) + inside.ramp * math.sqrt(x)
+        times = [x / shape.bandwidth, _crossing_seconds(size, shape)]
+        return inside.latency + max(times) / inside.efficiency + inside.ramp * math.sqrt(x)
     assert spec.scale_out is not None
     outside = _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
-    leaving, share = size * (n - g) / n, outside.efficiency * shape.bandwidth / g
-    times = [size * (g - 1) / n / (inside.efficiency * spec.lane), leaving / share]
-    if shape.ranks_per_leaf:
-        uplink = outside.efficiency * shape.spine / shape.ranks_per_leaf
-        times.append(size * (n - shape.ranks_per_leaf) / n / uplink)
+    leaving = size * (n - g) / n
+    cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / outside.efficiency
+    times = [size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards]
     posts = (n - g) * nccl.post_seconds() if spec.nccl else 0.0
     return outside.latency + posts + max(times) + outside.ramp * math.sqrt(leaving)
+
+
+def _crossing_seconds(size: float, shape: GroupShape) -> float:
+    """Seconds of the part of an all-to-all that goes over the uplinks of leaves or roots."""
+    if not shape.ranks_per_leaf:
+        return 0.0
+    return size * (shape.ranks - shape.ranks_per_leaf) / shape.ranks / (shape.spine / shape.ranks_per_leaf)
 
 
 def _ring_steps(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> list[float]:

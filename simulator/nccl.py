@@ -115,7 +115,7 @@ def node_of(spec: ClusterSpec) -> Node:
         generation=spec.nccl,
         pcie=pcie,
         multicast=spec.scale_up.topology == "multicast",
-        link=spec.lane * share,
+        link=min(spec.scale_up.bandwidth * share, spec.scale_up.root_bandwidth or math.inf),
         card=spec.scale_out.bandwidth if spec.scale_out else 0.0,
         cards_per_gpu=spec.nics_per_node / spec.gpus_per_node,
     )

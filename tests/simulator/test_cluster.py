@@ -179,7 +179,7 @@ def test_a_cluster_is_read_from_a_file(tmp_path: Path) -> None:
         ("per_node = 4", "per_node = 4\nspine_oversubscription = 0.5", ["spine_oversubscription = 0.5", "at least 1"]),
         ("per_node = 4", "per_node = 4\nspine_oversubscription = 3", ["spine_oversubscription", "nodes_per_leaf"]),
         ("per_node = 4", 'per_node = 4\nnccl = "hoper"', ["nccl", "'hopper'"]),
-        ('latency = "2 us"', 'latency = "2 us"\nshared_bandwidth = "-1 GB/s"', ["shared_bandwidth", "at least 0"]),
+        ('latency = "2 us"', 'latency = "2 us"\ndevices_per_root = 2', ["root_bandwidth", "above zero"]),
         ("450 GB/s", "0 GB/s", ["scale_up", "bandwidth = 0 must be above zero"]),
         ("all_gather", "all_gathers", ["scale_up.collectives", "no 'all_gather'"]),
         ("efficiency = 0.7", "efficiency = 0.0", ["all_to_all", "efficiency above zero"]),

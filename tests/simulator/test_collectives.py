@@ -192,13 +192,18 @@ def test_an_exchange_and_a_message_suffer_more_from_the_spine_than_a_ring() -> N
     assert far[1] == pytest.approx(4 * far[0], rel=0.01)
 
 
-def test_devices_that_meet_in_the_host_share_it() -> None:
-    """Four cards of 31.5 GB/s on a root of 63: each has 15.75 while all send, so that two pairs beside each other are
-    half as fast as one pair alone would be."""
-    box = find_cluster("workstation-4x4090")
-    shared = dataclasses.replace(box, scale_up=dataclasses.replace(box.scale_up, shared_bandwidth=63e9))
-    alone, beside = (group_shape(build_cluster(spec, 1), (0, 1)).bandwidth for spec in (box, shared))
-    assert (alone, beside) == (31.5e9, 15.75e9)
+def test_siblings_share_the_way_between_roots() -> None:
+    """Eight GPUs on two roots of four, 31.5 GB/s between them. A ring of all eight crosses it once and has all of it;
+    each of four pairs that cross side by side has a quarter, and pairs under one root have their links."""
+    spec = find_cluster("pcie-8xa100")
+    graph = build_cluster(spec, 1)
+    everyone, pair, near = (group_shape(graph, ranks) for ranks in (tuple(range(8)), (0, 4), (0, 1)))
+    assert (everyone.spine, pair.spine, near.slowest) == (31.5e9, 31.5e9 / 4, 31.5e9)
+    # The layout's own groups: tp 2 inside a root, four replicas over both roots at two ranks each.
+    replicas = group_shape(graph, Layout(tp=2, dp_replicate=4).group("dp_replicate"))
+    assert replicas.spine == 31.5e9 / 2
+    seconds = [collective_seconds("all_reduce", 2**30, group, spec) for group in (near, replicas)]
+    assert seconds[1] > 1.5 * seconds[0]
 
 
 def test_the_rank_order_decides_who_is_near() -> None:
