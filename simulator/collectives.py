@@ -51,7 +51,7 @@ def collective_seconds(collective: Collective, size: float, shape: GroupShape, s
     assert link is not None
     chosen_by_nccl = bool(spec.nccl) and collective != "send_recv"
     if chosen_by_nccl and not link.collectives.get(collective):
-        return min(choice.seconds(size) for choice in nccl.choices(collective, shape, nccl.node_of(spec)))
+        return _estimated_seconds(collective, size, shape, spec)
     seconds = _inside_seconds if shape.domains == 1 else _between_seconds
     floor = nccl.latency_floor(collective, shape, spec) if chosen_by_nccl else 0.0
     return max(floor, seconds(collective, bus_bytes(collective, shape.ranks, size), shape, spec))
@@ -72,6 +72,20 @@ def collective_multiprocessors(collective: Collective, size: float, shape: Group
     return min(spec.gpu.multiprocessors, nccl.choose(collective, size, shape, spec).channels)
 
 
+def _estimated_seconds(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """NCCL's own estimate, which takes the group for the only one: siblings leave it its share of cards and uplinks."""
+    alone = min(choice.seconds(size) for choice in nccl.choices(collective, shape, nccl.node_of(spec)))
+    if shape.domains == 1 and not shape.ranks_per_leaf:
+        return alone
+    shared = bus_bytes(collective, shape.ranks, size) / (_tree_gain(collective, shape) * shape.slowest)
+    return max(alone, shared)
+
+
+def _tree_gain(collective: Collective, shape: GroupShape) -> float:
+    """Bytes of a ring over those of a tree of two domains, whose root and only child send the buffer once."""
+    return 2 * (shape.ranks - 1) / shape.ranks if collective == "all_reduce" and shape.domains == 2 else 1.0
+
+
 def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
     fit = _fit(spec.scale_up.collectives[collective], shape.ranks)
     return fit.latency + x / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(x)
@@ -90,9 +104,7 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
     # latency of a ring's steps, two with that of a tree.
     several_racks = shape.domains > 2 and spec.domain > spec.gpus_per_node
     if not rings or (collective == "all_reduce" and not several_racks):
-        # The root of two halves and its only child send each byte once, a ring 2(n-1)/n times.
-        fewer = 2 * (shape.ranks - 1) / shape.ranks if collective == "all_reduce" and shape.domains == 2 else 1.0
-        bandwidth = min(fewer * cards, _domain_bandwidth(collective, shape, spec))
+        bandwidth = min(_tree_gain(collective, shape) * cards, _domain_bandwidth(collective, shape, spec))
         rings = [spec.scale_out.latency_per_doubling * math.log2(shape.domains) + x / bandwidth]
     return outside.latency + min(rings) + outside.ramp * math.sqrt(x)
 

@@ -140,11 +140,6 @@ def _tables() -> dict[str, Any]:
     return read_toml(Path(__file__).parent / "data" / "nccl.toml", "NCCL's constants")
 
 
-def generations() -> tuple[str, ...]:
-    """The names that a cluster's `nccl` may have."""
-    return tuple(name for name, table in _tables().items() if isinstance(table, dict) and "speeds" in table)
-
-
 def _latencies(table: str, algorithm: str, protocol: str) -> float:
     return float(_tables()[table][algorithm][PROTOCOLS.index(protocol)]) * 1e-6
 
