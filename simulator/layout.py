@@ -34,7 +34,7 @@ class Layout:
     zero_stage says what dp_shard shards: 0 nothing (then dp_shard is 1), 1 optimizer state, 2 also gradients,
     3 also parameters. stage_layers are the blocks of each stage in torch's global stage order; None means as even
     as possible. rank_order names the axes from the innermost, as Megatron-LM's RankGenerator does; dp stands for
-    dp_shard inside dp_replicate.
+    dp_shard inside dp_replicate, and axes of one rank may be left out.
     """
 
     dp_replicate: int = 1
@@ -62,7 +62,8 @@ class Layout:
         ('dp_shard', 'dp_replicate', 'tp', 'cp', 'pp')
         """
         spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
-        return tuple(axis for name in self.rank_order.split("-") for axis in spelt.get(name, (name,)))
+        named = [axis for name in self.rank_order.split("-") for axis in spelt.get(name, (name,))]
+        return (*named, *(axis for axis in AXES if axis not in named))
 
     @property
     def dp(self) -> int:
@@ -147,8 +148,8 @@ class Layout:
         bad_sizes = [f"{n} = {v} must be at least 1" for n, v in self._sizes().items() if v < 1]
         if bad_sizes:
             return bad_sizes
-        if sorted(self.rank_order.split("-")) != sorted(RANK_ORDER.split("-")):
-            return [f"rank_order = '{self.rank_order}' must name tp, cp, ep, dp and pp once each, like {RANK_ORDER}"]
+        if self._order_problems():
+            return self._order_problems()
         return [
             *self._grid_problems(job),
             *self._batch_problems(job),
@@ -160,6 +161,15 @@ class Layout:
     def _sizes(self) -> dict[str, int]:
         names = (*AXES, "ep", "micro_batch_size", "virtual_stages")
         return {name: getattr(self, name) for name in names}
+
+    def _order_problems(self) -> list[str]:
+        names, known = self.rank_order.split("-"), RANK_ORDER.split("-")
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+        left_out = [name for name, size in sizes.items() if size > 1 and name not in names]
+        if len(set(names)) < len(names) or set(names) - set(known) or left_out:
+            rule = "must name tp, cp, ep, dp and pp once each, or leave out those of one rank"
+            return [f"rank_order = '{self.rank_order}' {rule}, like {RANK_ORDER}"]
+        return []
 
     def _grid_problems(self, job: Job) -> list[str]:
         found = []

@@ -54,7 +54,7 @@ def test_a_group_differs_in_its_axis_alone(layout: Layout, axis: str) -> None:
     assert all(other == others[0] for other in others)
 
 
-ORDERS = ("tp-cp-ep-pp-dp", "tp-pp-cp-ep-dp", "ep-dp-tp-cp-pp", "pp-dp-ep-cp-tp")
+ORDERS = ("tp-cp-ep-pp-dp", "tp-pp-dp", "tp-pp-cp-ep-dp", "ep-dp-tp-cp-pp", "pp-dp-ep-cp-tp")
 
 
 @given(grids, st.sampled_from(ORDERS), st.sampled_from(AXES))
@@ -113,7 +113,9 @@ def changed(job: Job, **changes: Any) -> Job:
 PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     # the layout, changes to the job, key words of the sentence
     ({"tp": 0}, {}, ["tp = 0", "at least 1"]),
-    ({"rank_order": "tp-dp-pp"}, {}, ["rank_order = 'tp-dp-pp'", "once each"]),
+    ({"rank_order": "tp-pp", "dp_replicate": 16}, {}, ["rank_order = 'tp-pp'", "once each"]),
+    ({"rank_order": "tp-dp-dp-pp"}, {}, ["rank_order = 'tp-dp-dp-pp'", "once each"]),
+    ({"rank_order": "tp-dp-pp-xp"}, {}, ["rank_order = 'tp-dp-pp-xp'", "once each"]),
     ({"rank_order": "tp-cp-ep-pp-dp"}, {"stack_fixed_rank_order": True}, ["no other rank_order"]),
     ({"micro_batch_size": -1}, {}, ["micro_batch_size = -1", "at least 1"]),
     ({"dp_replicate": 8}, {}, ["dp_replicate(8)", "= 8 ranks", "2 nodes have 16"]),
