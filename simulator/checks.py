@@ -58,6 +58,15 @@ def check_cluster(spec: ClusterSpec) -> None:
         )
     if spec.scale_out is not None and spec.nics_per_node < 1:
         raise UserError(f"{where}: nics_per_node = {spec.nics_per_node} must be at least 1 to reach scale_out")
+    _at_least(where, "nodes_per_leaf", spec.nodes_per_leaf, 0)
+    _at_least(where, "spine_oversubscription", spec.spine_oversubscription, 1)
+    if spec.nodes_per_leaf * spec.gpus_per_node % spec.domain:
+        raise UserError(
+            f"{where}: nodes_per_leaf = {spec.nodes_per_leaf} of {spec.gpus_per_node} GPUs must be a multiple of "
+            f"the {spec.domain} GPUs of a scale-up domain"
+        )
+    if spec.spine_oversubscription > 1 and not spec.nodes_per_leaf:
+        raise UserError(f"{where}: spine_oversubscription needs nodes_per_leaf: how many nodes share the uplinks")
     if not 1 <= spec.oversubscribe <= 64:
         raise UserError(f"{where}: oversubscribe = {spec.oversubscribe} must be from 1 to 64")
     if any(not 0 < speed <= 1 for speed in spec.concurrency):
@@ -73,12 +82,16 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
         if link is None:
             continue
         _above_zero(where, f"{tier}.bandwidth", [link.bandwidth])
+        _at_least(where, f"{tier}.devices_per_root", link.devices_per_root, 0)
+        if link.devices_per_root:
+            _above_zero(where, f"{tier}.root_bandwidth (which devices_per_root needs)", [link.root_bandwidth])
         times = (link.latency, link.latency_per_doubling, *link.ring_hops)
         _at_least(where, f"{tier}'s latencies", min(times), 0)
         for collective in get_args(Collective):
             fits = link.collectives.get(collective, ())
-            # Nothing asks for an all-to-all yet.
-            if not fits and not alone and collective != "all_to_all":
+            # An all-to-all without a fit goes by the all-gather's, what NCCL chooses for by its own model.
+            modelled = bool(spec.nccl) and collective in ("all_reduce", "all_gather", "reduce_scatter")
+            if not fits and not alone and collective != "all_to_all" and not modelled:
                 raise UserError(f"{where}: {tier}.collectives has no '{collective}'; it needs at least one entry")
             if any(fit.efficiency <= 0 or fit.latency < 0 or fit.ramp < 0 or fit.ranks < 1 for fit in fits):
                 raise UserError(

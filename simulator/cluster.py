@@ -1,7 +1,9 @@
 """Gpu and ClusterSpec: the hardware as data; and the cluster itself, an `nx.DiGraph` built from them.
 
     gpu (n, i) ──► switch (n)          scale-up: NVLink, xGMI, PCIe, or the memory of one machine
+    gpu (n, i) ──► root (n, k) ──► switch (n)           where the host's PCIe roots or sockets lie between
     gpu (n, i) ──► nic (n, j) ──► fabric         scale-out: one edge per network card
+                   nic (n, j) ──► leaf (k) ──► fabric          where several nodes share the uplinks of a leaf switch
 
 Every edge has `bandwidth` (bytes per second, one direction) and `latency` (seconds). Queries are functions of the
 graph, as in networkx; `graph.graph["spec"]` is the ClusterSpec it was built from.
@@ -9,7 +11,9 @@ graph, as in networkx; `graph.graph["spec"]` is the ClusterSpec it was built fro
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -122,7 +126,12 @@ class Gpu:
 class Link:
     """A tier of the network: what one device (scale-up) or one card (scale-out) can send, and how collectives
     do on it. `latency_per_doubling` is added to a tree for every doubling of the number of domains; `ring_hops` is what
-    each step of a ring over several domains costs on this tier, under NCCL's Simple and its LL128 protocol."""
+    each step of a ring over several domains costs on this tier, under NCCL's Simple and its LL128 protocol.
+
+    `topology` is how the devices of a domain meet: over links of their own (switched or not), over a switch that adds
+    up ("multicast": NVLink SHARP), or in the host ("pcie"). `devices_per_root` of them share a root (a PCIe switch, a
+    socket) whose way to the other roots has `root_bandwidth`; 0 where all meet in one place that blocks nobody.
+    """
 
     kind: str
     bandwidth: Annotated[float, BANDWIDTH]
@@ -130,6 +139,9 @@ class Link:
     collectives: dict[str, tuple[CollectiveFit, ...]]
     latency_per_doubling: Annotated[float, SECONDS] = 0.0
     ring_hops: tuple[Annotated[float, SECONDS], ...] = ()
+    topology: Literal["links", "multicast", "pcie"] = "links"
+    devices_per_root: int = 0
+    root_bandwidth: Annotated[float, BANDWIDTH] = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -138,8 +150,11 @@ class Link:
 class ClusterSpec:
     """Everything a cluster file says. One kind of node, repeated.
 
-    oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k - 1] is the speed of each of k
-    ranks that compute at the same time on a node, relative to one alone: empty where every rank has its own device.
+    nccl is the generation in NCCL's tables (data/nccl.toml) whose rules choose algorithms; empty for other libraries.
+    nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
+    send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
+    1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
+    every rank has its own device.
     """
 
     name: str
@@ -150,6 +165,9 @@ class ClusterSpec:
     scale_up_domain: int = 0
     scale_out: Link | None = None
     nics_per_node: int = 0
+    nccl: Literal["", "volta", "ampere", "hopper", "blackwell"] = ""
+    nodes_per_leaf: int = 0
+    spine_oversubscription: float = 1.0
     oversubscribe: float = 1.0
     concurrency: tuple[float, ...] = ()
     price_per_gpu_hour: float | None = None
@@ -161,9 +179,16 @@ class ClusterSpec:
         """Devices that the scale-up network joins; larger than a node on NVL72 racks."""
         return self.scale_up_domain or self.gpus_per_node
 
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """Devices in each part of the cluster that a group may straddle: a root, a domain, a leaf."""
+        parts = (self.scale_up.devices_per_root, self.domain, self.nodes_per_leaf * self.gpus_per_node)
+        return tuple(size for size in parts if size)
+
 
 def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
-    """The cluster as a graph. Vertices are `("gpu", node, i)`, `("switch", domain)`, `("nic", node, j)`, `"fabric"`.
+    """The cluster as a graph. Vertices are `("gpu", node, i)`, `("switch", domain)`, `("nic", node, j)`,
+    `("root", node, k)` and `("leaf", k)` where there are some, and `"fabric"`.
 
     >>> graph = build_cluster(spec, nodes=2)                                          # doctest: +SKIP
     >>> bottleneck(graph, ("gpu", 0, 0), ("gpu", 1, 0))                               # doctest: +SKIP
@@ -173,22 +198,33 @@ def build_cluster(spec: ClusterSpec, nodes: int) -> nx.DiGraph:
 
     graph = nx.DiGraph(spec=spec, nodes=nodes)
     per_domain = max(1, spec.domain // spec.gpus_per_node)
+    up = spec.scale_up
     for node in range(nodes):
         for i in range(spec.gpus_per_node):
-            _join(graph, ("gpu", node, i), ("switch", node // per_domain), spec.scale_up, crossings=2)
+            meeting: Any = ("switch", node // per_domain)
+            if up.devices_per_root:
+                root = ("root", node, i // up.devices_per_root)
+                _join(graph, root, meeting, up.root_bandwidth, 0.0, shared=True)
+                meeting = root
+            _join(graph, ("gpu", node, i), meeting, up.bandwidth, up.latency / 2)
             if spec.scale_out and spec.nics_per_node:
                 nic = ("nic", node, i * spec.nics_per_node // spec.gpus_per_node)
-                _join(graph, ("gpu", node, i), nic, spec.scale_out, crossings=4)
+                _join(graph, ("gpu", node, i), nic, spec.scale_out.bandwidth, spec.scale_out.latency / 4)
         for j in range(spec.nics_per_node if spec.scale_out else 0):
             assert spec.scale_out is not None
-            _join(graph, ("nic", node, j), "fabric", spec.scale_out, crossings=4)
+            above = ("leaf", node // spec.nodes_per_leaf) if spec.nodes_per_leaf else "fabric"
+            _join(graph, ("nic", node, j), above, spec.scale_out.bandwidth, spec.scale_out.latency / 4)
+    if spec.scale_out and spec.nodes_per_leaf:
+        cards = spec.nodes_per_leaf * spec.nics_per_node * spec.scale_out.bandwidth
+        for k in range(-(-nodes // spec.nodes_per_leaf)):
+            _join(graph, ("leaf", k), "fabric", cards / spec.spine_oversubscription, 0.0, shared=True)
     return graph
 
 
-def _join(graph: nx.DiGraph, a: Any, b: Any, link: Link, crossings: int) -> None:
-    """An edge each way. A path between two GPUs has `crossings` such edges, and the link's latency in all."""
-    graph.add_edge(a, b, bandwidth=link.bandwidth, latency=link.latency / crossings)
-    graph.add_edge(b, a, bandwidth=link.bandwidth, latency=link.latency / crossings)
+def _join(graph: nx.DiGraph, a: Any, b: Any, bandwidth: float, latency: float, shared: bool = False) -> None:
+    """An edge each way; the latencies of a path's edges sum to the link's. What is shared belongs to many devices."""
+    graph.add_edge(a, b, bandwidth=bandwidth, latency=latency, shared=shared)
+    graph.add_edge(b, a, bandwidth=bandwidth, latency=latency, shared=shared)
 
 
 def gpu_of(graph: nx.DiGraph, rank: int) -> tuple[str, int, int]:
@@ -222,22 +258,31 @@ def bottleneck(graph: nx.DiGraph, a: Any, b: Any) -> tuple[float, float]:
 class GroupShape:
     """How a group of ranks lies on the cluster: all that a collective's cost depends on.
 
-    `bandwidth` is bytes per second into and out of one rank's share of the slowest tier; `domains` is 1 inside a
-    scale-up domain.
+    `bandwidth` is bytes per second into and out of one rank's share of a device's link where `domains` is 1, and of
+    the group's share of a domain's cards where it is more. `spine` is its share of the uplinks of a leaf (of a root
+    inside a domain), on which it has `ranks_per_leaf` ranks; infinite for a group under one of them.
     """
 
     ranks: int
     domains: int
     ranks_per_domain: int
     bandwidth: float
+    spine: float = math.inf
+    ranks_per_leaf: int = 0
+
+    @property
+    def slowest(self) -> float:
+        """Bytes per second of a ring or a tree: over a leaf's uplinks it goes once, however many nodes hang on it."""
+        return min(self.bandwidth, self.spine)
 
 
 def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> GroupShape:
     """Place a group on the cluster.
 
     Rule: the sibling groups of a layout communicate at the same time, so a group that holds g of the G devices of a
-    domain gets g / G of its network cards: each rank has its own device's share of the cards.
-    Ignored: congestion above the cards (oversubscribed spines), and siblings that are idle.
+    domain gets g / G of its network cards, each rank its own device's share of them; and of the uplinks of a leaf in
+    the same way.
+    Ignored: congestion inside the spine (hash collisions of flows), and siblings that are idle.
     """
     spec: ClusterSpec = graph.graph["spec"]
     places = [gpu_of(graph, rank + start) for rank in ranks]
@@ -248,20 +293,38 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
         other = next((p for p in places if p != first), first)
         if other == first:
             return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth)
-        return GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
+        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
+        per_root = spec.scale_up.devices_per_root
+        if not per_root:
+            return inside
+        return _cross(inside, {(node, i // per_root) for _, node, i in places}, spec.scale_up.root_bandwidth, per_root)
     other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
     card = _tier(graph, first, other)
     share = card * spec.nics_per_node / spec.gpus_per_node
     per_group = -(-len(ranks) // len(domains))
-    return GroupShape(len(ranks), len(domains), per_group, share * per_group)
+    shape = GroupShape(len(ranks), len(domains), per_group, share * per_group)
+    if not spec.nodes_per_leaf:
+        return shape
+    leaves = {node // spec.nodes_per_leaf for _, node, _ in places}
+    uplinks: float = graph.edges["fabric", ("leaf", min(leaves))]["bandwidth"]
+    return _cross(shape, leaves, uplinks, spec.nodes_per_leaf * spec.gpus_per_node)
+
+
+def _cross(shape: GroupShape, parts: set[Any], uplinks: float, devices: int) -> GroupShape:
+    """A group that lies in several parts of so many devices each has its ranks' share of their uplinks."""
+    if len(parts) == 1:
+        return shape
+    per_part = -(-shape.ranks // len(parts))
+    return dataclasses.replace(shape, spine=uplinks * per_part / devices, ranks_per_leaf=per_part)
 
 
 def _tier(graph: nx.DiGraph, a: Any, b: Any) -> float:
-    """Bandwidth of the `bottleneck`, searched once per tier: all nodes of a ClusterSpec are alike."""
+    """Bandwidth of the `bottleneck` that is a device's own, searched once per tier: all nodes are alike."""
     spec: ClusterSpec = graph.graph["spec"]
     per_domain = max(1, spec.domain // spec.gpus_per_node)
     known: dict[bool, float] = graph.graph.setdefault("tiers", {})
     same_domain = a[1] // per_domain == b[1] // per_domain
     if same_domain not in known:
-        known[same_domain] = bottleneck(graph, a, b)[0]
+        edges = [graph.edges[u, v] for u, v in itertools.pairwise(path(graph, a, b))]
+        known[same_domain] = min(edge["bandwidth"] for edge in edges if not edge["shared"])
     return known[same_domain]

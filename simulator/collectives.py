@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from simulator import nccl
 from simulator.cluster import ClusterSpec, CollectiveFit, GroupShape
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
-# Of 128 bytes a line carries 120, and NCCL counts 92 % for what its rings reach.
-LL128_SHARE = 0.92
 _RING_SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
 
@@ -29,48 +28,134 @@ def collective_seconds(collective: Collective, size: float, shape: GroupShape, s
     """Seconds of one collective alone on its links.
 
     Args:
-        size: bytes of the whole buffer: what is reduced, or what an all-gather ends with.
+        size: bytes of the whole buffer: what is reduced, or what an all-gather ends with; of an all-to-all what one
+            rank sends, its own part included.
         shape: the group on the cluster (`cluster.group_shape`).
 
-    Rule: latency + x / (efficiency · bandwidth) + ramp · √x with x = bus_bytes. Between scale-up domains an all-reduce
-    adds a latency for every doubling of their number (a tree); gathers and scatters are rings, whose every step
-    costs, under the faster of two protocols: Simple, and LL128 with cheaper steps and 92 % of the bandwidth. Never
-    faster than the ring inside a domain. The bandwidth is that of the group's share of the network cards.
+    Rule: latency + x / (efficiency · bandwidth) + ramp · √x with x = bus_bytes, never less than the least latency of
+    NCCL's model. Between scale-up domains an all-reduce adds a latency for every doubling of their number (a tree),
+    and between two domains its cards carry half of a ring's bytes; it is never faster than the one inside a domain.
+    Gathers and scatters are rings, whose every step costs, under the faster of two protocols: Simple, and LL128 with
+    cheaper steps and 92 % of the bandwidth. The bandwidth is that of the group's share of cards and uplinks. Where a
+    fabric has no fit for a collective, NCCL's own estimate holds.
     Reference: three-constant fits to published nccl-tests tables, rms error 1-12 % by system, where latency and
-    bandwidth alone have 10-27 %; steps of rings from NVIDIA/nccl@5067397c, src/graph/tuning.cc.
-    Ignored: the other choices of algorithm and protocol by size, congestion above the cards.
+    bandwidth alone have 10-27 %; steps, trees and floors from NVIDIA/nccl@5067397c, src/graph/tuning.cc.
+    Ignored: the bends where algorithm or protocol change with the size, congestion inside the spine. NCCL's own
+    estimate is 1.2 to 3 times too short from 1 MiB to 256 MiB, by how much on an unmeasured fabric is not known.
     """
     if shape.ranks == 1 or size <= 0:
         return 0.0
-    x = bus_bytes(collective, shape.ranks, size)
-    if shape.domains == 1:
-        inside = _fit(spec.scale_up.collectives[collective], shape.ranks)
-        return inside.latency + x / (inside.efficiency * shape.bandwidth) + inside.ramp * math.sqrt(x)
+    if collective == "all_to_all":
+        return _exchange_seconds(size, shape, spec)
+    link = spec.scale_up if shape.domains == 1 else spec.scale_out
+    assert link is not None
+    chosen_by_nccl = bool(spec.nccl) and collective != "send_recv"
+    if chosen_by_nccl and not link.collectives.get(collective):
+        return _estimated_seconds(collective, size, shape, spec)
+    seconds = _inside_seconds if shape.domains == 1 else _between_seconds
+    floor = nccl.latency_floor(collective, shape, spec) if chosen_by_nccl else 0.0
+    return max(floor, seconds(collective, bus_bytes(collective, shape.ranks, size), shape, spec))
+
+
+def collective_multiprocessors(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> int:
+    """Multiprocessors that a collective takes from compute while it runs: its channels, one CTA each, by NCCL's model
+    (nccl.py); 0 where nobody else computes there or the library is not NCCL.
+
+    >>> collective_multiprocessors("all_gather", 2**30, eight_gpus, dgx_h100)        # doctest: +SKIP
+    24
+    """
+    if shape.ranks == 1 or size <= 0 or not spec.nccl:
+        return 0
+    if collective in ("all_to_all", "send_recv"):
+        peers = shape.ranks - 1 if collective == "all_to_all" else 1
+        return min(spec.gpu.multiprocessors, nccl.message_channels(shape, spec, peers))
+    return min(spec.gpu.multiprocessors, nccl.choose(collective, size, shape, spec).channels)
+
+
+def _estimated_seconds(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """NCCL's own estimate, which takes the group for the only one: siblings leave it its share of cards and uplinks."""
+    alone = min(choice.seconds(size) for choice in nccl.choices(collective, shape, nccl.node_of(spec)))
+    if shape.domains == 1 and not shape.ranks_per_leaf:
+        return alone
+    shared = bus_bytes(collective, shape.ranks, size) / (_tree_gain(collective, shape) * shape.slowest)
+    return max(alone, shared)
+
+
+def _tree_gain(collective: Collective, shape: GroupShape) -> float:
+    """Bytes of a ring over those of a tree of two domains, whose root and only child send the buffer once."""
+    return 2 * (shape.ranks - 1) / shape.ranks if collective == "all_reduce" and shape.domains == 2 else 1.0
+
+
+def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    fit = _fit(spec.scale_up.collectives[collective], shape.ranks)
+    return fit.latency + x / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(x)
+
+
+def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """Over several domains: a tree or rings on the cards, as fast as the slower of cards and domain."""
     assert spec.scale_out is not None
     outside = _fit(spec.scale_out.collectives[collective], shape.domains)
-    bandwidth = outside.efficiency * shape.bandwidth
-    if collective == "all_to_all":
-        # Every rank's own bytes leave through its own share of the cards: there is no ring that others carry on.
-        bandwidth /= shape.ranks_per_domain
-    elif shape.ranks_per_domain > 1:
-        ring = _fit(spec.scale_up.collectives["all_gather"], shape.ranks_per_domain)
-        bandwidth = min(bandwidth, ring.efficiency * spec.scale_up.bandwidth)
+    cards = outside.efficiency * shape.slowest
     rings = [
-        steps + x / (share * bandwidth)
-        for steps, share in zip(_ring_steps(shape, spec), (1.0, LL128_SHARE), strict=False)
+        steps + x / (share * min(cards, _domain_bandwidth("all_gather", shape, spec)))
+        for steps, share in zip(_ring_steps(collective, shape, spec), (1.0, nccl.LL128_SHARE), strict=False)
     ]
-    if collective == "all_reduce" or not rings:
+    # NCCL's tree does not span more than two NVLink domains of several nodes each: 20 racks were measured with the
+    # latency of a ring's steps, two with that of a tree.
+    several_racks = shape.domains > 2 and spec.domain > spec.gpus_per_node
+    if not rings or (collective == "all_reduce" and not several_racks):
+        bandwidth = min(_tree_gain(collective, shape) * cards, _domain_bandwidth(collective, shape, spec))
         rings = [spec.scale_out.latency_per_doubling * math.log2(shape.domains) + x / bandwidth]
     return outside.latency + min(rings) + outside.ramp * math.sqrt(x)
 
 
-def _ring_steps(shape: GroupShape, spec: ClusterSpec) -> list[float]:
-    """Seconds of the steps of a ring over several domains by protocol: n - N of them inside, N - 1 between domains."""
+def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> float:
+    """Bytes per second of a collective inside one domain of the group, infinite where it has one rank there."""
+    fits = spec.scale_up.collectives.get(collective)
+    if shape.ranks_per_domain == 1 or not fits:
+        return math.inf
+    link = spec.scale_up
+    bandwidth = link.bandwidth
+    if 0 < link.devices_per_root < shape.ranks_per_domain:
+        bandwidth = min(bandwidth, link.root_bandwidth * shape.ranks_per_domain / spec.domain)
+    return _fit(fits, shape.ranks_per_domain).efficiency * bandwidth
+
+
+def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """An all-to-all: of a rank's bytes (g - 1)/n stay in its domain of g ranks, (n - g)/n leave over its share of the
+    cards and (n - l)/n of the uplinks of its leaf of l ranks; the slowest of the three counts, because they go at the
+    same time. Every peer outside costs a posted message (NVIDIA/nccl@5067397c, src/graph/tuning.cc)."""
+    n, g = shape.ranks, shape.ranks_per_domain
+    inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
+    if shape.domains == 1:
+        x = bus_bytes("all_to_all", n, size)
+        times = [x / shape.bandwidth, _crossing_seconds(size, shape)]
+        return inside.latency + max(times) / inside.efficiency + inside.ramp * math.sqrt(x)
     assert spec.scale_out is not None
+    outside = _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
+    leaving = size * (n - g) / n
+    cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / outside.efficiency
+    times = [size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards]
+    posts = (n - g) * nccl.post_seconds() if spec.nccl else 0.0
+    return outside.latency + posts + max(times) + outside.ramp * math.sqrt(leaving)
+
+
+def _crossing_seconds(size: float, shape: GroupShape) -> float:
+    """Seconds of the part of an all-to-all that goes over the uplinks of leaves or roots."""
+    if not shape.ranks_per_leaf:
+        return 0.0
+    return size * (shape.ranks - shape.ranks_per_leaf) / shape.ranks / (shape.spine / shape.ranks_per_leaf)
+
+
+def _ring_steps(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> list[float]:
+    """Seconds of the steps of a ring over several domains by protocol: of n - 1 steps N - 1 go between domains; an
+    all-reduce goes round twice."""
+    assert spec.scale_out is not None
+    rounds = 2 if collective == "all_reduce" else 1
     between = shape.domains - 1
     inside = shape.ranks - 1 - between
     hops = zip(spec.scale_up.ring_hops, spec.scale_out.ring_hops, strict=False)
-    return [inside * up + between * out for up, out in hops]
+    return [rounds * (inside * up + between * out) for up, out in hops]
 
 
 def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[float, float]:
@@ -78,7 +163,7 @@ def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[
     link = spec.scale_up if shape.domains == 1 else spec.scale_out
     assert link is not None
     fit = _fit(link.collectives["send_recv"], 2)
-    return fit.latency, size / (fit.efficiency * shape.bandwidth) + fit.ramp * math.sqrt(size)
+    return fit.latency, size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
 
 
 def _fit(fits: tuple[CollectiveFit, ...], ranks: int) -> CollectiveFit:

@@ -277,8 +277,9 @@ class _Engine:
             shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
             size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
             ranks = (layout.rank(pp=source), layout.rank(pp=target))
-            starts = layout.sibling_starts("pp", self.job.cluster.domain)
-            shape = max((group_shape(self.job.graph, ranks, s) for s in starts), key=lambda shape: shape.domains)
+            starts = sorted({s for tier in self.job.cluster.tiers for s in layout.sibling_starts("pp", tier)})
+            shapes = (group_shape(self.job.graph, ranks, start) for start in starts)
+            shape = max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
             self.message_costs[source, target] = message_seconds(size, shape, self.job.cluster)
         return self.message_costs[source, target]
 

@@ -1,8 +1,8 @@
 """Layout: how one job is cut over the ranks, and the only place that knows which cuts are legal.
 
 The world is a grid. With the rank order `tp-cp-ep-dp-pp` the tensor axis is innermost, so its ranks are neighbours
-(one NVLink domain); pipeline stages are farthest apart, because they speak least. ep is no axis of its own: it
-regroups the ranks of dp_shard, cp and tp.
+(one NVLink domain); pipeline stages are farthest apart, because they speak least. Other orders put other axes there.
+ep is no axis of its own: it regroups the ranks of dp_shard, cp and tp.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
 MULTI_STAGE = ("Interleaved1F1B",)
 MOST_MICROBATCHES = 8192
 AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
+RANK_ORDER = "tp-cp-ep-dp-pp"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Layout:
 
     zero_stage says what dp_shard shards: 0 nothing (then dp_shard is 1), 1 optimizer state, 2 also gradients,
     3 also parameters. stage_layers are the blocks of each stage in torch's global stage order; None means as even
-    as possible.
+    as possible. rank_order names the axes from the innermost, as Megatron-LM's RankGenerator does; dp stands for
+    dp_shard inside dp_replicate, and axes of one rank may be left out.
     """
 
     dp_replicate: int = 1
@@ -48,9 +50,20 @@ class Layout:
     stage_layers: tuple[int, ...] | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     sequence_parallel: bool = False
-    rank_order: Literal["tp-cp-ep-dp-pp"] = "tp-cp-ep-dp-pp"
+    rank_order: str = RANK_ORDER
 
     __pydantic_config__ = STRICT
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes in this layout's rank order, innermost first.
+
+        >>> Layout(rank_order="ep-dp-tp-cp-pp").axes
+        ('dp_shard', 'dp_replicate', 'tp', 'cp', 'pp')
+        """
+        spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
+        named = [axis for name in self.rank_order.split("-") for axis in spelt.get(name, (name,))]
+        return (*named, *(axis for axis in AXES if axis not in named))
 
     @property
     def dp(self) -> int:
@@ -93,14 +106,14 @@ class Layout:
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a global rank stands on each axis."""
         result = {}
-        for axis in AXES:
+        for axis in self.axes:
             rank, result[axis] = divmod(rank, getattr(self, axis))
         return result
 
     def rank(self, **coordinates: int) -> int:
         """The global rank at these coordinates; axes not named are 0."""
         rank, stride = 0, 1
-        for axis in AXES:
+        for axis in self.axes:
             rank += stride * coordinates.get(axis, 0)
             stride *= getattr(self, axis)
         return rank
@@ -109,7 +122,7 @@ class Layout:
         """The ranks that differ from the first rank of a pipeline stage in these axes only."""
         ranks = [self.rank(pp=pp_rank)]
         stride = 1
-        for axis in AXES:
+        for axis in self.axes:
             size = getattr(self, axis)
             if axis in axes:
                 ranks = [r + stride * i for i in range(size) for r in ranks]
@@ -119,8 +132,9 @@ class Layout:
     def sibling_starts(self, axis: str, domain: int) -> list[int]:
         """How far the groups of an axis lie from the first one, one of each way that they can lie in scale-up domains
         of this size. Sizes that divide each other leave one way; others make some groups straddle domains."""
-        stride = math.prod(getattr(self, inner) for inner in AXES[: AXES.index(axis)])
-        block, stage = stride * getattr(self, axis), self.world_size // self.pp
+        stride = math.prod(getattr(self, inner) for inner in self.axes[: self.axes.index(axis)])
+        block = stride * getattr(self, axis)
+        stage = self.world_size // self.pp if self.axes[-1] == "pp" else self.world_size
         if all(domain % size == 0 or size % domain == 0 for size in (stride, block, stage)):
             return [0]
         firsts = itertools.product(range(min(stride, domain)), range(min(max(1, stage // block), domain)))
@@ -134,6 +148,8 @@ class Layout:
         bad_sizes = [f"{n} = {v} must be at least 1" for n, v in self._sizes().items() if v < 1]
         if bad_sizes:
             return bad_sizes
+        if self._order_problems():
+            return self._order_problems()
         return [
             *self._grid_problems(job),
             *self._batch_problems(job),
@@ -145,6 +161,15 @@ class Layout:
     def _sizes(self) -> dict[str, int]:
         names = (*AXES, "ep", "micro_batch_size", "virtual_stages")
         return {name: getattr(self, name) for name in names}
+
+    def _order_problems(self) -> list[str]:
+        names, known = self.rank_order.split("-"), RANK_ORDER.split("-")
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+        left_out = [name for name, size in sizes.items() if size > 1 and name not in names]
+        if len(set(names)) < len(names) or set(names) - set(known) or left_out:
+            rule = "must name tp, cp, ep, dp and pp once each, or leave out those of one rank"
+            return [f"rank_order = '{self.rank_order}' {rule}, like {RANK_ORDER}"]
+        return []
 
     def _grid_problems(self, job: Job) -> list[str]:
         found = []
@@ -254,6 +279,8 @@ class Layout:
             found.append(f"stack {stack.name}: tp = {self.tp} must divide vocab_size = {job.model.vocab_size}")
         if not stack.ties_across_stages and self.pp > 1 and job.model.tie_word_embeddings:
             found.append(f"stack {stack.name} cannot run tie_word_embeddings with pp > 1: the two copies would drift")
+        if stack.fixed_rank_order and self.rank_order != RANK_ORDER:
+            found.append(f"stack {stack.name} has no other rank_order than {RANK_ORDER}")
         if self.dp_replicate > 1 and self.dp_shard > 1 and not stack.hybrid_shard:
             found.append(
                 f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)"
@@ -324,6 +351,8 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
         if text not in ("true", "false"):
             raise UserError(f"layout: {name} = '{text}' must be true or false")
         return text == "true"
+    if hint is str:
+        return text
     parts = [text] if hint is int else text.split(",")
     if not all(re.fullmatch(r"-?[0-9]{1,12}", part) for part in parts):
         raise UserError(f"layout: {name} = '{text}' must be an integer")

@@ -85,6 +85,7 @@ class Stack:
     replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True
+    fixed_rank_order: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})

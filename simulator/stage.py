@@ -141,9 +141,9 @@ class StageCosts:
     def _worst_shape(self, axis: str, rank: int) -> GroupShape:
         """How the groups of an axis lie on the cluster; the step waits for the one that lies worst."""
         ranks = self.layout.group(axis, pp_rank=rank)
-        starts = self.layout.sibling_starts(axis, self.job.cluster.domain)
-        shapes = (group_shape(self.job.graph, ranks, start) for start in starts)
-        return max(shapes, key=lambda shape: (shape.domains, -shape.bandwidth))
+        starts = {start for tier in self.job.cluster.tiers for start in self.layout.sibling_starts(axis, tier)}
+        shapes = (group_shape(self.job.graph, ranks, start) for start in sorted(starts))
+        return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)

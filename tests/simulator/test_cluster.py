@@ -88,6 +88,18 @@ def test_an_nvl72_rack_is_one_domain_over_its_eighteen_nodes() -> None:
     assert (two_racks.domains, two_racks.ranks_per_domain, two_racks.bandwidth) == (2, 18, 18 * 50e9)
 
 
+def test_a_leaf_lies_between_cards_and_spine() -> None:
+    """Six nodes on leaves of four: 4 · 8 · 50 GB/s of cards, a quarter of it above them."""
+    spec = dataclasses.replace(find_cluster("dgx-h100"), nodes_per_leaf=4, spine_oversubscription=4.0)
+    graph = build_cluster(spec, 6)
+    assert nx.is_strongly_connected(graph)
+    assert [v for v in graph if v[0] == "leaf"] == [("leaf", 0), ("leaf", 1)]
+    assert graph.edges[("leaf", 0), "fabric"]["bandwidth"] == 400e9
+    assert "fabric" not in path(graph, ("gpu", 0, 0), ("gpu", 3, 0))
+    assert path(graph, ("gpu", 0, 0), ("gpu", 4, 0))[2:5] == [("leaf", 0), "fabric", ("leaf", 1)]
+    assert bottleneck(graph, ("gpu", 0, 0), ("gpu", 4, 0))[1] == pytest.approx(5e-6)
+
+
 def test_start_moves_a_group() -> None:
     graph = graph_of("dgx-h100", 2)
     assert group_shape(graph, (0, 1), start=7).domains == 2
@@ -162,6 +174,12 @@ def test_a_cluster_is_read_from_a_file(tmp_path: Path) -> None:
         ('latency = "2 us"', "", ["'scale_up.latency' is missing"]),
         ("per_node = 4", "per_node = 0", ["gpus_per_node = 0", "at least 1"]),
         ("per_node = 4", "per_node = 4\nscale_up_domain = 6", ["scale_up_domain = 6", "multiple", "= 4"]),
+        ("per_node = 4", "per_node = 4\nnodes_per_leaf = -1", ["nodes_per_leaf = -1", "at least 0"]),
+        ("per_node = 4", "per_node = 4\nscale_up_domain = 8\nnodes_per_leaf = 3", ["nodes_per_leaf = 3", "multiple"]),
+        ("per_node = 4", "per_node = 4\nspine_oversubscription = 0.5", ["spine_oversubscription = 0.5", "at least 1"]),
+        ("per_node = 4", "per_node = 4\nspine_oversubscription = 3", ["spine_oversubscription", "nodes_per_leaf"]),
+        ("per_node = 4", 'per_node = 4\nnccl = "hoper"', ["nccl", "'hopper'"]),
+        ('latency = "2 us"', 'latency = "2 us"\ndevices_per_root = 2', ["root_bandwidth", "above zero"]),
         ("450 GB/s", "0 GB/s", ["scale_up", "bandwidth = 0 must be above zero"]),
         ("all_gather", "all_gathers", ["scale_up.collectives", "no 'all_gather'"]),
         ("efficiency = 0.7", "efficiency = 0.0", ["all_to_all", "efficiency above zero"]),

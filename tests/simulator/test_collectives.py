@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from simulator.cluster import ClusterSpec, GroupShape, build_cluster, group_shape
 from simulator.collectives import Collective, bus_bytes, collective_seconds, message_seconds
 from simulator.layout import Layout
-from simulator.presets import find_cluster
+from simulator.presets import THIS_MACHINE, find_cluster, names
 
+PRESETS = [name for name in names("clusters") if name != THIS_MACHINE]
 KINDS: list[Collective] = ["all_reduce", "all_gather", "reduce_scatter"]
 
 
@@ -70,6 +73,152 @@ def test_rings_pay_for_every_step() -> None:
     gather, reduce = (collective_seconds(kind, 2**20, group, spec) for kind in ("all_gather", "all_reduce"))
     assert 549.6e-6 < gather < 620e-6
     assert reduce < gather
+
+
+def even(spec: ClusterSpec, domains: int, each: int) -> GroupShape:
+    """So many ranks in each domain."""
+    graph = build_cluster(spec, domains * spec.domain // spec.gpus_per_node)
+    return group_shape(graph, tuple(d * spec.domain + i for d in range(domains) for i in range(each)))
+
+
+@given(
+    name=st.sampled_from(PRESETS), size=st.floats(1, 1e11), up=st.floats(1, 8), out=st.floats(1, 8),
+    domains=st.integers(1, 4), each=st.integers(1, 4), kind=st.sampled_from([*KINDS, "all_to_all"]),
+)  # fmt: skip
+def test_more_bandwidth_never_takes_longer(
+    name: str, size: float, up: float, out: float, domains: int, each: int, kind: Collective
+) -> None:
+    spec = find_cluster(name)
+    assert spec.scale_out is not None
+    faster = dataclasses.replace(
+        spec,
+        scale_up=dataclasses.replace(spec.scale_up, bandwidth=spec.scale_up.bandwidth * up),
+        scale_out=dataclasses.replace(spec.scale_out, bandwidth=spec.scale_out.bandwidth * out),
+    )
+    before = collective_seconds(kind, size, even(spec, domains, each), spec)
+    assert collective_seconds(kind, size, even(faster, domains, each), faster) <= before * (1 + 1e-9)
+
+
+@given(
+    name=st.sampled_from(PRESETS), size=st.floats(1, 1e11), more=st.floats(1, 100), domains=st.integers(1, 4),
+    each=st.integers(1, 4), kind=st.sampled_from([*KINDS, "all_to_all"]),
+)  # fmt: skip
+def test_more_bytes_never_take_less_on_any_preset(
+    name: str, size: float, more: float, domains: int, each: int, kind: Collective
+) -> None:
+    spec = find_cluster(name)
+    shape = even(spec, domains, each)
+    assert collective_seconds(kind, more * size, shape, spec) >= collective_seconds(kind, size, shape, spec)
+
+
+@given(
+    name=st.sampled_from(PRESETS), size=st.floats(1, 1e11), domains=st.integers(1, 4), each=st.integers(1, 4),
+    kind=st.sampled_from(["all_gather", "reduce_scatter"]),
+)  # fmt: skip
+def test_a_ring_is_never_below_its_bound(name: str, size: float, domains: int, each: int, kind: Collective) -> None:
+    """(n-1)/n of the buffer over the slowest link of the ring."""
+    spec = find_cluster(name)
+    group = even(spec, domains, each)
+    assert collective_seconds(kind, size, group, spec) >= bus_bytes(kind, group.ranks, size) / group.slowest
+
+
+def test_two_domains_halve_what_the_cards_carry() -> None:
+    """Two p4de, 16 ranks, 1 GiB: a ring would send 2·15/16 GiB over 4 cards of 12.5 GB/s, 40.3 ms; the root of a tree
+    and its child send 1 GiB each, 21.5 ms. Published: 26.2 ms."""
+    spec = find_cluster("aws-p4de")
+    seconds = collective_seconds("all_reduce", 2**30, shape(spec, 2, 16), spec)
+    assert 21.5e-3 < seconds < 1.15 * 26.2e-3
+    three = collective_seconds("all_reduce", 2**30, shape(spec, 3, 24), spec)
+    assert three > 40.3e-3
+
+
+def test_more_than_two_racks_are_a_ring() -> None:
+    """1,440 GPUs in 20 racks: 2,878 steps, 38 of them between racks, under LL128 at least 2840·1.9 + 38·4 = 5.55 ms;
+    published are 7.11 ms for 512 MiB. Two racks of 72 are a tree."""
+    spec = find_cluster("gb200-nvl72")
+    twenty = collective_seconds("all_reduce", 512 * 2**20, even(spec, 20, 72), spec)
+    assert 5.55e-3 < twenty == pytest.approx(7.11e-3, rel=0.15)
+    assert collective_seconds("all_reduce", 512 * 2**20, even(spec, 2, 72), spec) < 2.5e-3
+
+
+def test_an_exchange_is_as_slow_as_its_slower_tier() -> None:
+    """32 H100 on four nodes, 1 GiB: 24/32 leave over a card of 50 GB/s of which 74.3 % are reached, 21.68 ms; 7/32 stay
+    on NVLink, 0.73 ms, beside it. 24 posts of a microsecond, 20 us of latency. With 16 ranks per node half as much."""
+    spec = find_cluster("dgx-h100")
+    seconds = collective_seconds("all_to_all", 2**30, even(spec, 4, 8), spec)
+    assert seconds == pytest.approx(0.75 * 2**30 / (0.743 * 50e9) + 24e-6 + 20e-6)
+    thin = collective_seconds("all_to_all", 2**30, even(spec, 32, 1), spec)
+    assert thin == pytest.approx(31 / 32 * 2**30 / (0.743 * 50e9) + 31e-6 + 20e-6)
+
+
+def oversubscribed(ratio: float) -> ClusterSpec:
+    return dataclasses.replace(find_cluster("dgx-h100"), nodes_per_leaf=4, spine_oversubscription=ratio)
+
+
+def test_groups_that_cross_leaves_share_the_spine() -> None:
+    """Four nodes of 400 GB/s on a leaf with a 7th of that above it (Llama 3's pods: arXiv 2407.21783). One rank in
+    each of 8 nodes is an 8th of the devices of two leaves: of 1,600 / 7 GB/s of uplinks it has 4 / 32, 28.6 GB/s
+    where its cards have 50."""
+    spec = oversubscribed(7)
+    graph = build_cluster(spec, 8)
+    group = group_shape(graph, tuple(range(0, 64, 8)))
+    assert (group.domains, group.bandwidth, group.ranks_per_leaf) == (8, 50e9, 4)
+    assert group.spine == group.slowest == pytest.approx(1600e9 / 7 * 4 / 32)
+    flat = find_cluster("dgx-h100")
+    slow, fast = (collective_seconds("all_gather", 2**33, group, s) for s in (spec, flat))
+    assert slow == fast  # the shape carries the spine
+    level = group_shape(build_cluster(flat, 8), tuple(range(0, 64, 8)))
+    assert slow == pytest.approx(50 * 7 / 200 * collective_seconds("all_gather", 2**33, level, flat), rel=0.05)
+    # Under one leaf nothing changes.
+    under = tuple(range(0, 32, 8))
+    assert group_shape(graph, under) == group_shape(build_cluster(flat, 8), under)
+
+
+def test_an_exchange_and_a_message_suffer_more_from_the_spine_than_a_ring() -> None:
+    """A ring crosses the uplinks once, whatever hangs below; half of an exchange's bytes and all of a message's do."""
+    two, eight = build_cluster(oversubscribed(2), 8), build_cluster(oversubscribed(8), 8)
+    spec = oversubscribed(8)
+    everyone = tuple(range(64))
+
+    def slowdown(kind: Collective) -> float:
+        times = [collective_seconds(kind, 2**33, group_shape(graph, everyone), spec) for graph in (two, eight)]
+        return times[1] / times[0]
+
+    # 1,600 GB/s of a leaf's cards over 2 are more than the 400 of each node, over 8 half of them.
+    assert slowdown("all_gather") == pytest.approx(2, rel=0.1)
+    # 32/64 cross the uplinks, of which a rank has 50/2 and 50/8 GB/s.
+    assert slowdown("all_to_all") == pytest.approx(4, rel=0.01)
+    far = [sum(message_seconds(1e9, group_shape(graph, (0, 63)), spec)) for graph in (two, eight)]
+    assert far[1] == pytest.approx(4 * far[0], rel=0.01)
+
+
+def test_siblings_share_the_way_between_roots() -> None:
+    """Eight GPUs on two roots of four, 31.5 GB/s between them. A ring of all eight crosses it once and has all of it;
+    each of four pairs that cross side by side has a quarter, and pairs under one root have their links."""
+    spec = find_cluster("pcie-8xa100")
+    graph = build_cluster(spec, 1)
+    everyone, pair, near = (group_shape(graph, ranks) for ranks in (tuple(range(8)), (0, 4), (0, 1)))
+    assert (everyone.spine, pair.spine, near.slowest) == (31.5e9, 31.5e9 / 4, 31.5e9)
+    # The layout's own groups: tp 2 inside a root, four replicas over both roots at two ranks each.
+    replicas = group_shape(graph, Layout(tp=2, dp_replicate=4).group("dp_replicate"))
+    assert replicas.spine == 31.5e9 / 2
+    seconds = [collective_seconds("all_reduce", 2**30, group, spec) for group in (near, replicas)]
+    assert seconds[1] > 1.5 * seconds[0]
+
+
+def test_the_rank_order_decides_who_is_near() -> None:
+    """tp = dp = 8 on eight nodes: with tp innermost its groups are inside a node and the replicas across; with dp
+    innermost it is the other way round, and so are the times."""
+    spec = find_cluster("dgx-h100")
+    graph = build_cluster(spec, 8)
+
+    def times(layout: Layout) -> list[float]:
+        shapes = [group_shape(graph, layout.group(axis)) for axis in ("tp", "dp_replicate")]
+        return [collective_seconds("all_reduce", 2**28, group, spec) for group in shapes]
+
+    near, far = times(Layout(tp=8, dp_replicate=8))
+    assert times(Layout(tp=8, dp_replicate=8, rank_order="ep-dp-tp-cp-pp")) == [far, near]
+    assert far > 5 * near
 
 
 def test_a_group_that_straddles_nodes_is_priced_as_such() -> None:

@@ -54,6 +54,31 @@ def test_a_group_differs_in_its_axis_alone(layout: Layout, axis: str) -> None:
     assert all(other == others[0] for other in others)
 
 
+ORDERS = ("tp-cp-ep-pp-dp", "tp-pp-dp", "tp-pp-cp-ep-dp", "ep-dp-tp-cp-pp", "pp-dp-ep-cp-tp")
+
+
+@given(grids, st.sampled_from(ORDERS), st.sampled_from(AXES))
+def test_every_rank_order_is_a_numbering(layout: Layout, order: str, axis: str) -> None:
+    """Ranks and coordinates are inverse, and a group differs in its axis alone, whatever the order."""
+    layout = dataclasses.replace(layout, rank_order=order)
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert [layout.rank(**place) for place in places] == list(range(layout.world_size))
+    others = [{k: v for k, v in places[rank].items() if k != axis} for rank in layout.group(axis)]
+    assert len(others) == getattr(layout, axis)
+    assert all(other == others[0] for other in others)
+
+
+def test_the_innermost_axis_counts_first() -> None:
+    """Two by two by two: tp of the first order are neighbours, stages of the second, replicas of the third."""
+    grid = Layout(tp=2, dp_replicate=2, pp=2)
+    assert grid.group("tp") == (0, 1)
+    stages_inside = dataclasses.replace(grid, rank_order="tp-cp-ep-pp-dp")
+    assert (stages_inside.group("pp"), stages_inside.group("dp_replicate")) == ((0, 2), (0, 4))
+    replicas_inside = dataclasses.replace(grid, rank_order="ep-dp-tp-cp-pp")
+    assert (replicas_inside.group("dp_replicate"), replicas_inside.group("tp")) == ((0, 1), (0, 2))
+    assert replicas_inside.group("tp", pp_rank=1) == (4, 6)
+
+
 def test_a_group_of_two_axes_on_the_last_stage() -> None:
     layout = Layout(tp=2, dp_shard=2, dp_replicate=2, pp=2)
     assert layout.group("dp_shard", "dp_replicate", pp_rank=1) == (8, 10, 12, 14)
@@ -88,6 +113,10 @@ def changed(job: Job, **changes: Any) -> Job:
 PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     # the layout, changes to the job, key words of the sentence
     ({"tp": 0}, {}, ["tp = 0", "at least 1"]),
+    ({"rank_order": "tp-pp", "dp_replicate": 16}, {}, ["rank_order = 'tp-pp'", "once each"]),
+    ({"rank_order": "tp-dp-dp-pp"}, {}, ["rank_order = 'tp-dp-dp-pp'", "once each"]),
+    ({"rank_order": "tp-dp-pp-xp"}, {}, ["rank_order = 'tp-dp-pp-xp'", "once each"]),
+    ({"rank_order": "tp-cp-ep-pp-dp"}, {"stack_fixed_rank_order": True}, ["no other rank_order"]),
     ({"micro_batch_size": -1}, {}, ["micro_batch_size = -1", "at least 1"]),
     ({"dp_replicate": 8}, {}, ["dp_replicate(8)", "= 8 ranks", "2 nodes have 16"]),
     ({"dp_replicate": 32}, {}, ["= 32 ranks", "2 nodes have 16"]),
