@@ -1,28 +1,41 @@
-"""The engine: pipeline ranks are simpy processes, their programs run in virtual time.
+"""The engine: ranks are simpy processes, their programs run in virtual time.
 
-Each rank has two streams: ops run one after another on `compute`; gradient reduction and parameter gathering run on
-`dp` beside it where the stack overlaps them. Messages travel between ranks on the link between their devices. Ranks
-that differ only in their data-parallel and tensor-parallel coordinates do the same at the same time, so one of each
-kind is simulated and counts for all.
+Each rank has streams: ops run one after another on `compute`; gradient reduction and parameter gathering run on `dp`
+beside it where the stack overlaps them; messages leave one after another on a stream per receiver. What meets on a
+link of the cluster shares it (network.py).
 
-On a machine without GPUs the ranks of a node share its processors (Processors): k ranks that compute at once run at
-the measured speed of k, and communication over the loopback needs processors like everything else.
+Folding: ranks that differ only in their data-, context- and tensor-parallel coordinates do the same at the same time,
+so one of each pipeline rank is simulated and counts for all. An unfolded run simulates every rank: its collectives
+wait for the ranks of their group, its messages go to the very peer. Both give the same step
+(tests/simulator/test_unfolded.py); ranks of different speed need the unfolded one.
+
+On a machine without GPUs the ranks of a node share its processors (processors.py): k ranks that compute at once run
+at the measured speed of k, and communication over the loopback needs processors like everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import contextlib
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import simpy
+from simpy.core import EmptySchedule
 
 from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds, message_seconds
 from simulator.compute import optimizer_seconds
+from simulator.errors import UserError
 from simulator.layout import Layout
+from simulator.network import Network, Route, Routes
+from simulator.processors import Processors
 from simulator.program import Program
-from simulator.results import Breakdown, Span
+from simulator.rendezvous import Axes, Rendezvous
+from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
 from simulator.stage import Work
 
@@ -30,122 +43,131 @@ if TYPE_CHECKING:
     from simulator.job import Job
 
 Process = Generator[simpy.Event, Any, None]
+# What a handler leaves its rank to do: nothing, one event to wait for, or more.
+Waiting = Process | simpy.Event | None
+Step = tuple[Callable[..., Waiting], Any]
+
+# The field of StageCost that says what an op of this kind keeps its rank busy with, and what it does to memory: bytes
+# of a microbatch that it begins to keep, and whether it lets them go.
+COMPUTE = {"F": "forward", "B": "backward"}
+# Ops that finish a stage's gradients: behind the last of them they are reduced.
+GRADIENT = ("B",)
+# Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
+LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One simulated step: its length, where the critical rank spent it, and the spans if they were asked for."""
+    """One simulated step: its length, where the critical rank spent it, what it took to simulate, and the timeline
+    if it was asked for."""
 
     step_seconds: float
     breakdown: Breakdown
-    spans: tuple[Span, ...]
+    events: int
+    timeline: Timeline
 
 
-def run_program(job: Job, layout: Layout, program: Program, trace: bool = False) -> Run:
+def run_program(
+    job: Job,
+    layout: Layout,
+    program: Program,
+    trace: bool = False,
+    unfold: bool = False,
+    slowdown: Mapping[int, float] | None = None,
+) -> Run:
     """Run a program in virtual time.
 
     The critical rank is the one that waits least in bubbles: the pipeline goes at its pace.
+
+    Args:
+        trace: keep every span and the bytes of activations over time.
+        unfold: simulate every rank, not one of each kind.
+        slowdown: how many times longer these ranks (global numbers) compute; it unfolds the run.
+
+    Raises:
+        UserError: `slowdown` names a rank that the layout does not have, or a factor that is not above zero.
     """
-    return _Engine(job, layout, program, trace).run()
+    slowdown = slowdown or {}
+    for rank, factor in slowdown.items():
+        if not 0 <= rank < layout.world_size:
+            raise UserError(f"slowdown names rank {rank}, but the layout has ranks 0 to {layout.world_size - 1}")
+        if not 0 < factor < math.inf:
+            raise UserError(f"slowdown of rank {rank} = {factor:g} must be above zero and finite")
+    return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
 
 
-class Processors:
-    """The processors of a node, shared by ranks that compute at the same time.
-
-    With k ranks active each works at `speeds[k - 1]` of its speed alone; beyond the measured counts the total stays.
-    """
-
-    def __init__(self, env: simpy.Environment, speeds: tuple[float, ...]) -> None:
-        self.env, self.speeds = env, speeds
-        self.jobs: dict[simpy.Event, list[float]] = {}  # done event -> [seconds of work left, ranks]
-        self.updated, self.version = 0.0, 0
-
-    def speed(self) -> float:
-        """Speed of each active rank now, relative to one alone."""
-        active = sum(ranks for _, ranks in self.jobs.values())
-        if active <= 0:
-            return 1.0
-        known = len(self.speeds)
-        index = min(max(round(active), 1), known)
-        return self.speeds[index - 1] * min(1.0, known / active)
-
-    def work(self, seconds: float, ranks: int) -> simpy.Event:
-        """An event that fires when `ranks` ranks have each done this much work."""
-        self._advance()
-        done = self.env.event()
-        self.jobs[done] = [seconds, ranks]
-        self._schedule()
-        return done
-
-    def _advance(self) -> None:
-        elapsed, speed = self.env.now - self.updated, self.speed()
-        for entry in self.jobs.values():
-            entry[0] -= elapsed * speed
-        self.updated = self.env.now
-
-    def _schedule(self) -> None:
-        """Wake up when the job with the least work is done; a later change makes this waking stale."""
-        self.version += 1
-        if self.jobs:
-            left = min(entry[0] for entry in self.jobs.values())
-            self.env.process(self._wake(max(0.0, left) / self.speed(), left, self.version))
-
-    def _wake(self, delay: float, left: float, version: int) -> Process:
-        """Finish the jobs that had the least work left, `left` seconds of it, when this waking was set.
-
-        They are known by that, not by having nothing left now: late in a long step the clock is too coarse for it.
-        """
-        ending = [event for event, entry in self.jobs.items() if entry[0] <= left + 1e-12]
-        yield self.env.timeout(delay)
-        if version != self.version:
-            return
-        self._advance()
-        for done in ending:
-            del self.jobs[done]
-            done.succeed()
-        self._schedule()
-
-
-@dataclass
+@dataclass(slots=True)
 class _Message:
-    """A tensor on its way: `sent` is when it left its rank, `arrived` fires when it is there."""
+    """A tensor on its way: `sent` is when it left its rank, `arrival` when it is there, known once the link is done
+    with it; whoever waits before that waits for `waiters`."""
 
-    arrived: simpy.Event
-    sent: float = 0.0
+    sent: float = math.inf
+    arrival: float = math.inf
+    waiters: list[simpy.Event] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
+class _Channel:
+    """The stream of messages from one rank to another: one at a time, in the order in which they were sent."""
+
+    latency: float
+    seconds: float
+    route: Route | None
+    queue: deque[tuple[_Message, Op]] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
 class _Rank:
-    """The state of one pipeline rank; `spent` sums seconds by the fields of Breakdown."""
+    """The state of a simulated rank: its pipeline rank, the first of the global ranks it stands for, and how many of
+    those share its processors. `spent` sums seconds by the fields of Breakdown."""
 
     index: int
+    number: int
     processors: Processors | None
     replicas: int
     dp_stream: simpy.Resource
+    factor: float = 1.0
+    slowest: float = 1.0
     spent: dict[str, float] = field(default_factory=dict)
     reducing: list[simpy.Event] = field(default_factory=list)
     gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)
+    channels: dict[int, _Channel] = field(default_factory=dict)
+    routes: dict[Axes, Route | None] = field(default_factory=dict)
+    activations: float = 0.0
 
     def spend(self, what: str, seconds: float) -> None:
         self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 class _Engine:
-    def __init__(self, job: Job, layout: Layout, program: Program, trace: bool) -> None:
-        self.job, self.layout, self.program, self.trace = job, layout, program, trace
+    def __init__(
+        self, job: Job, layout: Layout, program: Program, trace: bool, unfold: bool, slowdown: Mapping[int, float]
+    ) -> None:
+        self.job, self.layout, self.program, self.trace, self.unfold = job, layout, program, trace, unfold
+        self.slowdown = slowdown
         self.env = simpy.Environment()
+        self.block = layout.world_size // layout.pp
+        self.alike = 1 if unfold else self.block
+        self.groups = Rendezvous(self.env, layout, unfold)
+        self.network = Network(self.env)
+        # Only messages meet anything: without a pipeline no link needs to be looked at.
+        self.routes = (
+            Routes(self.network, job.graph, self.alike) if layout.pp > 1 and not job.cluster.concurrency else None
+        )
+        # Under FSDP the ranks that share parameters communicate in every op too.
+        self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
+        self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
+        self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
-        self.ranks = [self._make_rank(index) for index in range(layout.pp)]
-        self.messages: dict[tuple[str, int, int], _Message] = {}
-        self.links: dict[tuple[int, int], simpy.Resource] = {}
-        self.message_costs: dict[tuple[int, int], tuple[float, float]] = {}
+        self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
+        self.messages: dict[tuple[str, int, int, int], _Message] = {}
+        self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
+        self.final = {op.stage: op for order in program.orders for op in order if op.kind in GRADIENT}
+        self.work = {kind: [getattr(cost, name) for cost in program.stages] for kind, name in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
-        self.final_backward = {
-            op.stage: op.microbatch for order in program.orders for op in order if op.kind == "B"
-        }  # fmt: skip
-        self.handlers = {
-            "F": self._compute, "B": self._compute, "RECV_F": self._receive, "RECV_B": self._receive,
+        self.handlers: dict[str, Callable[[_Rank, Op], Waiting]] = {
+            **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
             "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
             "OPTIMIZER": self._optimize,
         }  # fmt: skip
@@ -153,23 +175,69 @@ class _Engine:
     def run(self) -> Run:
         for rank in self.ranks:
             self.env.process(self._run_rank(rank))
-        self.env.run()
-        critical = min(self.ranks, key=lambda rank: rank.spent.get("bubble", 0.0))
+        events = 0
+        with contextlib.suppress(EmptySchedule):
+            while True:
+                self.env.step()
+                events += 1
+        now = self.env.now
+        # Of ranks that wait equally long, but for rounding, the first.
+        least = min(rank.spent.get("bubble", 0.0) for rank in self.ranks)
+        critical = next(rank for rank in self.ranks if rank.spent.get("bubble", 0.0) <= least + 1e-9 * now)
         # It may be done with its own update before the rank with the most parameters is.
-        critical.spend("bubble", self.env.now - sum(critical.spent.values()))
-        return Run(self.env.now, Breakdown(**critical.spent), tuple(self.spans))
+        critical.spend("bubble", now - sum(critical.spent.values()))
+        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
 
-    def _make_rank(self, index: int) -> _Rank:
-        spec, layout = self.job.cluster, self.layout
-        pool = None
+    def _make_rank(self, number: int) -> _Rank:
+        spec, pool, replicas = self.job.cluster, None, 1
         if spec.concurrency:
-            node = layout.rank(pp=index) // max(1, int(spec.gpus_per_node * spec.oversubscribe))
-            pool = self.pools.setdefault(node, Processors(self.env, spec.concurrency))
-        return _Rank(index, pool, layout.world_size // layout.pp, simpy.Resource(self.env, 1))
+            per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
+            pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
+            replicas = 1 if self.unfold else min(self.block, per_node)
+        rank = _Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
+        rank.factor = self.slowdown.get(number, 1.0)
+        if self.slowdown:
+            rank.slowest = max(self.slowdown.get(one, 1.0) for one in self.groups.members(number, self.lockstep))
+        return rank
 
     def _run_rank(self, rank: _Rank) -> Process:
-        for op in self.program.orders[rank.index]:
-            yield from self.handlers[op.kind](rank, op)
+        for handler, argument in self._steps(rank):
+            waiting = handler(rank, argument)
+            if waiting is None:
+                continue
+            if isinstance(waiting, simpy.Event):
+                yield waiting
+            else:
+                yield from waiting
+
+    def _steps(self, rank: _Rank) -> list[Step]:
+        """What a rank does: a handler and its op. Forwards and backwards between which nothing can happen become one
+        step, and as nothing can change how long they take, they are booked here."""
+        ops = self.program.orders[rank.index]
+        together = self.unfold and self.groups.group(rank.number, self.lockstep).size > 1
+        if self.trace or rank.processors or together or rank.factor != 1:
+            return [(self.handlers[op.kind], op) for op in ops]
+        steps: list[Step] = []
+        booked: dict[tuple[str, int], int] = {}
+        seconds, gathered = 0.0, set()
+        for op in ops:
+            kind, stage = op.kind, op.stage
+            if kind in COMPUTE and stage not in gathered and not self._reduces(op):
+                assert stage is not None
+                seconds += self.work[kind][stage].total
+                booked[kind, stage] = booked.get((kind, stage), 0) + 1
+                continue
+            if seconds:
+                steps.append((self._busy, seconds))
+                seconds = 0.0
+            if kind == "UNSHARD":
+                gathered.add(stage)
+            else:
+                gathered.discard(stage if kind in COMPUTE else None)
+            steps.append((self.handlers[kind], op))
+        for (kind, stage), count in booked.items():
+            self._spend_work(rank, vars(self.work[kind][stage]), count)
+        return steps
 
     def _busy(self, rank: _Rank, seconds: float) -> simpy.Event:
         """Occupy the rank's device, or its share of the node's processors."""
@@ -177,143 +245,227 @@ class _Engine:
             return self.env.timeout(seconds)
         return rank.processors.work(seconds, rank.replicas)
 
+    def _occupy(self, rank: _Rank, route: Route | None, seconds: float) -> simpy.Event:
+        """Occupy the links of a route for what takes `seconds` there alone."""
+        if route is None:
+            return self._busy(rank, seconds)
+        return self.network.start(route, seconds * route.alone)
+
     def _span(self, rank: _Rank, stream: str, name: str, start: float) -> None:
         if self.trace:
-            self.spans.append(Span(rank.index, stream, name, start, self.env.now - start))
+            self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
+
+    def _keep(self, rank: _Rank, activations: float) -> None:
+        """Note what a rank keeps for its backwards from now on."""
+        if self.trace:
+            rank.activations += activations
+            self.memory.append(MemorySample(rank.number // self.alike, self.env.now, rank.activations))
+
+    def _reduces(self, op: Op) -> bool:
+        """Whether gradients of the op's stage are reduced behind it."""
+        return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
 
     def _compute(self, rank: _Rank, op: Op) -> Process:
         """A forward or backward. The first forward of a stage may wait piece by piece for its parameters, the last
         backward may hand over its gradients bucket by bucket."""
         assert op.stage is not None
-        cost = self.program.stages[op.stage]
-        work = cost.forward if op.kind == "F" else cost.backward
+        cost, work = self.program.stages[op.stage], self.work[op.kind][op.stage]
         gathered = rank.gathering.pop(op.stage, []) if op.kind == "F" else []
-        reduces = op.kind == "B" and cost.reduce > 0 and self.final_backward[op.stage] == op.microbatch
+        reduces = self._reduces(op)
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
         overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
         pieces = len(gathered) or (cost.units if overlaps else 1)
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
+        spent = self._at_own_speed(rank, work)
+        yield from self._wait(rank, self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
+        self._keep(rank, cost.saved if op.kind == "F" else cost.working)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
-                waited = self.env.now
-                yield gathered[piece]
-                rank.spend("dp", self.env.now - waited)
+                yield from self._wait(rank, gathered[piece], "dp")
             start = self.env.now
-            yield self._busy(rank, work.total / pieces)
-            self._spend_work(rank, work, self.env.now - start)
+            yield self._busy(rank, spent["total"] / pieces)
+            self._spend_work(rank, spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self.env.process(self._on_dp_stream(rank, cost.reduce / pieces, op)))
+                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
         if reduces and not overlaps:
-            rank.reducing.append(self.env.process(self._on_dp_stream(rank, cost.reduce, op)))
+            rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
+        if op.kind == "B":
+            self._keep(rank, -cost.working - cost.saved)
         self._span(rank, "compute", f"PP:{op}", began)
 
-    def _spend_work(self, rank: _Rank, work: Work, elapsed: float) -> None:
-        """Book elapsed seconds on what the work is made of; on shared processors they exceed the work's own."""
-        for name, seconds in vars(work).items():
+    def _spend_work(self, rank: _Rank, spent: Mapping[str, float], times: float) -> None:
+        """Book an op's seconds on what they are made of; on shared processors they last longer than the work's own."""
+        for name, seconds in spent.items():
             if seconds and name != "total":
-                rank.spend(name, elapsed * seconds / work.total)
+                rank.spend(name, times * seconds)
 
-    def _on_dp_stream(self, rank: _Rank, seconds: float, op: Op) -> Process:
-        """A collective of the data-parallel group, after the ones already queued."""
+    def _at_own_speed(self, rank: _Rank, work: Work) -> dict[str, float]:
+        """The seconds of an op by what they are spent on, and their total, on a rank with its slowdown; in a group
+        that communicates within the op all wait for its slowest."""
+        spent = {"total": work.total} | vars(work)
+        if rank.slowest != 1:
+            device = work.compute + work.recompute + work.host
+            for name in ("compute", "recompute", "host"):
+                spent[name] *= rank.factor
+            spent[self.lockstep_name] += device * (rank.slowest - rank.factor)
+            spent["total"] = work.total + device * (rank.slowest - 1)
+        return spent
+
+    def _wait(self, rank: _Rank, event: simpy.Event | None, what: str) -> Process:
+        """Wait, and book it."""
+        if event is not None:
+            start = self.env.now
+            yield event
+            rank.spend(what, self.env.now - start)
+
+    def _collective(self, rank: _Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
+        """Queue a collective of the data-parallel group: it runs after the ones queued before it."""
+        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece))
+
+    def _on_dp_stream(self, rank: _Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
         with rank.dp_stream.request() as turn:
             yield turn
+            if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
+                yield begin
             start = self.env.now
-            yield self._busy(rank, seconds)
+            yield self._occupy(rank, self._collective_route(rank, axes), seconds)
+            if end := self.groups.meet(rank.number, axes, op, piece, "end"):
+                yield end
             self._span(rank, "dp", f"PP:{op}", start)
 
-    def _unshard(self, rank: _Rank, op: Op) -> Process:
+    def _collective_route(self, rank: _Rank, axes: Axes) -> Route | None:
+        """The rank's links to the group's farthest rank; the tiers below carry more than they are asked for."""
+        if self.routes is None:
+            return None
+        if axes not in rank.routes:
+            first, last, size = self.groups.group(rank.number, axes)
+            domain = self.job.cluster.domain
+            apart = (one for one in (last, first) if one // domain != rank.number // domain)
+            peer = next(apart, last if rank.number != last else first)
+            rank.routes[axes] = self.routes.collective(rank.number, peer) if size > 1 else None
+        return rank.routes[axes]
+
+    def _unshard(self, rank: _Rank, op: Op) -> Process | None:
         """Gather a stage's parameters: ahead of its first forward, or beside it where the stack prefetches."""
         assert op.stage is not None
         cost = self.program.stages[op.stage]
-        if self.job.stack.overlap_param_gather:
-            rank.gathering[op.stage] = [
-                self.env.process(self._on_dp_stream(rank, cost.gather / cost.units, op)) for _ in range(cost.units)
-            ]
-            return
-        start = self.env.now
-        yield self.env.process(self._on_dp_stream(rank, cost.gather, op))
-        rank.spend("dp", self.env.now - start)
+        if not self.job.stack.overlap_param_gather:
+            return self._wait(rank, self._collective(rank, cost.gather, op, GATHERING), "dp")
+        share, pieces = cost.gather / cost.units, range(cost.units)
+        rank.gathering[op.stage] = [self._collective(rank, share, op, GATHERING, piece) for piece in pieces]
+        return None
 
-    def _reduce(self, rank: _Rank, op: Op) -> Process:
+    def _reduce(self, rank: _Rank, op: Op) -> Process | None:
         """The reduction was queued with the last backward; a stack that does not overlap waits for it here."""
         if self.job.stack.overlap_grad_reduce:
-            return
-        start = self.env.now
-        yield self.env.all_of(rank.reducing)
-        rank.spend("dp", self.env.now - start)
+            return None
+        return self._wait(rank, self.env.all_of(rank.reducing), "dp")
 
-    def _message(self, kind: str, stage: int, microbatch: int) -> _Message:
-        return self.messages.setdefault((kind, stage, microbatch), _Message(self.env.event()))
+    def _message(self, rank: int, op: Op, stage: int) -> _Message:
+        """The message that a global rank receives for this stage."""
+        assert op.microbatch is not None
+        return self.messages.setdefault((op.kind[-1], stage, op.microbatch, rank), _Message())
 
-    def _send(self, rank: _Rank, op: Op) -> Process:
+    def _send(self, rank: _Rank, op: Op) -> Process | None:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
-        assert op.stage is not None and op.microbatch is not None
-        kind, target = op.kind[-1], op.stage + (1 if op.kind == "SEND_F" else -1)
-        message = self._message(kind, target, op.microbatch)
+        assert op.stage is not None
+        stage = op.stage + (1 if op.kind == "SEND_F" else -1)
+        target = rank.number + (self.rank_of[stage] - rank.index) * self.block
+        if target not in rank.channels:
+            rank.channels[target] = self._channel(rank.number, target)
+        channel, message = rank.channels[target], self._message(target, op, stage)
         message.sent = self.env.now
-        transfer = self.env.process(self._transfer(rank, target % self.layout.pp, message, op))
-        if not self.job.stack.overlap_p2p:
-            yield transfer
-            rank.spend("pp", self.env.now - message.sent)
+        channel.queue.append((message, op))
+        if len(channel.queue) == 1:
+            self._transfer(rank, channel)
+        return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
-    def _transfer(self, rank: _Rank, target: int, message: _Message, op: Op) -> Process:
-        latency, seconds = self._message_cost(rank.index, target)
-        link = self.links.setdefault((rank.index, target), simpy.Resource(self.env, 1))
-        with link.request() as turn:
-            yield turn
-            start = self.env.now
-            yield self._busy(rank, seconds)
-            self._span(rank, "pp", f"PP:{op}", start)
-        yield self.env.timeout(latency)
-        message.arrived.succeed()
+    def _sent(self, rank: _Rank, message: _Message) -> Process:
+        """Wait with a tensor that is being sent until it is there."""
+        yield from self._arrival(message)
+        rank.spend("pp", self.env.now - message.sent)
 
-    def _message_cost(self, source: int, target: int) -> tuple[float, float]:
-        if (source, target) not in self.message_costs:
-            layout, training = self.layout, self.job.training
-            width = self.job.stack.recipes[training.precision].compute
-            shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
-            size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
-            ranks = (layout.rank(pp=source), layout.rank(pp=target))
-            starts = layout.sibling_starts("pp", self.job.cluster.domain)
-            shape = max((group_shape(self.job.graph, ranks, s) for s in starts), key=lambda shape: shape.domains)
-            self.message_costs[source, target] = message_seconds(size, shape, self.job.cluster)
-        return self.message_costs[source, target]
-
-    def _receive(self, rank: _Rank, op: Op) -> Process:
-        """Wait for a neighbour's tensor. Until it was sent the wait is bubble, from then on it is the link's."""
-        assert op.stage is not None and op.microbatch is not None
-        message = self._message(op.kind[-1], op.stage, op.microbatch)
+    def _transfer(self, rank: _Rank, channel: _Channel) -> None:
+        """Move the first message of a channel, then the next."""
+        message, op = channel.queue[0]
         start = self.env.now
-        if not message.arrived.processed:
-            yield message.arrived
+
+        def moved(_: simpy.Event) -> None:
+            self._span(rank, "send", f"PP:{op}", start)
+            message.arrival = self.env.now + channel.latency
+            for waiter in message.waiters:
+                waiter.succeed()
+            channel.queue.popleft()
+            if channel.queue:
+                self._transfer(rank, channel)
+
+        callbacks = self._occupy(rank, channel.route, channel.seconds).callbacks
+        assert callbacks is not None
+        callbacks.append(moved)
+
+    def _channel(self, source: int, target: int) -> _Channel:
+        """What a message between two ranks costs. Those that a folded run stands for may lie in more than one way; the
+        step waits for the ones that lie worst."""
+        layout, training, graph = self.layout, self.job.training, self.job.graph
+        width = self.job.stack.recipes[training.precision].compute
+        shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
+        size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
+        starts = [0] if self.unfold else layout.sibling_starts("pp", self.job.cluster.domain)
+        shapes = {start: group_shape(graph, (source, target), start) for start in starts}
+        worst = max(starts, key=lambda start: shapes[start].domains)
+        latency, seconds = message_seconds(size, shapes[worst], self.job.cluster)
+        route = self.routes.message(source + worst, target + worst) if self.routes else None
+        return _Channel(latency, seconds, route)
+
+    def _receive(self, rank: _Rank, op: Op) -> Process | None:
+        """Wait for a neighbour's tensor, if it is not there yet."""
+        assert op.stage is not None
+        message = self._message(rank.number, op, op.stage)
+        if message.arrival <= self.env.now and not self.trace:
+            return None
+        return self._await(rank, message, op)
+
+    def _await(self, rank: _Rank, message: _Message, op: Op) -> Process:
+        """Until a message was sent the wait for it is bubble, from then on it is the link's."""
+        start = self.env.now
+        yield from self._arrival(message)
         link = min(self.env.now - start, self.env.now - message.sent)
         rank.spend("pp", link)
         rank.spend("bubble", self.env.now - start - link)
+        self._span(rank, "recv", f"PP:{op}", start)
+
+    def _arrival(self, message: _Message) -> Process:
+        if message.arrival == math.inf:
+            moved = self.env.event()
+            message.waiters.append(moved)
+            yield moved
+        if message.arrival > self.env.now:
+            yield self.env.timeout(message.arrival - self.env.now)
 
     def _optimize(self, rank: _Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""
-        start = self.env.now
-        yield self.env.all_of(rank.reducing)
-        rank.spend("dp", self.env.now - start)
-        start = self.env.now
+        yield from self._wait(rank, self.env.all_of(rank.reducing), "dp")
         self.ready += 1
         if self.ready == len(self.ranks):
             self.all_ready.succeed()
-        yield self.all_ready
-        rank.spend("bubble", self.env.now - start)
+        yield from self._wait(rank, self.all_ready, "bubble")
         start = self.env.now
-        yield self._busy(rank, self._optimizer_seconds(rank))
+        yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
         rank.spend("optimizer", self.env.now - start)
         self._span(rank, "compute", str(op), start)
 
-    def _optimizer_seconds(self, rank: _Rank) -> float:
-        """The update of this rank's share, and an all-reduce of the gradient norm over the world."""
-        job, layout = self.job, self.layout
+    def _update_seconds(self, rank: _Rank) -> float:
+        """The update of this rank's share of the parameters."""
+        layout, job = self.layout, self.job
         parameters = sum(self.program.stages[s].parameters for s in layout.stages_of(rank.index))
         share = parameters / (layout.dp_shard if layout.zero_stage else 1)
-        world = group_shape(job.graph, layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
-        norm = collective_seconds("all_reduce", 4.0, world, job.cluster)
-        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share) + norm
+        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
+
+    @functools.cached_property
+    def _norm_seconds(self) -> float:
+        """An all-reduce of the gradient norm over the world."""
+        world = group_shape(self.job.graph, self.layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
+        return collective_seconds("all_reduce", 4.0, world, self.job.cluster)

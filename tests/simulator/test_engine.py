@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
-from simulator.engine import Processors, run_program
+from simulator.engine import run_program
 from simulator.job import Job, build_job
 from simulator.layout import Layout
+from simulator.processors import Processors
 from simulator.program import Program, with_communication
 from simulator.schedules import compute_order
 from simulator.simulate import simulate
@@ -133,9 +134,9 @@ def test_processors_finish_late_in_a_long_step() -> None:
 def test_spans_carry_torchs_names() -> None:
     layout, job = Layout(pp=2), ideal_job(2, 2)
     run = run_program(job, layout, program(layout, 2, 1.0, 2.0), trace=True)
-    compute = [s.name for s in run.spans if s.stream == "compute" and s.rank == 0]
+    compute = [s.name for s in run.timeline.spans if s.stream == "compute" and s.rank == 0]
     assert compute == ["PP:0F0", "PP:0F1", "PP:0B0", "PP:0B1", "OPTIMIZER"]
-    assert not run_program(job, layout, program(layout, 2, 1.0, 2.0)).spans
+    assert not run_program(job, layout, program(layout, 2, 1.0, 2.0)).timeline.spans
 
 
 @given(factor=st.floats(1.0, 8.0), tp=st.sampled_from([1, 2, 8]), pp=st.sampled_from([1, 2, 4]))
