@@ -18,26 +18,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
 from simpy.core import EmptySchedule
 
 from simulator.cluster import group_shape
-from simulator.collectives import collective_seconds, message_seconds
+from simulator.collectives import collective_seconds
 from simulator.compute import optimizer_seconds
 from simulator.errors import UserError
 from simulator.layout import Layout
+from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
 from simulator.processors import Processors
 from simulator.program import Program
 from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import Work
+from simulator.stage import StageCost, Work
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -47,9 +47,20 @@ Process = Generator[simpy.Event, Any, None]
 Waiting = Process | simpy.Event | None
 Step = tuple[Callable[..., Waiting], Any]
 
-# The field of StageCost that says what an op of this kind keeps its rank busy with, and what it does to memory: bytes
-# of a microbatch that it begins to keep, and whether it lets them go.
-COMPUTE = {"F": "forward", "B": "backward"}
+
+class Compute(NamedTuple):
+    """An op that computes, by fields of StageCost: the work that it is, the bytes that its rank keeps from its begin
+    on, and those that it lets go at its end."""
+
+    work: str
+    keeps: str
+    frees: tuple[str, ...] = ()
+
+
+COMPUTE = {
+    "F": Compute("forward", keeps="saved"),
+    "B": Compute("backward", keeps="working", frees=("working", "saved")),
+}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B",)
 # Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
@@ -96,26 +107,6 @@ def run_program(
     return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
 
 
-@dataclass(slots=True)
-class _Message:
-    """A tensor on its way: `sent` is when it left its rank, `arrival` when it is there, known once the link is done
-    with it; whoever waits before that waits for `waiters`."""
-
-    sent: float = math.inf
-    arrival: float = math.inf
-    waiters: list[simpy.Event] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class _Channel:
-    """The stream of messages from one rank to another: one at a time, in the order in which they were sent."""
-
-    latency: float
-    seconds: float
-    route: Route | None
-    queue: deque[tuple[_Message, Op]] = field(default_factory=deque)
-
-
 @dataclass(eq=False)
 class _Rank:
     """The state of a simulated rank: its pipeline rank, the first of the global ranks it stands for, and how many of
@@ -131,7 +122,7 @@ class _Rank:
     spent: dict[str, float] = field(default_factory=dict)
     reducing: list[simpy.Event] = field(default_factory=list)
     gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)
-    channels: dict[int, _Channel] = field(default_factory=dict)
+    channels: dict[int, Channel] = field(default_factory=dict)
     routes: dict[Axes, Route | None] = field(default_factory=dict)
     activations: float = 0.0
 
@@ -161,10 +152,10 @@ class _Engine:
         self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
         self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
-        self.messages: dict[tuple[str, int, int, int], _Message] = {}
+        self.messages: dict[tuple[str, int, int, int], Message] = {}
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         self.final = {op.stage: op for order in program.orders for op in order if op.kind in GRADIENT}
-        self.work = {kind: [getattr(cost, name) for cost in program.stages] for kind, name in COMPUTE.items()}
+        self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[_Rank, Op], Waiting]] = {
             **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
@@ -227,14 +218,13 @@ class _Engine:
                 seconds += self.work[kind][stage].total
                 booked[kind, stage] = booked.get((kind, stage), 0) + 1
                 continue
-            if seconds:
-                steps.append((self._busy, seconds))
-                seconds = 0.0
+            steps += [(self._busy, seconds), (self.handlers[kind], op)] if seconds else [(self.handlers[kind], op)]
+            seconds = 0.0
             if kind == "UNSHARD":
                 gathered.add(stage)
-            else:
-                gathered.discard(stage if kind in COMPUTE else None)
-            steps.append((self.handlers[kind], op))
+            elif kind in COMPUTE:
+                gathered.discard(stage)
+        steps += [(self._busy, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
             self._spend_work(rank, vars(self.work[kind][stage]), count)
         return steps
@@ -247,18 +237,16 @@ class _Engine:
 
     def _occupy(self, rank: _Rank, route: Route | None, seconds: float) -> simpy.Event:
         """Occupy the links of a route for what takes `seconds` there alone."""
-        if route is None:
-            return self._busy(rank, seconds)
-        return self.network.start(route, seconds * route.alone)
+        return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
     def _span(self, rank: _Rank, stream: str, name: str, start: float) -> None:
         if self.trace:
             self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
 
-    def _keep(self, rank: _Rank, activations: float) -> None:
-        """Note what a rank keeps for its backwards from now on."""
-        if self.trace:
-            rank.activations += activations
+    def _keep(self, rank: _Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
+        """Note what a rank keeps from now on, or with `sign` -1 no more."""
+        if self.trace and what:
+            rank.activations += sign * sum(getattr(cost, name) for name in what)
             self.memory.append(MemorySample(rank.number // self.alike, self.env.now, rank.activations))
 
     def _reduces(self, op: Op) -> bool:
@@ -281,7 +269,7 @@ class _Engine:
         spent = self._at_own_speed(rank, work)
         yield from self._wait(rank, self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        self._keep(rank, cost.saved if op.kind == "F" else cost.working)
+        self._keep(rank, cost, COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
                 yield from self._wait(rank, gathered[piece], "dp")
@@ -292,8 +280,7 @@ class _Engine:
                 rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
         if reduces and not overlaps:
             rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
-        if op.kind == "B":
-            self._keep(rank, -cost.working - cost.saved)
+        self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
         self._span(rank, "compute", f"PP:{op}", began)
 
     def _spend_work(self, rank: _Rank, spent: Mapping[str, float], times: float) -> None:
@@ -364,10 +351,14 @@ class _Engine:
             return None
         return self._wait(rank, self.env.all_of(rank.reducing), "dp")
 
-    def _message(self, rank: int, op: Op, stage: int) -> _Message:
-        """The message that a global rank receives for this stage."""
+    def _message(self, rank: int, op: Op, stage: int) -> Message:
+        """The message that a global rank receives for this stage: whoever asks first makes it for the other."""
         assert op.microbatch is not None
-        return self.messages.setdefault((op.kind[-1], stage, op.microbatch, rank), _Message())
+        key = (op.kind[-1], stage, op.microbatch, rank)
+        message = self.messages.pop(key, None)
+        if message is None:
+            message = self.messages[key] = Message()
+        return message
 
     def _send(self, rank: _Rank, op: Op) -> Process | None:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
@@ -375,50 +366,29 @@ class _Engine:
         stage = op.stage + (1 if op.kind == "SEND_F" else -1)
         target = rank.number + (self.rank_of[stage] - rank.index) * self.block
         if target not in rank.channels:
-            rank.channels[target] = self._channel(rank.number, target)
-        channel, message = rank.channels[target], self._message(target, op, stage)
-        message.sent = self.env.now
-        channel.queue.append((message, op))
-        if len(channel.queue) == 1:
-            self._transfer(rank, channel)
+            rank.channels[target] = self._channel(rank, target)
+        message = self._message(target, op, stage)
+        rank.channels[target].send(message, lambda start: self._span(rank, "send", f"PP:{op}", start))
         return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
-    def _sent(self, rank: _Rank, message: _Message) -> Process:
+    def _sent(self, rank: _Rank, message: Message) -> Process:
         """Wait with a tensor that is being sent until it is there."""
-        yield from self._arrival(message)
+        yield from message.wait(self.env)
         rank.spend("pp", self.env.now - message.sent)
 
-    def _transfer(self, rank: _Rank, channel: _Channel) -> None:
-        """Move the first message of a channel, then the next."""
-        message, op = channel.queue[0]
-        start = self.env.now
+    def _channel(self, rank: _Rank, target: int) -> Channel:
+        fold = not self.unfold
+        latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
 
-        def moved(_: simpy.Event) -> None:
-            self._span(rank, "send", f"PP:{op}", start)
-            message.arrival = self.env.now + channel.latency
-            for waiter in message.waiters:
-                waiter.succeed()
-            channel.queue.popleft()
-            if channel.queue:
-                self._transfer(rank, channel)
+        def occupy(end: Callable[[], None]) -> None:
+            if route is not None:
+                self.network.start(route, seconds * route.alone, end)
+                return
+            callbacks = self._busy(rank, seconds).callbacks
+            assert callbacks is not None
+            callbacks.append(lambda _: end())
 
-        callbacks = self._occupy(rank, channel.route, channel.seconds).callbacks
-        assert callbacks is not None
-        callbacks.append(moved)
-
-    def _channel(self, source: int, target: int) -> _Channel:
-        """What a message between two ranks costs. Those that a folded run stands for may lie in more than one way; the
-        step waits for the ones that lie worst."""
-        layout, training, graph = self.layout, self.job.training, self.job.graph
-        width = self.job.stack.recipes[training.precision].compute
-        shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
-        size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
-        starts = [0] if self.unfold else layout.sibling_starts("pp", self.job.cluster.domain)
-        shapes = {start: group_shape(graph, (source, target), start) for start in starts}
-        worst = max(starts, key=lambda start: shapes[start].domains)
-        latency, seconds = message_seconds(size, shapes[worst], self.job.cluster)
-        route = self.routes.message(source + worst, target + worst) if self.routes else None
-        return _Channel(latency, seconds, route)
+        return Channel(self.env, latency, occupy)
 
     def _receive(self, rank: _Rank, op: Op) -> Process | None:
         """Wait for a neighbour's tensor, if it is not there yet."""
@@ -428,22 +398,14 @@ class _Engine:
             return None
         return self._await(rank, message, op)
 
-    def _await(self, rank: _Rank, message: _Message, op: Op) -> Process:
+    def _await(self, rank: _Rank, message: Message, op: Op) -> Process:
         """Until a message was sent the wait for it is bubble, from then on it is the link's."""
         start = self.env.now
-        yield from self._arrival(message)
+        yield from message.wait(self.env)
         link = min(self.env.now - start, self.env.now - message.sent)
         rank.spend("pp", link)
         rank.spend("bubble", self.env.now - start - link)
         self._span(rank, "recv", f"PP:{op}", start)
-
-    def _arrival(self, message: _Message) -> Process:
-        if message.arrival == math.inf:
-            moved = self.env.event()
-            message.waiters.append(moved)
-            yield moved
-        if message.arrival > self.env.now:
-            yield self.env.timeout(message.arrival - self.env.now)
 
     def _optimize(self, rank: _Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""

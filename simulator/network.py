@@ -54,7 +54,7 @@ class Flow:
 
     route: Route
     left: float
-    done: simpy.Event
+    done: Callable[[], object]
     updated: float
     rate: float = 0.0
     alarms: int = 0
@@ -88,7 +88,7 @@ def max_min_rates(flows: Collection[Flow]) -> dict[Flow, float]:
 
 
 class Network:
-    """Links in use, as a part of a simulation: `start` a flow, wait for its event."""
+    """The links of a simulation that are in use, and the flows on them."""
 
     def __init__(self, env: simpy.Environment) -> None:
         self.env = env
@@ -100,9 +100,15 @@ class Network:
             self.links[key] = Link(capacity)
         return self.links[key]
 
-    def start(self, route: Route, size: float) -> simpy.Event:
-        """Send `size` bytes; the event fires when the last one has left. Raises nothing: limits are above zero."""
-        flow = Flow(route, size, self.env.event(), self.env.now)
+    def transfer(self, route: Route, size: float) -> simpy.Event:
+        """Send `size` bytes; the event fires when the last one has left."""
+        done = self.env.event()
+        self.start(route, size, done.succeed)
+        return done
+
+    def start(self, route: Route, size: float, done: Callable[[], object]) -> None:
+        """Send `size` bytes; `done` is called when the last one has left."""
+        flow = Flow(route, size, done, self.env.now)
         meets = False
         for link, weight in route.links:
             meets = meets or bool(link.flows)
@@ -111,7 +117,6 @@ class Network:
             self._share(_met(flow))
         else:
             self._set_rate(flow, route.alone)
-        return flow.done
 
     def _share(self, flows: Collection[Flow]) -> None:
         for flow, rate in max_min_rates(flows).items():
@@ -133,15 +138,16 @@ class Network:
         def ring(_: Any) -> None:
             if alarm != flow.alarms:
                 return
-            met: set[Flow] = set()
+            met: dict[Flow, float] = {}
             for link, _weight in flow.route.links:
                 del link.flows[flow]
                 met.update(link.flows)
-            flow.done.succeed()
             while met:
                 together = _met(next(iter(met)))
                 self._share(together)
-                met.difference_update(together)
+                for other in together:
+                    met.pop(other, None)
+            flow.done()
 
         return ring
 
