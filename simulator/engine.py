@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,7 +105,21 @@ def run_program(
             raise UserError(f"slowdown names rank {rank}, but the layout has ranks 0 to {layout.world_size - 1}")
         if not 0 < factor < math.inf:
             raise UserError(f"slowdown of rank {rank} = {factor:g} must be above zero and finite")
-    return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
+    with _uncollected():
+        return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's cycle collector: it would search the many objects of a run again and again, a third of its
+    time, and events leave no cycles behind that could not wait for its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(eq=False)
@@ -239,8 +254,9 @@ class _Engine:
         """Occupy the links of a route for what takes `seconds` there alone."""
         return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
-    def _span(self, rank: _Rank, stream: str, name: str, start: float) -> None:
+    def _span(self, rank: _Rank, stream: str, op: Op, start: float) -> None:
         if self.trace:
+            name = str(op) if op.stage is None else f"PP:{op}"
             self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
 
     def _keep(self, rank: _Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
@@ -281,7 +297,7 @@ class _Engine:
         if reduces and not overlaps:
             rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
         self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
-        self._span(rank, "compute", f"PP:{op}", began)
+        self._span(rank, "compute", op, began)
 
     def _spend_work(self, rank: _Rank, spent: Mapping[str, float], times: float) -> None:
         """Book an op's seconds on what they are made of; on shared processors they last longer than the work's own."""
@@ -321,7 +337,7 @@ class _Engine:
             yield self._occupy(rank, self._collective_route(rank, axes), seconds)
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):
                 yield end
-            self._span(rank, "dp", f"PP:{op}", start)
+            self._span(rank, "dp", op, start)
 
     def _collective_route(self, rank: _Rank, axes: Axes) -> Route | None:
         """The rank's links to the group's farthest rank; the tiers below carry more than they are asked for."""
@@ -368,7 +384,8 @@ class _Engine:
         if target not in rank.channels:
             rank.channels[target] = self._channel(rank, target)
         message = self._message(target, op, stage)
-        rank.channels[target].send(message, lambda start: self._span(rank, "send", f"PP:{op}", start))
+        moved = functools.partial(self._span, rank, "send", op) if self.trace else None
+        rank.channels[target].send(message, moved)
         return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
     def _sent(self, rank: _Rank, message: Message) -> Process:
@@ -405,7 +422,7 @@ class _Engine:
         link = min(self.env.now - start, self.env.now - message.sent)
         rank.spend("pp", link)
         rank.spend("bubble", self.env.now - start - link)
-        self._span(rank, "recv", f"PP:{op}", start)
+        self._span(rank, "recv", op, start)
 
     def _optimize(self, rank: _Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""
@@ -417,7 +434,7 @@ class _Engine:
         start = self.env.now
         yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
         rank.spend("optimizer", self.env.now - start)
-        self._span(rank, "compute", str(op), start)
+        self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: _Rank) -> float:
         """The update of this rank's share of the parameters."""

@@ -53,9 +53,9 @@ class Channel:
     env: simpy.Environment
     latency: float
     occupy: Callable[[Callable[[], None]], None]
-    queue: deque[tuple[Message, Callable[[float], None]]] = field(default_factory=deque)
+    queue: deque[tuple[Message, Callable[[float], None] | None]] = field(default_factory=deque)
 
-    def send(self, message: Message, moved: Callable[[float], None]) -> None:
+    def send(self, message: Message, moved: Callable[[float], None] | None = None) -> None:
         """Queue a message; `moved` is called with the time when its transfer began, when that has ended."""
         message.sent = self.env.now
         self.queue.append((message, moved))
@@ -70,7 +70,8 @@ class Channel:
             message.arrival = self.env.now + self.latency
             if message.arrived is not None:
                 message.arrived.succeed_after(self.latency)
-            moved(start)
+            if moved is not None:
+                moved(start)
             self.queue.popleft()
             if self.queue:
                 self._transfer()

@@ -128,28 +128,27 @@ class Network:
         flow.left = max(0.0, flow.left - flow.rate * (now - flow.updated))
         flow.rate, flow.updated = rate, now
         flow.alarms += 1
-        alarm = self.env.timeout(flow.left / flow.rate)
+        alarm = self.env.timeout(flow.left / flow.rate, (flow, flow.alarms))
         assert alarm.callbacks is not None
-        alarm.callbacks.append(self._end(flow, flow.alarms))
+        alarm.callbacks.append(self._end)
 
-    def _end(self, flow: Flow, alarm: int) -> Callable[[Any], None]:
-        """What an alarm does: end the flow, unless its rate has changed since."""
-
-        def ring(_: Any) -> None:
-            if alarm != flow.alarms:
-                return
-            met: dict[Flow, float] = {}
-            for link, _weight in flow.route.links:
-                del link.flows[flow]
+    def _end(self, alarm: simpy.Event) -> None:
+        """End the flow that an alarm was set for, unless its rate has changed since."""
+        assert alarm.value is not None
+        flow, number = alarm.value
+        if number != flow.alarms:
+            return
+        met: dict[Flow, float] = {}
+        for link, _ in flow.route.links:
+            del link.flows[flow]
+            if link.flows:
                 met.update(link.flows)
-            while met:
-                together = _met(next(iter(met)))
-                self._share(together)
-                for other in together:
-                    met.pop(other, None)
-            flow.done()
-
-        return ring
+        while met:
+            together = _met(next(iter(met)))
+            self._share(together)
+            for other in together:
+                met.pop(other, None)
+        flow.done()
 
 
 def _met(flow: Flow) -> dict[Flow, None]:
@@ -198,12 +197,14 @@ class Routes:
         """A route over these edges, each on the side of a rank. Alone, a flow gets its device's share of every link:
         all devices at a card may be sending."""
         links, limit = [], math.inf
-        for edge, rank in edges:
-            capacity = self.graph.edges[edge]["bandwidth"]
+        capacities = [self.graph.edges[edge]["bandwidth"] for edge, _ in edges]
+        for (edge, rank), capacity in zip(edges, capacities, strict=True):
             devices = self._sharing(edge)
             limit = min(limit, capacity / max(1, len(devices)))
             weight = max(1, len(devices & self._alike_on_node(rank))) if devices else 1
-            links.append((self.network.link(edge, capacity), float(weight)))
+            # What goes from a device to its card goes on from there, where others may join it.
+            if {end[0] for end in edge} != {"gpu", "nic"} or capacity < max(capacities):
+                links.append((self.network.link(edge, capacity), float(weight)))
         return Route(tuple(links), limit)
 
     def _sharing(self, edge: tuple[Any, Any]) -> frozenset[Any]:
