@@ -19,8 +19,8 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
@@ -35,6 +35,7 @@ from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
 from simulator.processors import Processors
 from simulator.program import Program
+from simulator.ranks import Process, Rank
 from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
@@ -43,7 +44,6 @@ from simulator.stage import StageCost, Work
 if TYPE_CHECKING:
     from simulator.job import Job
 
-Process = Generator[simpy.Event, Any, None]
 # What a handler leaves its rank to do: nothing, one event to wait for, or more.
 Waiting = Process | simpy.Event | None
 Step = tuple[Callable[..., Waiting], Any]
@@ -122,29 +122,6 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass(eq=False)
-class _Rank:
-    """The state of a simulated rank: its pipeline rank, the first of the global ranks it stands for, and how many of
-    those share its processors. `spent` sums seconds by the fields of Breakdown."""
-
-    index: int
-    number: int
-    processors: Processors | None
-    replicas: int
-    dp_stream: simpy.Resource
-    factor: float = 1.0
-    slowest: float = 1.0
-    spent: dict[str, float] = field(default_factory=dict)
-    reducing: list[simpy.Event] = field(default_factory=list)
-    gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)
-    channels: dict[int, Channel] = field(default_factory=dict)
-    routes: dict[Axes, Route | None] = field(default_factory=dict)
-    activations: float = 0.0
-
-    def spend(self, what: str, seconds: float) -> None:
-        self.spent[what] = self.spent.get(what, 0.0) + seconds
-
-
 class _Engine:
     def __init__(
         self, job: Job, layout: Layout, program: Program, trace: bool, unfold: bool, slowdown: Mapping[int, float]
@@ -172,7 +149,7 @@ class _Engine:
         self.final = {op.stage: op for order in program.orders for op in order if op.kind in GRADIENT}
         self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
-        self.handlers: dict[str, Callable[[_Rank, Op], Waiting]] = {
+        self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
             **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
             "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
             "OPTIMIZER": self._optimize,
@@ -194,19 +171,19 @@ class _Engine:
         critical.spend("bubble", now - sum(critical.spent.values()))
         return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
 
-    def _make_rank(self, number: int) -> _Rank:
+    def _make_rank(self, number: int) -> Rank:
         spec, pool, replicas = self.job.cluster, None, 1
         if spec.concurrency:
             per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
             pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
             replicas = 1 if self.unfold else min(self.block, per_node)
-        rank = _Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
+        rank = Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
         rank.factor = self.slowdown.get(number, 1.0)
         if self.slowdown:
             rank.slowest = max(self.slowdown.get(one, 1.0) for one in self.groups.members(number, self.lockstep))
         return rank
 
-    def _run_rank(self, rank: _Rank) -> Process:
+    def _run_rank(self, rank: Rank) -> Process:
         for handler, argument in self._steps(rank):
             waiting = handler(rank, argument)
             if waiting is None:
@@ -216,7 +193,7 @@ class _Engine:
             else:
                 yield from waiting
 
-    def _steps(self, rank: _Rank) -> list[Step]:
+    def _steps(self, rank: Rank) -> list[Step]:
         """What a rank does: a handler and its op. Forwards and backwards between which nothing can happen become one
         step, and as nothing can change how long they take, they are booked here."""
         ops = self.program.orders[rank.index]
@@ -241,25 +218,25 @@ class _Engine:
                 gathered.discard(stage)
         steps += [(self._busy, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
-            self._spend_work(rank, vars(self.work[kind][stage]), count)
+            rank.spend_work(vars(self.work[kind][stage]), count)
         return steps
 
-    def _busy(self, rank: _Rank, seconds: float) -> simpy.Event:
+    def _busy(self, rank: Rank, seconds: float) -> simpy.Event:
         """Occupy the rank's device, or its share of the node's processors."""
         if rank.processors is None:
             return self.env.timeout(seconds)
         return rank.processors.work(seconds, rank.replicas)
 
-    def _occupy(self, rank: _Rank, route: Route | None, seconds: float) -> simpy.Event:
+    def _occupy(self, rank: Rank, route: Route | None, seconds: float) -> simpy.Event:
         """Occupy the links of a route for what takes `seconds` there alone."""
         return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
-    def _span(self, rank: _Rank, stream: str, op: Op, start: float) -> None:
+    def _span(self, rank: Rank, stream: str, op: Op, start: float) -> None:
         if self.trace:
             name = str(op) if op.stage is None else f"PP:{op}"
             self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
 
-    def _keep(self, rank: _Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
+    def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
         """Note what a rank keeps from now on, or with `sign` -1 no more."""
         if self.trace and what:
             rank.activations += sign * sum(getattr(cost, name) for name in what)
@@ -269,7 +246,7 @@ class _Engine:
         """Whether gradients of the op's stage are reduced behind it."""
         return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
 
-    def _compute(self, rank: _Rank, op: Op) -> Process:
+    def _compute(self, rank: Rank, op: Op) -> Process:
         """A forward or backward. The first forward of a stage may wait piece by piece for its parameters, the last
         backward may hand over its gradients bucket by bucket."""
         assert op.stage is not None
@@ -282,16 +259,16 @@ class _Engine:
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
-        spent = self._at_own_speed(rank, work)
-        yield from self._wait(rank, self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
+        spent = rank.seconds_of(work, self.lockstep_name)
+        yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
         self._keep(rank, cost, COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
-                yield from self._wait(rank, gathered[piece], "dp")
+                yield from rank.wait(gathered[piece], "dp")
             start = self.env.now
             yield self._busy(rank, spent["total"] / pieces)
-            self._spend_work(rank, spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
+            rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
                 rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
         if reduces and not overlaps:
@@ -299,73 +276,44 @@ class _Engine:
         self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
         self._span(rank, "compute", op, began)
 
-    def _spend_work(self, rank: _Rank, spent: Mapping[str, float], times: float) -> None:
-        """Book an op's seconds on what they are made of; on shared processors they last longer than the work's own."""
-        for name, seconds in spent.items():
-            if seconds and name != "total":
-                rank.spend(name, times * seconds)
-
-    def _at_own_speed(self, rank: _Rank, work: Work) -> dict[str, float]:
-        """The seconds of an op by what they are spent on, and their total, on a rank with its slowdown; in a group
-        that communicates within the op all wait for its slowest."""
-        spent = {"total": work.total} | vars(work)
-        if rank.slowest != 1:
-            device = work.compute + work.recompute + work.host
-            for name in ("compute", "recompute", "host"):
-                spent[name] *= rank.factor
-            spent[self.lockstep_name] += device * (rank.slowest - rank.factor)
-            spent["total"] = work.total + device * (rank.slowest - 1)
-        return spent
-
-    def _wait(self, rank: _Rank, event: simpy.Event | None, what: str) -> Process:
-        """Wait, and book it."""
-        if event is not None:
-            start = self.env.now
-            yield event
-            rank.spend(what, self.env.now - start)
-
-    def _collective(self, rank: _Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
+    def _collective(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
         """Queue a collective of the data-parallel group: it runs after the ones queued before it."""
         return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece))
 
-    def _on_dp_stream(self, rank: _Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
+    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
         with rank.dp_stream.request() as turn:
             yield turn
             if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
                 yield begin
             start = self.env.now
-            yield self._occupy(rank, self._collective_route(rank, axes), seconds)
+            yield self._occupy(rank, self._ring(rank, axes), seconds)
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):
                 yield end
             self._span(rank, "dp", op, start)
 
-    def _collective_route(self, rank: _Rank, axes: Axes) -> Route | None:
-        """The rank's links to the group's farthest rank; the tiers below carry more than they are asked for."""
-        if self.routes is None:
-            return None
-        if axes not in rank.routes:
-            first, last, size = self.groups.group(rank.number, axes)
-            domain = self.job.cluster.domain
-            apart = (one for one in (last, first) if one // domain != rank.number // domain)
-            peer = next(apart, last if rank.number != last else first)
-            rank.routes[axes] = self.routes.collective(rank.number, peer) if size > 1 else None
-        return rank.routes[axes]
+    def _ring(self, rank: Rank, axes: Axes) -> Route | None:
+        """The links that a collective of the rank's group occupies, where anything could meet it."""
+        if axes not in rank.rings:
+            group = self.groups.group(rank.number, axes)
+            found = self.routes.ring(rank.number, group.first, group.last) if self.routes and group.size > 1 else None
+            rank.rings[axes] = found
+        return rank.rings[axes]
 
-    def _unshard(self, rank: _Rank, op: Op) -> Process | None:
+    def _unshard(self, rank: Rank, op: Op) -> Process | None:
         """Gather a stage's parameters: ahead of its first forward, or beside it where the stack prefetches."""
         assert op.stage is not None
         cost = self.program.stages[op.stage]
         if not self.job.stack.overlap_param_gather:
-            return self._wait(rank, self._collective(rank, cost.gather, op, GATHERING), "dp")
+            return rank.wait(self._collective(rank, cost.gather, op, GATHERING), "dp")
         share, pieces = cost.gather / cost.units, range(cost.units)
         rank.gathering[op.stage] = [self._collective(rank, share, op, GATHERING, piece) for piece in pieces]
         return None
 
-    def _reduce(self, rank: _Rank, op: Op) -> Process | None:
+    def _reduce(self, rank: Rank, op: Op) -> Process | None:
         """The reduction was queued with the last backward; a stack that does not overlap waits for it here."""
         if self.job.stack.overlap_grad_reduce:
             return None
-        return self._wait(rank, self.env.all_of(rank.reducing), "dp")
+        return rank.wait(self.env.all_of(rank.reducing), "dp")
 
     def _message(self, rank: int, op: Op, stage: int) -> Message:
         """The message that a global rank receives for this stage: whoever asks first makes it for the other."""
@@ -376,7 +324,7 @@ class _Engine:
             message = self.messages[key] = Message()
         return message
 
-    def _send(self, rank: _Rank, op: Op) -> Process | None:
+    def _send(self, rank: Rank, op: Op) -> Process | None:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
         assert op.stage is not None
         stage = op.stage + (1 if op.kind == "SEND_F" else -1)
@@ -388,12 +336,12 @@ class _Engine:
         rank.channels[target].send(message, moved)
         return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
-    def _sent(self, rank: _Rank, message: Message) -> Process:
+    def _sent(self, rank: Rank, message: Message) -> Process:
         """Wait with a tensor that is being sent until it is there."""
         yield from message.wait(self.env)
         rank.spend("pp", self.env.now - message.sent)
 
-    def _channel(self, rank: _Rank, target: int) -> Channel:
+    def _channel(self, rank: Rank, target: int) -> Channel:
         fold = not self.unfold
         latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
 
@@ -407,7 +355,7 @@ class _Engine:
 
         return Channel(self.env, latency, occupy)
 
-    def _receive(self, rank: _Rank, op: Op) -> Process | None:
+    def _receive(self, rank: Rank, op: Op) -> Process | None:
         """Wait for a neighbour's tensor, if it is not there yet."""
         assert op.stage is not None
         message = self._message(rank.number, op, op.stage)
@@ -415,7 +363,7 @@ class _Engine:
             return None
         return self._await(rank, message, op)
 
-    def _await(self, rank: _Rank, message: Message, op: Op) -> Process:
+    def _await(self, rank: Rank, message: Message, op: Op) -> Process:
         """Until a message was sent the wait for it is bubble, from then on it is the link's."""
         start = self.env.now
         yield from message.wait(self.env)
@@ -424,19 +372,19 @@ class _Engine:
         rank.spend("bubble", self.env.now - start - link)
         self._span(rank, "recv", op, start)
 
-    def _optimize(self, rank: _Rank, op: Op) -> Process:
+    def _optimize(self, rank: Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""
-        yield from self._wait(rank, self.env.all_of(rank.reducing), "dp")
+        yield from rank.wait(self.env.all_of(rank.reducing), "dp")
         self.ready += 1
         if self.ready == len(self.ranks):
             self.all_ready.succeed()
-        yield from self._wait(rank, self.all_ready, "bubble")
+        yield from rank.wait(self.all_ready, "bubble")
         start = self.env.now
         yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
         rank.spend("optimizer", self.env.now - start)
         self._span(rank, "compute", op, start)
 
-    def _update_seconds(self, rank: _Rank) -> float:
+    def _update_seconds(self, rank: Rank) -> float:
         """The update of this rank's share of the parameters."""
         layout, job = self.layout, self.job
         parameters = sum(self.program.stages[s].parameters for s in layout.stages_of(rank.index))

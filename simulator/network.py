@@ -180,9 +180,12 @@ class Routes:
         half = len(edges) // 2
         return self._route([(edge, source) for edge in edges[:half]] + [(edge, target) for edge in edges[half:]])
 
-    def collective(self, rank: int, peer: int) -> Route:
-        """A rank's part of a ring that reaches as far as `peer`: its way to the switch they share, out and in."""
-        edges = self._edges(rank, peer)
+    def ring(self, rank: int, first: int, last: int) -> Route:
+        """A rank's part of a collective of a group from `first` to `last`: its way, out and in, to the switch or the
+        fabric that joins the group. The tiers below carry more than they are asked for."""
+        domain = self.graph.graph["spec"].domain
+        farthest = (one for one in (last, first) if one // domain != rank // domain)
+        edges = self._edges(rank, next(farthest, first if rank == last else last))
         out = edges[: len(edges) // 2]
         return self._route([(edge, rank) for edge in [*out, *((b, a) for a, b in out)]])
 

@@ -170,11 +170,11 @@ def test_a_collective_meets_messages_on_its_card_only() -> None:
     network = Network(env)
     routes = Routes(network, build_cluster(hgx(8), 3))
     ended: dict[str, float] = {}
-    for name, route in (("ring", routes.collective(0, 16)), ("inside", routes.message(0, 1))):
+    for name, route in (("ring", routes.ring(0, 0, 16)), ("inside", routes.message(0, 1))):
         network.start(route, route.alone, lambda name=name: ended.setdefault(name, env.now))
     env.run()
     assert ended == {"ring": pytest.approx(1.0), "inside": pytest.approx(1.0)}
-    for name, route in (("ring again", routes.collective(0, 16)), ("outside", routes.message(0, 8))):
+    for name, route in (("ring again", routes.ring(0, 0, 16)), ("outside", routes.message(0, 8))):
         network.start(route, route.alone, lambda name=name: ended.setdefault(name, env.now))
     env.run()
     assert (ended["ring again"], ended["outside"]) == pytest.approx((3.0, 3.0))
