@@ -20,7 +20,8 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## how fast the tool itself answers
+bench: $(READY)  ## how fast the simulator is, and how fast the tool answers
+	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/answer_time.py
 
 $(READY): pyproject.toml

@@ -113,7 +113,7 @@ def simulate(
     if trace is not None:
         from reports.trace import chrome_trace
 
-        write_json(trace, chrome_trace(prediction.timeline))
+        write_json(trace, chrome_trace(prediction))
     if as_json:
         _print_json(show.prediction_json(prediction))
         return

@@ -2,35 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from simulator.results import Span
+from simulator.results import Prediction, Span
 
-_STREAMS = ("compute", "pp", "dp")
+STREAMS = ("compute", "send", "recv", "dp")
+_MESSAGE = re.compile(r"PP:(?P<stage>\d+)(?P<way>SEND|RECV)_(?P<kind>[FB])(?P<microbatch>\d+)")
+
+Event = dict[str, Any]
 
 
-def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
-    """Spans as `traceEvents`: a process per pipeline rank, a thread per stream, times in microseconds."""
-    spans = list(spans)
-    events: list[dict[str, Any]] = []
+def chrome_trace(prediction: Prediction) -> dict[str, Any]:
+    """The timeline as `traceEvents`, times in microseconds.
+
+    A process per pipeline rank; a thread per stream, and further ones where spans of a stream overlap; an arrow from
+    every send to its receive; a counter of bytes, what is there all the time below the activations.
+    """
+    spans, alike = prediction.timeline.spans, prediction.layout.world_size // prediction.layout.pp
+    events: list[Event] = []
     for rank in sorted({span.rank for span in spans}):
-        events.append(_name("process_name", rank, 0, f"pipeline rank {rank}"))
-        events += [_name("thread_name", rank, tid, stream) for tid, stream in enumerate(_STREAMS)]
-    for span in spans:
-        events.append(
-            {
-                "ph": "X",
-                "pid": span.rank,
-                "tid": _STREAMS.index(span.stream),
-                "name": span.name,
-                "cat": span.stream,
-                "ts": span.start * 1e6,
-                "dur": span.seconds * 1e6,
-            }
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+        many = f" ({alike} alike)" if alike > 1 else ""
+        events.append(_named("process_name", rank, 0, f"pipeline rank {rank}{many}"))
+        events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
+        threads = [
+            (stream, lane)
+            for stream in STREAMS
+            for lane in _lanes(span for span in spans if span.rank == rank and span.stream == stream)
+        ]
+        for tid, (stream, lane) in enumerate(threads):
+            events.append(_named("thread_name", rank, tid, stream))
+            events += [_complete(span, tid) for span in lane]
+    return {"traceEvents": [*events, *_arrows(events), *_memory(prediction)], "displayTimeUnit": "ms"}
 
 
-def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+def _lanes(spans: Iterable[Span]) -> list[list[Span]]:
+    """Spans of one stream on as few lines as they need to not overlap; at least one line."""
+    lanes: list[list[Span]] = [[]]
+    for span in sorted(spans, key=lambda span: span.start):
+        free = (lane for lane in lanes if not lane or lane[-1].start + lane[-1].seconds <= span.start * (1 + 1e-12))
+        lane = next(free, None)
+        if lane is None:
+            lanes.append(lane := [])
+        lane.append(span)
+    return lanes
+
+
+def _complete(span: Span, tid: int) -> Event:
+    times = {"ts": span.start * 1e6, "dur": span.seconds * 1e6}
+    return {"ph": "X", "pid": span.rank, "tid": tid, "name": span.name, "cat": span.stream, **times}
+
+
+def _arrows(events: list[Event]) -> Iterator[Event]:
+    """A flow from the begin of every send to the end of its receive."""
+    sent: dict[tuple[str, int, int], Event] = {}
+    received: list[tuple[tuple[str, int, int], Event]] = []
+    for event in events:
+        match = _MESSAGE.fullmatch(event["name"]) if event["ph"] == "X" else None
+        if match is None:
+            continue
+        kind, stage, microbatch = match["kind"], int(match["stage"]), int(match["microbatch"])
+        if match["way"] == "SEND":
+            sent[kind, stage + (1 if kind == "F" else -1), microbatch] = event
+        else:
+            received.append(((kind, stage, microbatch), event))
+    for number, (key, end) in enumerate(received):
+        begin = sent[key]
+        arrow = {"name": f"{key[0]}{key[2]}", "cat": "message", "id": number}
+        yield {**arrow, "ph": "s", "pid": begin["pid"], "tid": begin["tid"], "ts": begin["ts"]}
+        yield {**arrow, "ph": "f", "bp": "e", "pid": end["pid"], "tid": end["tid"], "ts": end["ts"] + end["dur"]}
+
+
+def _memory(prediction: Prediction) -> Iterator[Event]:
+    """Bytes of each rank over time. At its peak a rank holds what `memory_per_stage` says; all but the activations is
+    there from the first moment."""
+    for sample in prediction.timeline.memory:
+        memory = prediction.memory_per_stage[sample.rank]
+        held = {"static": memory.peak - memory.activations, "activations": sample.activations}
+        yield {"ph": "C", "pid": sample.rank, "name": "memory (bytes)", "ts": sample.seconds * 1e6, "args": held}
+
+
+def _named(kind: str, pid: int, tid: int, name: str) -> Event:
     return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reports.published import Case, Row, Skip, interpret

@@ -15,7 +15,6 @@ from simulator.errors import UserError
 from simulator.kernels import Attention, Kernel, Matmul, Pointwise
 from simulator.stack import Stack
 
-
 # Cores that write their scores to memory, with the elementwise operation that turns them into probabilities: one fused
 # kernel for scale, mask and softmax, or PyTorch's operations one after another.
 UNFUSED = {"unfused": "softmax", "eager": "eager_softmax"}

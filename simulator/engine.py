@@ -1,151 +1,156 @@
-"""The engine: pipeline ranks are simpy processes, their programs run in virtual time.
+"""The engine: ranks are simpy processes, their programs run in virtual time.
 
-Each rank has two streams: ops run one after another on `compute`; gradient reduction and parameter gathering run on
-`dp` beside it where the stack overlaps them. Messages travel between ranks on the link between their devices. Ranks
-that differ only in their data-parallel and tensor-parallel coordinates do the same at the same time, so one of each
-kind is simulated and counts for all.
+Each rank has streams: ops run one after another on `compute`; gradient reduction and parameter gathering run on `dp`
+beside it where the stack overlaps them; messages leave one after another on a stream per receiver. What meets on a
+link of the cluster shares it (network.py).
 
-On a machine without GPUs the ranks of a node share its processors (Processors): k ranks that compute at once run at
-the measured speed of k, and communication over the loopback needs processors like everything else.
+Folding: ranks that differ only in their data-, context- and tensor-parallel coordinates do the same at the same time,
+so one of each pipeline rank is simulated and counts for all. An unfolded run simulates every rank: its collectives
+wait for the ranks of their group, its messages go to the very peer. Both give the same step
+(tests/simulator/test_unfolded.py); ranks of different speed need the unfolded one.
+
+On a machine without GPUs the ranks of a node share its processors (processors.py): k ranks that compute at once run
+at the measured speed of k, and communication over the loopback needs processors like everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import contextlib
+import functools
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
+from simpy.core import EmptySchedule
 
 from simulator.cluster import group_shape
-from simulator.collectives import collective_seconds, message_seconds
+from simulator.collectives import collective_seconds
 from simulator.compute import optimizer_seconds
+from simulator.errors import UserError
 from simulator.layout import Layout
+from simulator.messages import Channel, Message, message_cost
+from simulator.network import Network, Route, Routes
+from simulator.processors import Processors
 from simulator.program import Program
-from simulator.results import Breakdown, Span
+from simulator.ranks import Process, Rank
+from simulator.rendezvous import Axes, Rendezvous
+from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import Work
+from simulator.stage import StageCost, Work
 
 if TYPE_CHECKING:
     from simulator.job import Job
 
-Process = Generator[simpy.Event, Any, None]
+# What a handler leaves its rank to do: nothing, one event to wait for, or more.
+Waiting = Process | simpy.Event | None
+Step = tuple[Callable[..., Waiting], Any]
+
+
+class Compute(NamedTuple):
+    """An op that computes, by fields of StageCost: the work that it is, the bytes that its rank keeps from its begin
+    on, and those that it lets go at its end."""
+
+    work: str
+    keeps: str
+    frees: tuple[str, ...] = ()
+
+
+COMPUTE = {
+    "F": Compute("forward", keeps="saved"),
+    "B": Compute("backward", keeps="working", frees=("working", "saved")),
+}
+# Ops that finish a stage's gradients: behind the last of them they are reduced.
+GRADIENT = ("B",)
+# Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
+LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One simulated step: its length, where the critical rank spent it, and the spans if they were asked for."""
+    """One simulated step: its length, where the critical rank spent it, what it took to simulate, and the timeline
+    if it was asked for."""
 
     step_seconds: float
     breakdown: Breakdown
-    spans: tuple[Span, ...]
+    events: int
+    timeline: Timeline
 
 
-def run_program(job: Job, layout: Layout, program: Program, trace: bool = False) -> Run:
+def run_program(
+    job: Job,
+    layout: Layout,
+    program: Program,
+    trace: bool = False,
+    unfold: bool = False,
+    slowdown: Mapping[int, float] | None = None,
+) -> Run:
     """Run a program in virtual time.
 
     The critical rank is the one that waits least in bubbles: the pipeline goes at its pace.
+
+    Args:
+        trace: keep every span and the bytes of activations over time.
+        unfold: simulate every rank, not one of each kind.
+        slowdown: how many times longer these ranks (global numbers) compute; it unfolds the run.
+
+    Raises:
+        UserError: `slowdown` names a rank that the layout does not have, or a factor that is not above zero.
     """
-    return _Engine(job, layout, program, trace).run()
+    slowdown = slowdown or {}
+    for rank, factor in slowdown.items():
+        if not 0 <= rank < layout.world_size:
+            raise UserError(f"slowdown names rank {rank}, but the layout has ranks 0 to {layout.world_size - 1}")
+        if not 0 < factor < math.inf:
+            raise UserError(f"slowdown of rank {rank} = {factor:g} must be above zero and finite")
+    with _uncollected():
+        return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
 
 
-class Processors:
-    """The processors of a node, shared by ranks that compute at the same time.
-
-    With k ranks active each works at `speeds[k - 1]` of its speed alone; beyond the measured counts the total stays.
-    """
-
-    def __init__(self, env: simpy.Environment, speeds: tuple[float, ...]) -> None:
-        self.env, self.speeds = env, speeds
-        self.jobs: dict[simpy.Event, list[float]] = {}  # done event -> [seconds of work left, ranks]
-        self.updated, self.version = 0.0, 0
-
-    def speed(self) -> float:
-        """Speed of each active rank now, relative to one alone."""
-        active = sum(ranks for _, ranks in self.jobs.values())
-        if active <= 0:
-            return 1.0
-        known = len(self.speeds)
-        index = min(max(round(active), 1), known)
-        return self.speeds[index - 1] * min(1.0, known / active)
-
-    def work(self, seconds: float, ranks: int) -> simpy.Event:
-        """An event that fires when `ranks` ranks have each done this much work."""
-        self._advance()
-        done = self.env.event()
-        self.jobs[done] = [seconds, ranks]
-        self._schedule()
-        return done
-
-    def _advance(self) -> None:
-        elapsed, speed = self.env.now - self.updated, self.speed()
-        for entry in self.jobs.values():
-            entry[0] -= elapsed * speed
-        self.updated = self.env.now
-
-    def _schedule(self) -> None:
-        """Wake up when the job with the least work is done; a later change makes this waking stale."""
-        self.version += 1
-        if self.jobs:
-            left = min(entry[0] for entry in self.jobs.values())
-            self.env.process(self._wake(max(0.0, left) / self.speed(), left, self.version))
-
-    def _wake(self, delay: float, left: float, version: int) -> Process:
-        """Finish the jobs that had the least work left, `left` seconds of it, when this waking was set.
-
-        They are known by that, not by having nothing left now: late in a long step the clock is too coarse for it.
-        """
-        ending = [event for event, entry in self.jobs.items() if entry[0] <= left + 1e-12]
-        yield self.env.timeout(delay)
-        if version != self.version:
-            return
-        self._advance()
-        for done in ending:
-            del self.jobs[done]
-            done.succeed()
-        self._schedule()
-
-
-@dataclass
-class _Message:
-    """A tensor on its way: `sent` is when it left its rank, `arrived` fires when it is there."""
-
-    arrived: simpy.Event
-    sent: float = 0.0
-
-
-@dataclass
-class _Rank:
-    """The state of one pipeline rank; `spent` sums seconds by the fields of Breakdown."""
-
-    index: int
-    processors: Processors | None
-    replicas: int
-    dp_stream: simpy.Resource
-    spent: dict[str, float] = field(default_factory=dict)
-    reducing: list[simpy.Event] = field(default_factory=list)
-    gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)
-
-    def spend(self, what: str, seconds: float) -> None:
-        self.spent[what] = self.spent.get(what, 0.0) + seconds
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's cycle collector: it would search the many objects of a run again and again, a third of its
+    time, and events leave no cycles behind that could not wait for its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Engine:
-    def __init__(self, job: Job, layout: Layout, program: Program, trace: bool) -> None:
-        self.job, self.layout, self.program, self.trace = job, layout, program, trace
+    def __init__(
+        self, job: Job, layout: Layout, program: Program, trace: bool, unfold: bool, slowdown: Mapping[int, float]
+    ) -> None:
+        self.job, self.layout, self.program, self.trace, self.unfold = job, layout, program, trace, unfold
+        self.slowdown = slowdown
         self.env = simpy.Environment()
+        self.block = layout.world_size // layout.pp
+        self.alike = 1 if unfold else self.block
+        self.groups = Rendezvous(self.env, layout, unfold)
+        self.network = Network(self.env)
+        # Only messages meet anything: without a pipeline no link needs to be looked at.
+        self.routes = (
+            Routes(self.network, job.graph, self.alike) if layout.pp > 1 and not job.cluster.concurrency else None
+        )
+        # Under FSDP the ranks that share parameters communicate in every op too.
+        self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
+        self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
+        self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
-        self.ranks = [self._make_rank(index) for index in range(layout.pp)]
-        self.messages: dict[tuple[str, int, int], _Message] = {}
-        self.links: dict[tuple[int, int], simpy.Resource] = {}
-        self.message_costs: dict[tuple[int, int], tuple[float, float]] = {}
+        self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
+        self.messages: dict[tuple[str, int, int, int], Message] = {}
+        self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
+        self.final = {op.stage: op for order in program.orders for op in order if op.kind in GRADIENT}
+        self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
-        self.final_backward = {
-            op.stage: op.microbatch for order in program.orders for op in order if op.kind == "B"
-        }  # fmt: skip
-        self.handlers = {
-            "F": self._compute, "B": self._compute, "RECV_F": self._receive, "RECV_B": self._receive,
+        self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
+            **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
             "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
             "OPTIMIZER": self._optimize,
         }  # fmt: skip
@@ -153,168 +158,241 @@ class _Engine:
     def run(self) -> Run:
         for rank in self.ranks:
             self.env.process(self._run_rank(rank))
-        self.env.run()
-        critical = min(self.ranks, key=lambda rank: rank.spent.get("bubble", 0.0))
+        events = 0
+        with contextlib.suppress(EmptySchedule):
+            while True:
+                self.env.step()
+                events += 1
+        now = self.env.now
+        # Of ranks that wait equally long, but for rounding, the first.
+        least = min(rank.spent.get("bubble", 0.0) for rank in self.ranks)
+        critical = next(rank for rank in self.ranks if rank.spent.get("bubble", 0.0) <= least + 1e-9 * now)
         # It may be done with its own update before the rank with the most parameters is.
-        critical.spend("bubble", self.env.now - sum(critical.spent.values()))
-        return Run(self.env.now, Breakdown(**critical.spent), tuple(self.spans))
+        critical.spend("bubble", now - sum(critical.spent.values()))
+        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
 
-    def _make_rank(self, index: int) -> _Rank:
-        spec, layout = self.job.cluster, self.layout
-        pool = None
+    def _make_rank(self, number: int) -> Rank:
+        spec, pool, replicas = self.job.cluster, None, 1
         if spec.concurrency:
-            node = layout.rank(pp=index) // max(1, int(spec.gpus_per_node * spec.oversubscribe))
-            pool = self.pools.setdefault(node, Processors(self.env, spec.concurrency))
-        return _Rank(index, pool, layout.world_size // layout.pp, simpy.Resource(self.env, 1))
+            per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
+            pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
+            replicas = 1 if self.unfold else min(self.block, per_node)
+        rank = Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
+        rank.factor = self.slowdown.get(number, 1.0)
+        if self.slowdown:
+            rank.slowest = max(self.slowdown.get(one, 1.0) for one in self.groups.members(number, self.lockstep))
+        return rank
 
-    def _run_rank(self, rank: _Rank) -> Process:
-        for op in self.program.orders[rank.index]:
-            yield from self.handlers[op.kind](rank, op)
+    def _run_rank(self, rank: Rank) -> Process:
+        for handler, argument in self._steps(rank):
+            waiting = handler(rank, argument)
+            if waiting is None:
+                continue
+            if isinstance(waiting, simpy.Event):
+                yield waiting
+            else:
+                yield from waiting
 
-    def _busy(self, rank: _Rank, seconds: float) -> simpy.Event:
+    def _steps(self, rank: Rank) -> list[Step]:
+        """What a rank does: a handler and its op. Forwards and backwards between which nothing can happen become one
+        step, and as nothing can change how long they take, they are booked here."""
+        ops = self.program.orders[rank.index]
+        together = self.unfold and self.groups.group(rank.number, self.lockstep).size > 1
+        if self.trace or rank.processors or together or rank.factor != 1:
+            return [(self.handlers[op.kind], op) for op in ops]
+        steps: list[Step] = []
+        booked: dict[tuple[str, int], int] = {}
+        seconds, gathered = 0.0, set()
+        for op in ops:
+            kind, stage = op.kind, op.stage
+            if kind in COMPUTE and stage not in gathered and not self._reduces(op):
+                assert stage is not None
+                seconds += self.work[kind][stage].total
+                booked[kind, stage] = booked.get((kind, stage), 0) + 1
+                continue
+            steps += [(self._busy, seconds), (self.handlers[kind], op)] if seconds else [(self.handlers[kind], op)]
+            seconds = 0.0
+            if kind == "UNSHARD":
+                gathered.add(stage)
+            elif kind in COMPUTE:
+                gathered.discard(stage)
+        steps += [(self._busy, seconds)] if seconds else []
+        for (kind, stage), count in booked.items():
+            rank.spend_work(vars(self.work[kind][stage]), count)
+        return steps
+
+    def _busy(self, rank: Rank, seconds: float) -> simpy.Event:
         """Occupy the rank's device, or its share of the node's processors."""
         if rank.processors is None:
             return self.env.timeout(seconds)
         return rank.processors.work(seconds, rank.replicas)
 
-    def _span(self, rank: _Rank, stream: str, name: str, start: float) -> None:
-        if self.trace:
-            self.spans.append(Span(rank.index, stream, name, start, self.env.now - start))
+    def _occupy(self, rank: Rank, route: Route | None, seconds: float) -> simpy.Event:
+        """Occupy the links of a route for what takes `seconds` there alone."""
+        return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
-    def _compute(self, rank: _Rank, op: Op) -> Process:
+    def _span(self, rank: Rank, stream: str, op: Op, start: float) -> None:
+        if self.trace:
+            name = str(op) if op.stage is None else f"PP:{op}"
+            self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
+
+    def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
+        """Note what a rank keeps from now on, or with `sign` -1 no more."""
+        if self.trace and what:
+            rank.activations += sign * sum(getattr(cost, name) for name in what)
+            self.memory.append(MemorySample(rank.number // self.alike, self.env.now, rank.activations))
+
+    def _reduces(self, op: Op) -> bool:
+        """Whether gradients of the op's stage are reduced behind it."""
+        return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
+
+    def _compute(self, rank: Rank, op: Op) -> Process:
         """A forward or backward. The first forward of a stage may wait piece by piece for its parameters, the last
         backward may hand over its gradients bucket by bucket."""
         assert op.stage is not None
-        cost = self.program.stages[op.stage]
-        work = cost.forward if op.kind == "F" else cost.backward
+        cost, work = self.program.stages[op.stage], self.work[op.kind][op.stage]
         gathered = rank.gathering.pop(op.stage, []) if op.kind == "F" else []
-        reduces = op.kind == "B" and cost.reduce > 0 and self.final_backward[op.stage] == op.microbatch
+        reduces = self._reduces(op)
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
         overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
         pieces = len(gathered) or (cost.units if overlaps else 1)
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
+        spent = rank.seconds_of(work, self.lockstep_name)
+        yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
+        self._keep(rank, cost, COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
-                waited = self.env.now
-                yield gathered[piece]
-                rank.spend("dp", self.env.now - waited)
+                yield from rank.wait(gathered[piece], "dp")
             start = self.env.now
-            yield self._busy(rank, work.total / pieces)
-            self._spend_work(rank, work, self.env.now - start)
+            yield self._busy(rank, spent["total"] / pieces)
+            rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self.env.process(self._on_dp_stream(rank, cost.reduce / pieces, op)))
+                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
         if reduces and not overlaps:
-            rank.reducing.append(self.env.process(self._on_dp_stream(rank, cost.reduce, op)))
-        self._span(rank, "compute", f"PP:{op}", began)
+            rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
+        self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
+        self._span(rank, "compute", op, began)
 
-    def _spend_work(self, rank: _Rank, work: Work, elapsed: float) -> None:
-        """Book elapsed seconds on what the work is made of; on shared processors they exceed the work's own."""
-        for name, seconds in vars(work).items():
-            if seconds and name != "total":
-                rank.spend(name, elapsed * seconds / work.total)
+    def _collective(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
+        """Queue a collective of the data-parallel group: it runs after the ones queued before it."""
+        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece))
 
-    def _on_dp_stream(self, rank: _Rank, seconds: float, op: Op) -> Process:
-        """A collective of the data-parallel group, after the ones already queued."""
+    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
         with rank.dp_stream.request() as turn:
             yield turn
+            if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
+                yield begin
             start = self.env.now
-            yield self._busy(rank, seconds)
-            self._span(rank, "dp", f"PP:{op}", start)
+            yield self._occupy(rank, self._ring(rank, axes), seconds)
+            if end := self.groups.meet(rank.number, axes, op, piece, "end"):
+                yield end
+            self._span(rank, "dp", op, start)
 
-    def _unshard(self, rank: _Rank, op: Op) -> Process:
+    def _ring(self, rank: Rank, axes: Axes) -> Route | None:
+        """The links that a collective of the rank's group occupies, where anything could meet it."""
+        if axes not in rank.rings:
+            group = self.groups.group(rank.number, axes)
+            found = self.routes.ring(rank.number, group.first, group.last) if self.routes and group.size > 1 else None
+            rank.rings[axes] = found
+        return rank.rings[axes]
+
+    def _unshard(self, rank: Rank, op: Op) -> Process | None:
         """Gather a stage's parameters: ahead of its first forward, or beside it where the stack prefetches."""
         assert op.stage is not None
         cost = self.program.stages[op.stage]
-        if self.job.stack.overlap_param_gather:
-            rank.gathering[op.stage] = [
-                self.env.process(self._on_dp_stream(rank, cost.gather / cost.units, op)) for _ in range(cost.units)
-            ]
-            return
-        start = self.env.now
-        yield self.env.process(self._on_dp_stream(rank, cost.gather, op))
-        rank.spend("dp", self.env.now - start)
+        if not self.job.stack.overlap_param_gather:
+            return rank.wait(self._collective(rank, cost.gather, op, GATHERING), "dp")
+        share, pieces = cost.gather / cost.units, range(cost.units)
+        rank.gathering[op.stage] = [self._collective(rank, share, op, GATHERING, piece) for piece in pieces]
+        return None
 
-    def _reduce(self, rank: _Rank, op: Op) -> Process:
+    def _reduce(self, rank: Rank, op: Op) -> Process | None:
         """The reduction was queued with the last backward; a stack that does not overlap waits for it here."""
         if self.job.stack.overlap_grad_reduce:
-            return
-        start = self.env.now
-        yield self.env.all_of(rank.reducing)
-        rank.spend("dp", self.env.now - start)
+            return None
+        return rank.wait(self.env.all_of(rank.reducing), "dp")
 
-    def _message(self, kind: str, stage: int, microbatch: int) -> _Message:
-        return self.messages.setdefault((kind, stage, microbatch), _Message(self.env.event()))
+    def _message(self, rank: int, op: Op, stage: int) -> Message:
+        """The message that a global rank receives for this stage: whoever asks first makes it for the other."""
+        assert op.microbatch is not None
+        key = (op.kind[-1], stage, op.microbatch, rank)
+        message = self.messages.pop(key, None)
+        if message is None:
+            message = self.messages[key] = Message()
+        return message
 
-    def _send(self, rank: _Rank, op: Op) -> Process:
+    def _send(self, rank: Rank, op: Op) -> Process | None:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
-        assert op.stage is not None and op.microbatch is not None
-        kind, target = op.kind[-1], op.stage + (1 if op.kind == "SEND_F" else -1)
-        message = self._message(kind, target, op.microbatch)
-        message.sent = self.env.now
-        transfer = self.env.process(self._transfer(rank, target % self.layout.pp, message, op))
-        if not self.job.stack.overlap_p2p:
-            yield transfer
-            rank.spend("pp", self.env.now - message.sent)
+        assert op.stage is not None
+        stage = op.stage + (1 if op.kind == "SEND_F" else -1)
+        target = rank.number + (self.rank_of[stage] - rank.index) * self.block
+        if target not in rank.channels:
+            rank.channels[target] = self._channel(rank, target)
+        message = self._message(target, op, stage)
+        moved = functools.partial(self._span, rank, "send", op) if self.trace else None
+        rank.channels[target].send(message, moved)
+        return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
-    def _transfer(self, rank: _Rank, target: int, message: _Message, op: Op) -> Process:
-        latency, seconds = self._message_cost(rank.index, target)
-        link = self.links.setdefault((rank.index, target), simpy.Resource(self.env, 1))
-        with link.request() as turn:
-            yield turn
-            start = self.env.now
-            yield self._busy(rank, seconds)
-            self._span(rank, "pp", f"PP:{op}", start)
-        yield self.env.timeout(latency)
-        message.arrived.succeed()
+    def _sent(self, rank: Rank, message: Message) -> Process:
+        """Wait with a tensor that is being sent until it is there."""
+        yield from message.wait(self.env)
+        rank.spend("pp", self.env.now - message.sent)
 
-    def _message_cost(self, source: int, target: int) -> tuple[float, float]:
-        if (source, target) not in self.message_costs:
-            layout, training = self.layout, self.job.training
-            width = self.job.stack.recipes[training.precision].compute
-            shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
-            size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
-            ranks = (layout.rank(pp=source), layout.rank(pp=target))
-            starts = sorted({s for tier in self.job.cluster.tiers for s in layout.sibling_starts("pp", tier)})
-            shapes = (group_shape(self.job.graph, ranks, start) for start in starts)
-            shape = max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
-            self.message_costs[source, target] = message_seconds(size, shape, self.job.cluster)
-        return self.message_costs[source, target]
+    def _channel(self, rank: Rank, target: int) -> Channel:
+        fold = not self.unfold
+        latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
 
-    def _receive(self, rank: _Rank, op: Op) -> Process:
-        """Wait for a neighbour's tensor. Until it was sent the wait is bubble, from then on it is the link's."""
-        assert op.stage is not None and op.microbatch is not None
-        message = self._message(op.kind[-1], op.stage, op.microbatch)
+        def occupy(end: Callable[[], None]) -> None:
+            if route is not None:
+                self.network.start(route, seconds * route.alone, end)
+                return
+            callbacks = self._busy(rank, seconds).callbacks
+            assert callbacks is not None
+            callbacks.append(lambda _: end())
+
+        return Channel(self.env, latency, occupy)
+
+    def _receive(self, rank: Rank, op: Op) -> Process | None:
+        """Wait for a neighbour's tensor, if it is not there yet."""
+        assert op.stage is not None
+        message = self._message(rank.number, op, op.stage)
+        if message.arrival <= self.env.now and not self.trace:
+            return None
+        return self._await(rank, message, op)
+
+    def _await(self, rank: Rank, message: Message, op: Op) -> Process:
+        """Until a message was sent the wait for it is bubble, from then on it is the link's."""
         start = self.env.now
-        if not message.arrived.processed:
-            yield message.arrived
+        yield from message.wait(self.env)
         link = min(self.env.now - start, self.env.now - message.sent)
         rank.spend("pp", link)
         rank.spend("bubble", self.env.now - start - link)
+        self._span(rank, "recv", op, start)
 
-    def _optimize(self, rank: _Rank, op: Op) -> Process:
+    def _optimize(self, rank: Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""
-        start = self.env.now
-        yield self.env.all_of(rank.reducing)
-        rank.spend("dp", self.env.now - start)
-        start = self.env.now
+        yield from rank.wait(self.env.all_of(rank.reducing), "dp")
         self.ready += 1
         if self.ready == len(self.ranks):
             self.all_ready.succeed()
-        yield self.all_ready
-        rank.spend("bubble", self.env.now - start)
+        yield from rank.wait(self.all_ready, "bubble")
         start = self.env.now
-        yield self._busy(rank, self._optimizer_seconds(rank))
+        yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
         rank.spend("optimizer", self.env.now - start)
-        self._span(rank, "compute", str(op), start)
+        self._span(rank, "compute", op, start)
 
-    def _optimizer_seconds(self, rank: _Rank) -> float:
-        """The update of this rank's share, and an all-reduce of the gradient norm over the world."""
-        job, layout = self.job, self.layout
+    def _update_seconds(self, rank: Rank) -> float:
+        """The update of this rank's share of the parameters."""
+        layout, job = self.layout, self.job
         parameters = sum(self.program.stages[s].parameters for s in layout.stages_of(rank.index))
         share = parameters / (layout.dp_shard if layout.zero_stage else 1)
-        world = group_shape(job.graph, layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
-        norm = collective_seconds("all_reduce", 4.0, world, job.cluster)
-        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share) + norm
+        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
+
+    @functools.cached_property
+    def _norm_seconds(self) -> float:
+        """An all-reduce of the gradient norm over the world."""
+        world = group_shape(self.job.graph, self.layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
+        return collective_seconds("all_reduce", 4.0, world, self.job.cluster)

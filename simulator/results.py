@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from simulator.files import STRICT
 from simulator.layout import Layout
@@ -47,7 +48,8 @@ class MemoryBreakdown:
 
 @dataclass(frozen=True)
 class Span:
-    """One op on one rank's stream. Pipeline ops are named as torch's profiler names them: `PP:2F0`."""
+    """One op on one rank's stream: `compute`, `send`, `recv` or `dp`. Pipeline ops are named as torch's profiler
+    names them: `PP:2F0`."""
 
     rank: int
     stream: str
@@ -56,6 +58,25 @@ class Span:
     seconds: float
 
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class MemorySample:
+    """Bytes that a rank keeps for its backwards from this moment on, or works on in one."""
+
+    rank: int
+    seconds: float
+    activations: float
+
+    __pydantic_config__ = STRICT
+
+
+class Timeline(NamedTuple):
+    """One step of every simulated rank: its spans in the order in which they end, and its activations over time.
+    `rank` is the pipeline rank, which stands for all that do the same."""
+
+    spans: tuple[Span, ...] = ()
+    memory: tuple[MemorySample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,7 @@ class Prediction:
     breakdown: Breakdown
     memory: MemoryBreakdown
     memory_per_stage: tuple[MemoryBreakdown, ...]
-    timeline: tuple[Span, ...] = field(default=(), compare=False)
+    timeline: Timeline = field(default=Timeline(), compare=False)
 
     __pydantic_config__ = STRICT
 

@@ -21,7 +21,7 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
 
     Args:
         layout: a legal one: `layout.problems(job)` is empty.
-        trace: keep every span in `timeline`.
+        trace: keep every span and the activations over time in `timeline`.
     """
     program = build_program(job, layout)
     ranks = memory_per_rank(job, layout, program.stages)
@@ -46,5 +46,5 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         breakdown=run.breakdown,
         memory=memory,
         memory_per_stage=ranks,
-        timeline=run.spans,
+        timeline=run.timeline,
     )

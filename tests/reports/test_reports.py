@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from reports.tables import Comparison, comparison_table, prediction_table, speed
 from reports.trace import chrome_trace
 from simulator.job import build_job
 from simulator.layout import Layout, parse_layout
-from simulator.results import Measurement, Prediction, Quantiles
+from simulator.results import Measurement, Prediction, Quantiles, Span, Timeline
 from simulator.simulate import simulate
 
 
@@ -74,12 +75,94 @@ def test_figure_is_a_png(comparisons: list[Comparison], tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
 
 
-def test_trace_is_a_chrome_trace(prediction: Prediction) -> None:
-    """Complete events with microseconds; spans of one stream of one rank do not overlap."""
-    trace = json.loads(json.dumps(chrome_trace(prediction.timeline)))
-    events = [e for e in trace["traceEvents"] if e["ph"] == "X"]
-    assert {e["pid"] for e in events} == {0, 1}
-    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(prediction.step_seconds * 1e6)
-    for pid in (0, 1):
-        line = sorted((e["ts"], e["dur"]) for e in events if e["pid"] == pid and e["cat"] == "compute")
+def predicted(layout: str, model: str = "gpt2", nodes: int = 1, stack: str = "megatron-core") -> Prediction:
+    data = {"model": model, "cluster": "dgx-a100", "nodes": nodes}
+    job = build_job(data | {"training": {"global_batch_size": 64, "stack": stack}}, "test")
+    chosen = parse_layout(layout, job)
+    assert not chosen.problems(job)
+    return simulate(job, chosen, trace=True)
+
+
+LAYOUTS = (
+    "dp_replicate=8",
+    "pp=2",
+    "pp=8",
+    "tp=4 pp=2 schedule=GPipe",
+    "pp=4 virtual_stages=3",
+    "pp=2 virtual_stages=2",
+)
+
+
+@pytest.fixture(params=LAYOUTS)
+def traced(request: pytest.FixtureRequest) -> tuple[Prediction, list[dict[str, Any]]]:
+    prediction = predicted(request.param, stack="torchtitan" if "GPipe" in request.param else "megatron-core")
+    return prediction, json.loads(json.dumps(chrome_trace(prediction)))["traceEvents"]
+
+
+Traced = tuple[Prediction, list[dict[str, Any]]]
+
+
+def test_trace_is_a_chrome_trace(traced: Traced) -> None:
+    """Complete events with microseconds; spans of one thread do not overlap; every thread has a name."""
+    prediction, events = traced
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in spans} == set(range(prediction.layout.pp))
+    assert max(e["ts"] + e["dur"] for e in spans) == pytest.approx(prediction.step_seconds * 1e6)
+    threads = {(e["pid"], e["tid"]) for e in spans}
+    assert threads <= {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    for thread in threads:
+        line = sorted((e["ts"], e["dur"]) for e in spans if (e["pid"], e["tid"]) == thread)
         assert all(a + d <= b + 1e-6 for (a, d), (b, _) in itertools.pairwise(line))
+
+
+def test_every_message_has_an_arrow(traced: Traced) -> None:
+    """As many as messages: two for each microbatch at each of the boundaries between stages. Each begins within its
+    send and ends after it began, within the receive of the same microbatch."""
+    prediction, events = traced
+    layout = prediction.layout
+    begins, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert begins.keys() == ends.keys()
+    assert len(begins) == 2 * (layout.stages - 1) * layout.microbatches(64)
+    spans: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for e in events:
+        if e["ph"] == "X":
+            spans.setdefault((e["pid"], e["tid"]), []).append(e)
+
+    def touches(arrow: dict[str, Any], way: str) -> bool:
+        around = (e for e in spans[arrow["pid"], arrow["tid"]] if e["ts"] <= arrow["ts"] <= e["ts"] + e["dur"])
+        names = [e["name"] for e in around if f"{way}_{arrow['name'][0]}" in e["name"]]
+        return any(name.endswith(f"_{arrow['name']}") for name in names)
+
+    for number, begin in begins.items():
+        assert begin["ts"] < ends[number]["ts"]
+        assert touches(begin, "SEND") and touches(ends[number], "RECV")
+
+
+def test_the_memory_counter_peaks_where_memory_says(traced: Traced) -> None:
+    """The peak of a rank's counter is its peak in memory_per_stage. A rank with several stages may be counted there
+    with the largest working set of all of them, where the fullest moment has another's."""
+    prediction, events = traced
+    for rank, memory in enumerate(prediction.memory_per_stage):
+        samples = [e["args"] for e in events if e["ph"] == "C" and e["pid"] == rank]
+        assert samples[-1]["activations"] == pytest.approx(0.0, abs=1.0)
+        peak = max(sum(sample.values()) for sample in samples)
+        if prediction.layout.virtual_stages == 1:
+            assert peak == pytest.approx(memory.peak)
+        else:
+            assert 0.9 * memory.peak < peak <= memory.peak * (1 + 1e-9)
+
+
+def test_spans_that_overlap_get_threads_of_their_own(prediction: Prediction) -> None:
+    """A rank in the middle may send forward while it still sends back; the third message fits behind the first."""
+    spans = (Span(0, "send", "a", 0.0, 2.0), Span(0, "send", "b", 1.0, 3.0), Span(0, "send", "c", 2.0, 1.0))
+    events = chrome_trace(dataclasses.replace(prediction, timeline=Timeline(spans)))["traceEvents"]
+    thread = {e["name"]: e["tid"] for e in events if e["ph"] == "X"}
+    assert thread["a"] == thread["c"] != thread["b"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names[thread["a"]] == names[thread["b"]] == "send"
+
+
+def test_processes_say_how_many_ranks_they_stand_for() -> None:
+    events = chrome_trace(predicted("tp=4 pp=2"))["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert names == ["pipeline rank 0 (4 alike)", "pipeline rank 1 (4 alike)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import simpy
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
-from simulator.engine import Processors, run_program
+from simulator.engine import run_program
 from simulator.job import Job, build_job
-from simulator.layout import Layout
+from simulator.layout import Layout, parse_layout
+from simulator.processors import Processors
 from simulator.program import Program, with_communication
 from simulator.schedules import compute_order
 from simulator.simulate import simulate
@@ -133,9 +135,9 @@ def test_processors_finish_late_in_a_long_step() -> None:
 def test_spans_carry_torchs_names() -> None:
     layout, job = Layout(pp=2), ideal_job(2, 2)
     run = run_program(job, layout, program(layout, 2, 1.0, 2.0), trace=True)
-    compute = [s.name for s in run.spans if s.stream == "compute" and s.rank == 0]
+    compute = [s.name for s in run.timeline.spans if s.stream == "compute" and s.rank == 0]
     assert compute == ["PP:0F0", "PP:0F1", "PP:0B0", "PP:0B1", "OPTIMIZER"]
-    assert not run_program(job, layout, program(layout, 2, 1.0, 2.0)).spans
+    assert not run_program(job, layout, program(layout, 2, 1.0, 2.0)).timeline.spans
 
 
 @given(factor=st.floats(1.0, 8.0), tp=st.sampled_from([1, 2, 8]), pp=st.sampled_from([1, 2, 4]))
@@ -155,3 +157,39 @@ def test_more_bandwidth_never_slows_a_step(factor: float, tp: int, pp: int) -> N
     )
     before = simulate(job, layout).step_seconds
     assert simulate(dataclasses.replace(job, cluster=faster), layout).step_seconds <= before * (1 + 1e-9)
+
+
+def test_sixteen_thousand_gpus_take_less_than_two_seconds() -> None:
+    """A step of llama 3.1 405B on 16,384 GPUs, the cluster's graph included, in seconds of one processor."""
+    data = {"model": "llama-3.1-405b", "cluster": "dgx-h100", "nodes": 2048}
+    job = build_job(data | {"training": {"global_batch_size": 2048, "seq_len": 8192}}, "test")
+    layout = parse_layout("tp=8 pp=16 virtual_stages=7", job)
+    assert not layout.problems(job)
+    start = time.process_time()
+    simulate(job, layout)
+    assert time.process_time() - start < 2.0
+
+
+def test_ops_that_nothing_can_interleave_are_one_event() -> None:
+    """Without a pipeline a step costs the same to simulate however many microbatches it has, and takes their sum."""
+    job, layout = ideal_job(1, 1), Layout()
+    few, many = (run_program(job, layout, program(layout, m, 1.0, 2.0)) for m in (2, 512))
+    assert few.events == many.events < 10
+    assert many.step_seconds == pytest.approx(512 * 3.0)
+
+
+def test_a_rank_in_the_middle_shares_its_link_between_both_ways() -> None:
+    """1F1B over three ranks, three microbatches, a message takes 4 s alone. What rank 1 sends:
+
+    F0 from 6 s, F1 from 10 s on (behind F0): 4 s each. B0 from 19 s on, and F2 from 20 s on: they share the link, so
+    that B0's last 3 s take 6, until 26 s. Then B1, which has waited behind it, shares it with the last second of F2
+    until 28 s, and its last 3 s are alone, until 31 s. B2 is alone, from 37 s on: rank 0 is done 4 + 2 s later.
+    """
+    job, layout = ideal_job(3, 3, message_bandwidth=1024 * 768 * 2 / 4.0), Layout(pp=3)
+    run = run_program(job, layout, program(layout, 3, 1.0, 2.0), trace=True)
+    sent = {s.name: (s.start, s.start + s.seconds) for s in run.timeline.spans if s.rank == 1 and s.stream == "send"}
+    assert sent == {
+        "PP:1SEND_F0": (6.0, 10.0), "PP:1SEND_F1": (10.0, 14.0), "PP:1SEND_F2": (20.0, 28.0),
+        "PP:1SEND_B0": (19.0, 26.0), "PP:1SEND_B1": (26.0, 31.0), "PP:1SEND_B2": (37.0, 41.0),
+    }  # fmt: skip
+    assert run.step_seconds == pytest.approx(43.0)

@@ -21,7 +21,7 @@ from simulator.files import STRICT, read_json, read_toml, to_dataclass, write_js
 from simulator.job import Job, Training
 from simulator.layout import Layout
 from simulator.profile import Profile, Sample
-from simulator.results import Breakdown, Measurement, MemoryBreakdown, Prediction, Quantiles, Span
+from simulator.results import Breakdown, Measurement, MemoryBreakdown, MemorySample, Prediction, Quantiles, Span
 from simulator.units import BYTES
 
 
@@ -153,7 +153,7 @@ def test_a_value_outside_a_choice_names_the_choices() -> None:
 
 DOCUMENTED = (
     Job, Training, Layout, ClusterSpec, Link, CollectiveFit, Gpu, MatmulFit, AttentionFit, HostFit, Plan, Certificate,
-    Prediction, Breakdown, MemoryBreakdown, Span, Measurement, Quantiles, Profile, Sample,
+    Prediction, Breakdown, MemoryBreakdown, Span, MemorySample, Measurement, Quantiles, Profile, Sample,
 )  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""Messages between pipeline ranks: one after another on the way from one rank to another."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import simpy
+
+from simulator.cluster import group_shape
+from simulator.collectives import message_seconds
+from simulator.layout import Layout
+from simulator.network import Route, Routes
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+
+class Arrival(simpy.Event):
+    """An event that is due a while after it is decided."""
+
+    def succeed_after(self, delay: float) -> None:
+        self._ok, self._value = True, None
+        self.env.schedule(self, delay=delay)
+
+
+@dataclass(eq=False, slots=True)
+class Message:
+    """A tensor on its way: `sent` is when its rank handed it over, `arrival` when it is there, known once the link is
+    done with it. `arrived` exists if somebody waits for that."""
+
+    sent: float = math.inf
+    arrival: float = math.inf
+    arrived: Arrival | None = None
+
+    def wait(self, env: simpy.Environment) -> Generator[simpy.Event, Any, None]:
+        """Wait until it is there."""
+        if self.arrival == math.inf:
+            self.arrived = self.arrived or Arrival(env)
+            yield self.arrived
+        elif self.arrival > env.now:
+            yield env.timeout(self.arrival - env.now)
+
+
+@dataclass(eq=False, slots=True)
+class Channel:
+    """The stream of messages from one rank to another, in the order in which they are sent. `occupy` makes the link
+    busy with one and calls back when it is done; `latency` seconds later the message is there."""
+
+    env: simpy.Environment
+    latency: float
+    occupy: Callable[[Callable[[], None]], None]
+    queue: deque[tuple[Message, Callable[[float], None] | None]] = field(default_factory=deque)
+
+    def send(self, message: Message, moved: Callable[[float], None] | None = None) -> None:
+        """Queue a message; `moved` is called with the time when its transfer began, when that has ended."""
+        message.sent = self.env.now
+        self.queue.append((message, moved))
+        if len(self.queue) == 1:
+            self._transfer()
+
+    def _transfer(self) -> None:
+        message, moved = self.queue[0]
+        start = self.env.now
+
+        def end() -> None:
+            message.arrival = self.env.now + self.latency
+            if message.arrived is not None:
+                message.arrived.succeed_after(self.latency)
+            if moved is not None:
+                moved(start)
+            self.queue.popleft()
+            if self.queue:
+                self._transfer()
+
+        self.occupy(end)
+
+
+def message_cost(
+    job: Job, layout: Layout, source: int, target: int, routes: Routes | None, fold: bool
+) -> tuple[float, float, Route | None]:
+    """(latency, seconds on the link, route) of an activation or its gradient from one global rank to another.
+
+    The messages that a folded run stands for may lie in more than one way; the step waits for those that lie worst.
+    """
+    training, graph = job.training, job.graph
+    width = job.stack.recipes[training.precision].compute
+    shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
+    size = layout.micro_batch_size * training.seq_len * job.model.hidden_size * width / shards
+    tiers = job.cluster.tiers if fold else ()
+    starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
+    shapes = {start: group_shape(graph, (source, target), start) for start in starts}
+    worst = max(starts, key=lambda start: (shapes[start].domains, -shapes[start].slowest))
+    latency, seconds = message_seconds(size, shapes[worst], job.cluster)
+    return latency, seconds, routes.message(source + worst, target + worst) if routes else None
