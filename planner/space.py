@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import MULTI_STAGE, V_PLACEMENT, Layout
 
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
@@ -114,7 +114,8 @@ def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
     # Where no number of chunks divides the layers, two uneven ones are tried.
     chunks = even or [v for v in (2, 4) if pp * v <= layers]
     for name in names:
-        for count in _values(job, "virtual_stages", chunks if name in MULTI_STAGE else [1]):
+        stages = [2] if name in V_PLACEMENT else chunks if name in MULTI_STAGE else [1]
+        for count in _values(job, "virtual_stages", stages):
             yield name, count
 
 

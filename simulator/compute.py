@@ -110,6 +110,9 @@ class KernelTime:
     backward: float
     host_forward: float
     host_backward: float
+    # The part of the backward that makes weight gradients.
+    weights: float = 0.0
+    host_weights: float = 0.0
 
     def __add__(self, other: KernelTime) -> KernelTime:
         return KernelTime(
@@ -117,22 +120,27 @@ class KernelTime:
             self.backward + other.backward,
             self.host_forward + other.host_forward,
             self.host_backward + other.host_backward,
+            self.weights + other.weights,
+            self.host_weights + other.host_weights,
         )
 
 
 def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: str, tp: int) -> KernelTime:
     """Forward and backward seconds of kernels that run one after another on one device."""
     host = gpu.host or stack.host
-    forward = backward = 0.0
-    launches_forward = launches_backward = 0.0
+    forward = backward = weights = 0.0
+    launches_forward = launches_backward = launches_weights = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
             forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies)
             backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies)
-            backward += matmul_seconds(gpu, precision, k, n, m, kernel.copies)
+            weight = matmul_seconds(gpu, precision, k, n, m, kernel.copies)
+            backward += weight
+            weights += weight
             launches_forward += 1
             launches_backward += 2
+            launches_weights += 1
         elif isinstance(kernel, Attention):
             forward += attention_seconds(gpu, stack, precision, kernel, backward=False)
             backward += attention_seconds(gpu, stack, precision, kernel, backward=True)
@@ -143,7 +151,8 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
             backward += pointwise_seconds(gpu, stack, precision, kernel, backward=True)
             launches_forward += stack.elementwise[kernel.name].kernels_forward
             launches_backward += stack.elementwise[kernel.name].kernels_backward
-    return _with_host(gpu, host, tp, KernelTime(forward, backward, launches_forward, launches_backward))
+    launches = (launches_forward, launches_backward)
+    return _with_host(gpu, host, tp, KernelTime(forward, backward, *launches, weights, launches_weights))
 
 
 def _with_host(gpu: Gpu, host: HostFit, tp: int, work: KernelTime) -> KernelTime:
@@ -154,6 +163,8 @@ def _with_host(gpu: Gpu, host: HostFit, tp: int, work: KernelTime) -> KernelTime
         work.backward / gpu.sustained,
         work.host_forward * (host.forward + dtensor),
         work.host_backward * (host.backward + dtensor),
+        work.weights / gpu.sustained,
+        work.host_weights * (host.backward + dtensor),
     )
 
 

@@ -142,12 +142,14 @@ class _Engine:
         self.message_costs: dict[tuple[int, int], tuple[float, float]] = {}
         self.ready, self.all_ready = 0, self.env.event()
         self.final_backward = {
-            op.stage: op.microbatch for order in program.orders for op in order if op.kind == "B"
+            leaf.stage: leaf
+            for order in program.orders for op in order for leaf in op.leaves if leaf.kind in ("B", "W")
         }  # fmt: skip
         self.handlers = {
-            "F": self._compute, "B": self._compute, "RECV_F": self._receive, "RECV_B": self._receive,
-            "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
-            "OPTIMIZER": self._optimize,
+            "F": self._compute, "B": self._compute, "I": self._compute, "W": self._compute,
+            "OVERLAP_F_B": self._compute_pair, "RECV_F": self._receive, "RECV_B": self._receive,
+            "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "RESHARD": self._reshard,
+            "REDUCE_GRAD": self._reduce, "OPTIMIZER": self._optimize,
         }  # fmt: skip
 
     def run(self) -> Run:
@@ -182,13 +184,13 @@ class _Engine:
             self.spans.append(Span(rank.index, stream, name, start, self.env.now - start))
 
     def _compute(self, rank: _Rank, op: Op) -> Process:
-        """A forward or backward. The first forward of a stage may wait piece by piece for its parameters, the last
+        """A forward or backward. The first op of a stage may wait piece by piece for its parameters, the last
         backward may hand over its gradients bucket by bucket."""
         assert op.stage is not None
         cost = self.program.stages[op.stage]
-        work = cost.forward if op.kind == "F" else cost.backward
-        gathered = rank.gathering.pop(op.stage, []) if op.kind == "F" else []
-        reduces = op.kind == "B" and cost.reduce > 0 and self.final_backward[op.stage] == op.microbatch
+        work = self._work_of(op)
+        gathered = rank.gathering.pop(op.stage, [])
+        reduces = cost.reduce > 0 and self.final_backward[op.stage] == op
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
         overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
         pieces = len(gathered) or (cost.units if overlaps else 1)
@@ -209,6 +211,44 @@ class _Engine:
         if reduces and not overlaps:
             rank.reducing.append(self.env.process(self._on_dp_stream(rank, cost.reduce, op)))
         self._span(rank, "compute", f"PP:{op}", began)
+
+    def _compute_pair(self, rank: _Rank, op: Op) -> Process:
+        """A forward and a backward one after the other, the communication of each beside the computation of the other.
+
+        Rule: communication of one adds what the computation of the other does not cover, and what hiding the rest
+        costs; without communication the pair takes both times (deepseek-ai/DualPipe: F&B).
+        Ignored: that the kernels of the two must be cut finely enough to take turns.
+        """
+        for leaf in op.parts:
+            assert leaf.stage is not None
+            for gathered in rank.gathering.pop(leaf.stage, []):
+                start = self.env.now
+                yield gathered
+                rank.spend("dp", self.env.now - start)
+        forward, backward = (self._work_of(leaf) for leaf in op.parts)
+        hidden = min(forward.communication, backward.computation), min(backward.communication, forward.computation)
+        work = forward.less_communication(hidden[0]) + backward.less_communication(hidden[1])
+        work += Work(dp=self.job.cluster.gpu.hiding_cost(sum(hidden)))
+        began = self.env.now
+        yield self._busy(rank, work.total)
+        self._spend_work(rank, work, self.env.now - began)
+        self._span(rank, "compute", f"PP:{op}", began)
+        for leaf in op.parts:
+            assert leaf.stage is not None
+            reduce = self.program.stages[leaf.stage].reduce
+            if reduce and self.final_backward[leaf.stage] == leaf:
+                rank.reducing.append(self.env.process(self._on_dp_stream(rank, reduce, op)))
+
+    def _work_of(self, op: Op) -> Work:
+        assert op.stage is not None
+        cost = self.program.stages[op.stage]
+        if op.kind == "F":
+            return cost.forward
+        return {"B": cost.backward, "I": cost.backward_input, "W": cost.backward_weight}[op.kind]
+
+    def _reshard(self, rank: _Rank, op: Op) -> Process:
+        """Dropping gathered parameters takes no time."""
+        yield from ()
 
     def _spend_work(self, rank: _Rank, work: Work, elapsed: float) -> None:
         """Book elapsed seconds on what the work is made of; on shared processors they exceed the work's own."""
@@ -254,7 +294,7 @@ class _Engine:
         kind, target = op.kind[-1], op.stage + (1 if op.kind == "SEND_F" else -1)
         message = self._message(kind, target, op.microbatch)
         message.sent = self.env.now
-        transfer = self.env.process(self._transfer(rank, target % self.layout.pp, message, op))
+        transfer = self.env.process(self._transfer(rank, self.layout.rank_of_stage(target), message, op))
         if not self.job.stack.overlap_p2p:
             yield transfer
             rank.spend("pp", self.env.now - message.sent)

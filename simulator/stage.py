@@ -52,6 +52,30 @@ class Work:
             self.host + other.host,
         )
 
+    @property
+    def computation(self) -> float:
+        """Seconds on the device and its host, without communication."""
+        return self.compute + self.recompute + self.host
+
+    @property
+    def communication(self) -> float:
+        """Seconds of exposed collectives."""
+        return self.total - self.computation
+
+    def less_communication(self, hidden: float) -> Work:
+        """The same work with this many seconds of its communication beside other work."""
+        if hidden <= 0:
+            return self
+        kept = 1 - hidden / self.communication
+        return Work(**{n: s if n in _COMPUTATION else s * kept for n, s in ((n, getattr(self, n)) for n in _WORK)})
+
+    def __sub__(self, part: Work) -> Work:
+        return Work(**{name: getattr(self, name) - getattr(part, name) for name in _WORK})
+
+
+_COMPUTATION = ("compute", "recompute", "host")
+_WORK = tuple(field.name for field in dataclasses.fields(Work))
+
 
 @dataclass(frozen=True)
 class UnitCost:
@@ -68,6 +92,7 @@ class UnitCost:
     working: float
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
+    backward_weight: Work = Work()
 
     @property
     def forward_seconds(self) -> float:
@@ -81,7 +106,8 @@ class UnitCost:
 @dataclass(frozen=True)
 class StageCost:
     """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
-    happen once a step; where they happen in every microbatch they are part of forward and backward."""
+    happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
+    is the part of backward that a schedule may put off: the gradients of weights and their adding up."""
 
     forward: Work
     backward: Work
@@ -92,6 +118,12 @@ class StageCost:
     units: int
     reduce: float
     gather: float
+    backward_weight: Work = Work()
+
+    @property
+    def backward_input(self) -> Work:
+        """The rest of the backward, which the stage before waits for: recomputation and the input gradient."""
+        return self.backward - self.backward_weight
 
 
 @dataclass(frozen=True)
@@ -118,7 +150,7 @@ class StageCosts:
         """The cost of one stage, in torch's global stage order."""
         layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
         first = sum(layers[:index])
-        model, groups = self.job.model, self.groups[index % self.layout.pp]
+        model, groups = self.job.model, self.groups[self.layout.rank_of_stage(index)]
         blocks = tuple((model.block_kind(i), model.block_is_causal(i)) for i in range(first, first + layers[index]))
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
@@ -127,7 +159,9 @@ class StageCosts:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
                 units.append(self._head(groups))
-            self._stages[key] = self._sum(units, groups)
+            cost = self._sum(units, groups)
+            # Nobody waits for an input gradient of the first stage: torch runs its whole backward in the weights' turn.
+            self._stages[key] = dataclasses.replace(cost, backward_weight=cost.backward) if index == 0 else cost
         return self._stages[key]
 
     def _worst_shape(self, axis: str, rank: int) -> GroupShape:
@@ -141,6 +175,7 @@ class StageCosts:
         data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
+        weights = functools.reduce(Work.__add__, (u.backward_weight for u in units))
         parameters = sum(u.parameters for u in units)
         return StageCost(
             forward=forward + Work(dp=data.exposed_forward(units)),
@@ -152,6 +187,7 @@ class StageCosts:
             units=len(units),
             reduce=data.once_reduce_seconds(parameters, len(units)),
             gather=data.once_gather_seconds(parameters, len(units)),
+            backward_weight=weights,
         )
 
     def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
@@ -208,6 +244,9 @@ class StageCosts:
         forward = self._work(times.forward, times.host_forward, tp=tp_forward)
         device_backward = times.backward + self._accumulation_seconds(parameters)
         backward = self._work(device_backward, times.host_backward, tp=tp_backward)
+        # The host's launches that the device does not hide are spread over the backward.
+        launches = times.host_weights / times.host_backward if times.host_backward else 0.0
+        weights = Work(compute=times.weights + device_backward - times.backward, host=backward.host * launches)
         is_block = columns > 0 and rows > 0
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
@@ -222,7 +261,7 @@ class StageCosts:
             # What Megatron's selective recompute does not keep (arXiv 2205.05198).
             dropped = sum(score_bytes(core, job.stack, precision) for core in cores)
             saved, working = saved - dropped, working + dropped
-        return UnitCost(forward, backward, parameters, saved, working)
+        return UnitCost(forward, backward, parameters, saved, working, backward_weight=weights)
 
     def _accumulation_seconds(self, parameters: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
