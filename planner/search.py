@@ -81,13 +81,15 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
     before), as every microbatch's first forward climbs to the rank and its last backward comes back from it. Where
     the backward is split a rank may end with weight gradients, which nobody waits for: no backwards follow. Of
-    overlapped pairs only the computation counts.
+    overlapped pairs what the stack hides in them does not count.
     """
     microbatches = layout.microbatches(job.training.global_batch_size)
     best, before = 0.0, 0.0
     for rank in range(layout.pp):
         passes = [work for s in layout.stages_of(rank) for work in (stages[s].forward, stages[s].backward)]
-        own = sum(work.computation if layout.schedule == "DualPipeV" else work.total for work in passes)
+        own = sum(work.total for work in passes)
+        if layout.schedule == "DualPipeV":
+            own -= sum(work.spent_on(job.stack.overlaps_in_pair) for work in passes)
         best = max(best, before + microbatches * own)
         before += stages[rank].forward.total
         if layout.schedule not in SPLIT_BACKWARD:

@@ -213,10 +213,11 @@ class _Engine:
         self._span(rank, "compute", f"PP:{op}", began)
 
     def _compute_pair(self, rank: _Rank, op: Op) -> Process:
-        """A forward and a backward one after the other, the communication of each beside the computation of the other.
+        """A forward and a backward one after the other; the stack puts communication of each (Stack.overlaps_in_pair)
+        beside the computation of the other.
 
-        Rule: communication of one adds what the computation of the other does not cover, and what hiding the rest
-        costs; without communication the pair takes both times (deepseek-ai/DualPipe: F&B).
+        Rule: such communication of one adds what the computation of the other does not cover, and what hiding the rest
+        costs; without any the pair takes both times (deepseek-ai/DualPipe: F&B).
         Ignored: that the kernels of the two must be cut finely enough to take turns.
         """
         for leaf in op.parts:
@@ -226,9 +227,11 @@ class _Engine:
                 yield gathered
                 rank.spend("dp", self.env.now - start)
         forward, backward = (self._work_of(leaf) for leaf in op.parts)
-        hidden = min(forward.communication, backward.computation), min(backward.communication, forward.computation)
-        work = forward.less_communication(hidden[0]) + backward.less_communication(hidden[1])
-        work += Work(dp=self.job.cluster.gpu.hiding_cost(sum(hidden)))
+        names = self.job.stack.overlaps_in_pair
+        under_backward = min(forward.spent_on(names), backward.computation)
+        under_forward = min(backward.spent_on(names), forward.computation)
+        work = forward.without(under_backward, names) + backward.without(under_forward, names)
+        work += Work(compute=self.job.cluster.gpu.hiding_cost(under_backward + under_forward))
         began = self.env.now
         yield self._busy(rank, work.total)
         self._spend_work(rank, work, self.env.now - began)

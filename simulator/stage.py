@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,23 +58,20 @@ class Work:
         """Seconds on the device and its host, without communication."""
         return self.compute + self.recompute + self.host
 
-    @property
-    def communication(self) -> float:
-        """Seconds of exposed collectives."""
-        return self.total - self.computation
+    def spent_on(self, names: Collection[str]) -> float:
+        """Seconds of these fields."""
+        return sum(getattr(self, name) for name in _WORK if name in names)
 
-    def less_communication(self, hidden: float) -> Work:
-        """The same work with this many seconds of its communication beside other work."""
-        if hidden <= 0:
-            return self
-        kept = 1 - hidden / self.communication
-        return Work(**{n: s if n in _COMPUTATION else s * kept for n, s in ((n, getattr(self, n)) for n in _WORK)})
+    def without(self, hidden: float, names: Collection[str]) -> Work:
+        """The same work with this many seconds of these fields beside other work."""
+        spent = self.spent_on(names)
+        kept = 1 - hidden / spent if spent else 1.0
+        return Work(**{name: getattr(self, name) * (kept if name in names else 1.0) for name in _WORK})
 
     def __sub__(self, part: Work) -> Work:
         return Work(**{name: getattr(self, name) - getattr(part, name) for name in _WORK})
 
 
-_COMPUTATION = ("compute", "recompute", "host")
 _WORK = tuple(field.name for field in dataclasses.fields(Work))
 
 
