@@ -21,7 +21,7 @@ from planner.plan import Certificate, Plan
 from planner.space import candidates, without_model_parallelism
 from simulator.errors import NothingFitsError
 from simulator.job import Job
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.memory import capacity, fullest, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
@@ -101,6 +101,7 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
     """Split the space into layouts that fit, with their bounds, and the nearest misses."""
     fitting: list[_Screened] = []
     misses: list[tuple[float, Layout]] = []
+    costs: dict[Layout, tuple[StageCost, ...]] = {}
     for layout in candidates(job):
         counts.space += 1
         if counts.space % 200 == 0:
@@ -108,7 +109,9 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
         if layout.problems(job):
             counts.illegal += 1
             continue
-        stages = stage_costs(job, layout)
+        # Of the schedule only the placement matters to what a stage costs.
+        placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
+        stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
         peak = fullest(memory_per_rank(job, layout, stages)).peak
         over = peak - capacity(job, layout)
         if over > 0:

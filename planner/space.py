@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, V_PLACEMENT, Layout
+from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
 
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
@@ -94,6 +94,8 @@ def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     for combination in itertools.product(*fields.values()):
         recipe = dict(zip(fields, combination, strict=True))
         schedule, chunks = recipe.pop("schedule_and_chunks")
+        if schedule in SPLIT_BACKWARD and recipe["recompute"] != "none":
+            continue
         yield recipe | {"schedule": schedule, "virtual_stages": chunks}
 
 

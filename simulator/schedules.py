@@ -16,6 +16,7 @@ In the drawings time runs to the right, a row is a rank, and F, I, W of a chunk 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -248,23 +249,24 @@ def peak_in_flight(
 
     A microbatch lives from its forward to its full backward or, where that is split, to its weight gradient.
     """
-    alive: dict[int, int] = {}
-    moments: dict[tuple[tuple[int, int], ...], None] = {}
-    grown = False
-    for leaf in (leaf for op in compute_order(schedule, rank, ranks, chunks, microbatches) for leaf in op.leaves):
-        assert leaf.stage is not None
-        if leaf.kind in ("B", "W"):
-            if grown:
-                moments[tuple((stage, count) for stage, count in sorted(alive.items()) if count)] = None
-            alive[leaf.stage] -= 1
-            grown = False
-        elif leaf.kind == "F":
-            alive[leaf.stage] = alive.get(leaf.stage, 0) + 1
+    leaves = [leaf for op in compute_order(schedule, rank, ranks, chunks, microbatches) for leaf in op.leaves]
+    stages = sorted({leaf.stage for leaf in leaves if leaf.stage is not None})
+    place = {stage: i for i, stage in enumerate(stages)}
+    alive, grown = [0] * len(stages), False
+    moments: set[tuple[int, ...]] = set()
+    for kind, stage, *_ in leaves:
+        assert stage is not None
+        if kind == "F":
+            alive[place[stage]] += 1
             grown = True
-    return tuple(one for one in moments if not any(one != other and _holds(other, one) for other in moments))
-
-
-def _holds(more: tuple[tuple[int, int], ...], less: tuple[tuple[int, int], ...]) -> bool:
-    """Whether one moment has at least as many microbatches of every stage alive as another."""
-    counts = dict(more)
-    return all(counts.get(stage, 0) >= count for stage, count in less)
+        elif kind != "I":
+            if grown:
+                moments.add(tuple(alive))
+            alive[place[stage]] -= 1
+            grown = False
+    fullest: list[tuple[int, ...]] = []
+    # A moment holds less in total than one that holds at least as many of every stage.
+    for moment in sorted(moments, key=sum, reverse=True):
+        if not any(all(map(operator.ge, other, moment)) for other in fullest):
+            fullest.append(moment)
+    return tuple(tuple(zip(stages, moment, strict=True)) for moment in fullest)
