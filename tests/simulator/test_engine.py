@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Iterable
 
 import pytest
 import simpy
@@ -135,6 +136,23 @@ def test_drawings_show_when_ops_run(name: str) -> None:
         drawn = [(at, f"PP:({op.replace('&', ';')})OVERLAP_F_B" if "&" in op else f"PP:{op}") for at, op in cells]
         run = [span for span in spans if (span.rank, span.stream) == (rank, "compute") and span.name != "OPTIMIZER"]
         assert drawn == [(span.start, span.name) for span in run]
+
+
+@pytest.mark.parametrize(("times", "seconds"), list(zip(TIMES, (0.0, 2.8, 5.6), strict=True)))
+def test_zbv_steps_follow_each_other_without_a_bubble(times: tuple[float, float, float], seconds: float) -> None:
+    """Where no step waits for a gradient norm, a second one of 32 microbatches on eight ranks adds its own work alone
+    if F = I = W (arXiv 2401.10241, section 6), and a bubble that the fixed order cannot avoid if not."""
+    forward, gradient, weight = times
+    layout = Layout(pp=8, schedule="ZBVZeroBubble", virtual_stages=2)
+    stages = program(layout, 32, forward, gradient + weight, weight=weight).stages
+    once = [compute_order("ZBVZeroBubble", rank, 8, 2, 32) for rank in range(8)]
+    twice = [(*order, *(op._replace(microbatch=32 + (op.microbatch or 0)) for op in order)) for order in once]
+
+    def step_seconds(orders: Iterable[tuple[Op, ...]]) -> float:
+        lowered = tuple(tuple(with_communication(order, layout, stages)) for order in orders)
+        return run_program(ideal_job(8, 32), layout, Program(lowered, stages)).step_seconds
+
+    assert step_seconds(twice) - step_seconds(once) - 32 * sum(times) == pytest.approx(seconds, abs=1e-9)
 
 
 def test_a_pair_hides_communication_behind_the_others_computation() -> None:
