@@ -205,6 +205,19 @@ def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
     return largest * width
 
 
+def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+    """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
+    the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
+    torch.distributed.pipelining)."""
+    elements = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            elements += kernel.copies * kernel.m * kernel.n
+        elif isinstance(kernel, Pointwise) and kernel.name in ("layernorm", "rmsnorm"):
+            elements += kernel.elements
+    return elements * activation_width(precision)
+
+
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
     (and dropout's mask and copy)."""

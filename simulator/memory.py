@@ -1,8 +1,8 @@
 """Peak bytes of a rank, itemised: parameters, gradients, optimizer state, activations, buffers, overhead.
 
 Every item follows from the same program that the engine runs: activations are what kernels save times the
-microbatches that the schedule keeps alive. Where the backward is split they are kept whole until the weight gradient.
-Ignored: the gradients of activations that torch keeps from the input gradient to the weight gradient.
+microbatches that the schedule keeps alive. Where the backward is split they are kept whole until the weight gradient,
+and gradients of activations besides from the input gradient on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: 
     held = [stages[s] for s in layout.stages_of(rank)]
     microbatches = layout.microbatches(job.training.global_batch_size)
     moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
-    alive = max(sum(stages[s].saved * n for s, n in moment) for moment in moments)
+    alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
     items = {
         **_state(job, layout, sum(s.parameters for s in held)),
         "activations": alive + max(s.working for s in held),

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes, score_bytes
+from simulator.compute import (
+    accumulation_seconds,
+    deferred_bytes,
+    kernel_time,
+    passing_bytes,
+    saved_bytes,
+    score_bytes,
+)
 from simulator.data_parallel import DataParallel
 from simulator.kernels import (
     Attention,
@@ -91,6 +98,7 @@ class UnitCost:
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
     backward_weight: Work = Work()
+    deferred: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -105,7 +113,8 @@ class UnitCost:
 class StageCost:
     """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
     happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
-    is the part of backward that a schedule may put off: the gradients of weights and their adding up."""
+    is the part of backward that a schedule may put off: the gradients of weights and their adding up; deferred is the
+    bytes that are kept for it besides saved once the rest is done."""
 
     forward: Work
     backward: Work
@@ -117,6 +126,7 @@ class StageCost:
     reduce: float
     gather: float
     backward_weight: Work = Work()
+    deferred: float = 0.0
 
     @property
     def backward_input(self) -> Work:
@@ -159,7 +169,9 @@ class StageCosts:
                 units.append(self._head(groups))
             cost = self._sum(units, groups)
             # Nobody waits for an input gradient of the first stage: torch runs its whole backward in the weights' turn.
-            self._stages[key] = dataclasses.replace(cost, backward_weight=cost.backward) if index == 0 else cost
+            if index == 0:
+                cost = dataclasses.replace(cost, backward_weight=cost.backward, deferred=0.0)
+            self._stages[key] = cost
         return self._stages[key]
 
     def _worst_shape(self, axis: str, rank: int) -> GroupShape:
@@ -186,6 +198,7 @@ class StageCosts:
             reduce=data.once_reduce_seconds(parameters, len(units)),
             gather=data.once_gather_seconds(parameters, len(units)),
             backward_weight=weights,
+            deferred=sum(u.deferred for u in units),
         )
 
     def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
@@ -259,7 +272,8 @@ class StageCosts:
             # What Megatron's selective recompute does not keep (arXiv 2205.05198).
             dropped = sum(score_bytes(core, job.stack, precision) for core in cores)
             saved, working = saved - dropped, working + dropped
-        return UnitCost(forward, backward, parameters, saved, working, backward_weight=weights)
+        deferred = deferred_bytes(kernels, precision)
+        return UnitCost(forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred)
 
     def _accumulation_seconds(self, parameters: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""

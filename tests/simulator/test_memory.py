@@ -60,16 +60,16 @@ def test_1f1b_keeps_fewer_microbatches_than_gpipe() -> None:
 
 def test_a_v_keeps_its_fullest_moment_of_both_chunks() -> None:
     """ZBV on two ranks, 16 microbatches. Rank 0 holds the first and the last stage: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1
-    0F3 0I0 0W0 3F2 ... keeps three of stage 0 and one of stage 3, or four of stage 0. Stage 3 has the logits, so the
-    first is the peak."""
+    0F3 0I0 0W0 3F2 ... keeps three of stage 0 and one of stage 3, or four of stage 0, each with one whose weight
+    gradient is due. Stage 3 has the logits, so the first is the peak; stage 0 defers its whole backward."""
     task = job("torchtitan")
     layout = Layout(dp_replicate=4, pp=2, virtual_stages=2, schedule="ZBVZeroBubble")
     stages = stage_costs(task, layout)
     moments = peak_in_flight("ZBVZeroBubble", 0, 2, 2, 16)
-    assert set(moments) == {((0, 3), (3, 1)), ((0, 4), (3, 0))}
+    assert set(moments) == {((0, 3, 0), (3, 1, 1)), ((0, 4, 1), (3, 0, 0))}
     assert stages[3].saved > stages[0].saved
     rank = memory(task, layout)[0]
-    expected = 3 * stages[0].saved + stages[3].saved + max(stages[0].working, stages[3].working)
+    expected = 3 * stages[0].saved + stages[3].saved + stages[3].deferred + max(stages[0].working, stages[3].working)
     assert rank.activations == pytest.approx(expected)
 
 

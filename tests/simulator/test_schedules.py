@@ -214,7 +214,7 @@ def test_every_microbatch_goes_once_through_every_stage(shape: tuple[str, int, i
 
 def passes_alive(name: str, rank: int, pp: int, chunks: int, m: int) -> int:
     """The most passes of a stage alive at once on a rank."""
-    return max(sum(count for _, count in moment) for moment in peak_in_flight(name, rank, pp, chunks, m))
+    return max(sum(held.alive for held in moment) for moment in peak_in_flight(name, rank, pp, chunks, m))
 
 
 @pytest.mark.parametrize("m", [8, 16, 32, 64])
@@ -223,7 +223,7 @@ def test_microbatches_alive_match_the_closed_forms(pp: int, m: int) -> None:
     """GPipe m; 1F1B min(m, P - r); interleaved [(v-1)P + 2(P-1-r) + 1] / v rank-microbatches, at most m
     (arXiv 2104.04473, 2205.05198); ZB1P and ZBV P (arXiv 2401.10241); DualPipeV P + 1/2 (deepseek-ai/DualPipe)."""
     for rank in range(pp):
-        assert peak_in_flight("GPipe", rank, pp, 1, m) == (((rank, m),),)
+        assert peak_in_flight("GPipe", rank, pp, 1, m) == (((rank, m, 0),),)
         assert passes_alive("1F1B", rank, pp, 1, m) == min(m, pp - rank)
         if m >= 2 * pp:
             assert passes_alive("ZBVZeroBubble", rank, pp, 2, m) == 2 * pp
@@ -234,23 +234,26 @@ def test_microbatches_alive_match_the_closed_forms(pp: int, m: int) -> None:
             assert passes_alive("LoopedBFS", rank, pp, chunks, m) == chunks * m
         for chunks in (1, 2, 4):
             assert passes_alive("InterleavedZeroBubble", rank, pp, chunks, m) == chunks * pp
+            moments = peak_in_flight("InterleavedZeroBubble", rank, pp, chunks, m)
+            assert max(sum(held.deferred for held in moment) for moment in moments) == rank + 1
 
 
 @given(shapes())
 @settings(deadline=None, max_examples=50)
 def test_fullest_moments_cover_every_moment(shape: tuple[str, int, int, int]) -> None:
-    """For any bytes per stage, the largest of the moments is the largest sum that a walk through the order meets."""
+    """For any bytes per stage, and 3 more from I to W, the largest of the moments is the largest sum that a walk
+    through the order meets."""
     name, pp, chunks, m = shape
     for rank in range(pp):
         size = {stage: 1 + (7 * stage) % 5 for stage in range(pp * chunks)}
         held = most = 0
         for leaf in (leaf for op in compute_order(name, rank, pp, chunks, m) for leaf in op.leaves):
             assert leaf.stage is not None
-            held += {"F": size[leaf.stage], "I": 0}.get(leaf.kind, -size[leaf.stage])
+            held += {"F": size[leaf.stage], "I": 3, "W": -size[leaf.stage] - 3}.get(leaf.kind, -size[leaf.stage])
             most = max(most, held)
         moments = peak_in_flight(name, rank, pp, chunks, m)
         assert held == 0
-        assert max(sum(size[stage] * count for stage, count in moment) for moment in moments) == most
+        assert max(sum(size[s] * alive + 3 * deferred for s, alive, deferred in moment) for moment in moments) == most
 
 
 def test_a_pair_prints_as_torch_prints_it() -> None:
