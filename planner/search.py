@@ -21,7 +21,7 @@ from planner.plan import Certificate, Plan
 from planner.space import candidates, without_model_parallelism
 from simulator.errors import NothingFitsError
 from simulator.job import Job
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.memory import capacity, fullest, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
@@ -79,14 +79,21 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     """Seconds that no schedule of this layout can beat.
 
     Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
-    before), as every microbatch's first forward climbs to the rank and its last backward comes back from it.
+    before), as every microbatch's first forward climbs to the rank and its last backward comes back from it. Where
+    the backward is split a rank may end with weight gradients, which nobody waits for: no backwards follow. Of
+    overlapped pairs what the stack hides in them does not count.
     """
     microbatches = layout.microbatches(job.training.global_batch_size)
     best, before = 0.0, 0.0
     for rank in range(layout.pp):
-        own = sum(stages[s].forward.total + stages[s].backward.total for s in layout.stages_of(rank))
+        passes = [work for s in layout.stages_of(rank) for work in (stages[s].forward, stages[s].backward)]
+        own = sum(work.total for work in passes)
+        if layout.schedule == "DualPipeV":
+            own -= sum(work.spent_on(job.stack.overlaps_in_pair) for work in passes)
         best = max(best, before + microbatches * own)
-        before += stages[rank].forward.total + stages[rank].backward.total
+        before += stages[rank].forward.total
+        if layout.schedule not in SPLIT_BACKWARD:
+            before += stages[rank].backward.total
     return best
 
 
@@ -94,6 +101,7 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
     """Split the space into layouts that fit, with their bounds, and the nearest misses."""
     fitting: list[_Screened] = []
     misses: list[tuple[float, Layout]] = []
+    costs: dict[Layout, tuple[StageCost, ...]] = {}
     for layout in candidates(job):
         counts.space += 1
         if counts.space % 200 == 0:
@@ -101,7 +109,9 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
         if layout.problems(job):
             counts.illegal += 1
             continue
-        stages = stage_costs(job, layout)
+        # Of the schedule only the placement matters to what a stage costs.
+        placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
+        stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
         peak = fullest(memory_per_rank(job, layout, stages)).peak
         over = peak - capacity(job, layout)
         if over > 0:

@@ -12,7 +12,7 @@ from typing import Any
 
 from simulator.compute import UNFUSED
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
 
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
@@ -95,6 +95,8 @@ def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     for combination in itertools.product(*fields.values()):
         recipe = dict(zip(fields, combination, strict=True))
         schedule, chunks = recipe.pop("schedule_and_chunks")
+        if schedule in SPLIT_BACKWARD and recipe["recompute"] != "none":
+            continue
         yield recipe | {"schedule": schedule, "virtual_stages": chunks}
 
 
@@ -115,7 +117,8 @@ def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
     # Where no number of chunks divides the layers, two uneven ones are tried.
     chunks = even or [v for v in (2, 4) if pp * v <= layers]
     for name in names:
-        for count in _values(job, "virtual_stages", chunks if name in MULTI_STAGE else [1]):
+        stages = [2] if name in V_PLACEMENT else chunks if name in MULTI_STAGE else [1]
+        for count in _values(job, "virtual_stages", stages):
             yield name, count
 
 

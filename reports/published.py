@@ -45,7 +45,7 @@ NUMBERS = ("params_b", "iter_time_s", "tokens_per_s_per_gpu", "peak_mem_gib")
 COLUMNS = (*TEXTS, *COUNTS, *NUMBERS)
 
 
-class Skip(Exception):
+class SkippedError(Exception):
     """A row that cannot be predicted; the message says why."""
 
 
@@ -135,7 +135,7 @@ def interpret(row: Row) -> Case:
     """The job and the layouts of a row.
 
     Raises:
-        Skip: a cell that no rule can fill, or hardware, model or layout that the simulator does not know.
+        SkippedError: a cell that no rule can fill, or hardware, model or layout that the simulator does not know.
     """
     return _Interpreter(row).case()
 
@@ -154,7 +154,7 @@ class _Interpreter:
         reasons = [layout.problems(job) for layout in layouts]
         legal = tuple(layout for layout, found in zip(layouts, reasons, strict=True) if not found)
         if not legal:
-            raise Skip(f"no legal layout: {'; '.join(reasons[0])}" if reasons else "no layout")
+            raise SkippedError(f"no legal layout: {'; '.join(reasons[0])}" if reasons else "no layout")
         return Case(self.row, job, legal, tuple(self.assumptions))
 
     def _rules(self) -> dict[str, Any]:
@@ -163,14 +163,14 @@ class _Interpreter:
             where = {"framework": entry["match"], **entry.get("where", {})}
             if all(re.search(pattern, self.row.text(column), re.I) for column, pattern in where.items()):
                 return dict(entry)
-        raise Skip(f"framework '{framework}' is not known")
+        raise SkippedError(f"framework '{framework}' is not known")
 
     def _need(self, column: str) -> int:
         value = self.row.count(column)
         if value is None and column in self.rules:
             value = self._assume(column, self.rules[column])
         if value is None:
-            raise Skip(f"the source does not state {column}")
+            raise SkippedError(f"the source does not state {column}")
         return value
 
     def _assume(self, column: str, value: Any) -> Any:
@@ -180,7 +180,7 @@ class _Interpreter:
     def _model(self) -> ModelSpec:
         row, arch = self.row, self.row.text("arch")
         if arch not in ("gpt", "llama"):
-            raise Skip(f"arch '{arch}' is not known")
+            raise SkippedError(f"arch '{arch}' is not known")
         hidden, heads = self._need("hidden"), self._need("heads")
         llama = arch == "llama"
         vocab = row.count("vocab") or self._assume("vocab", self.rules.get("vocab", 51200))
@@ -236,12 +236,12 @@ class _Interpreter:
         gpu = self.row.text("gpu")
         known = next((e for e in _table("hardware")["hardware"] if re.search(e["match"], gpu, re.I)), None)
         if known is None:
-            raise Skip(f"gpu '{gpu}' is not known")
+            raise SkippedError(f"gpu '{gpu}' is not known")
         gpus = self._need("n_gpus")
         spec = _cluster(known["cluster"], known["gpu"])
         per_node = math.gcd(gpus, self.row.count("gpus_per_node") or spec.gpus_per_node)
         if gpus > spec.gpus_per_node and gpus % spec.gpus_per_node:
-            raise Skip(f"n_gpus = {gpus} does not fill nodes of {spec.gpus_per_node}")
+            raise SkippedError(f"n_gpus = {gpus} does not fill nodes of {spec.gpus_per_node}")
         return _with_cards(spec, per_node, _cards(self.row.text("inter_node"))), gpus // per_node
 
     def _stack(self, cluster: ClusterSpec) -> Stack:
@@ -279,7 +279,7 @@ class _Interpreter:
         row, gpus = self.row, job.world_size
         tp, pp, cp, ep = (row.count(c) or 1 for c in ("tp", "pp", "cp", "ep"))
         if gpus % (tp * pp * cp):
-            raise Skip(f"tp({tp}) * pp({pp}) * cp({cp}) does not divide n_gpus = {gpus}")
+            raise SkippedError(f"tp({tp}) * pp({pp}) * cp({cp}) does not divide n_gpus = {gpus}")
         data = gpus // (tp * pp * cp)
         zero = row.count("zero_stage")
         if zero is None:

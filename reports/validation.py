@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reports.published import Case, Row, Skip, interpret
+from reports.published import Case, Row, SkippedError, interpret
 from simulator.errors import UserError
 from simulator.results import Prediction
 from simulator.simulate import simulate
@@ -31,7 +31,7 @@ class Result:
 def predict(row: Row) -> Result:
     try:
         case = interpret(row)
-    except (Skip, UserError) as reason:
+    except (SkippedError, UserError) as reason:
         return Result(row, None, None, str(reason))
     predictions = [simulate(case.job, layout) for layout in case.layouts]
     fitting = [p for p in predictions if p.fits] or predictions

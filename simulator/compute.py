@@ -124,6 +124,9 @@ class KernelTime:
     backward: float
     host_forward: float
     host_backward: float
+    # The part of the backward that makes weight gradients.
+    weights: float = 0.0
+    host_weights: float = 0.0
 
     def __add__(self, other: KernelTime) -> KernelTime:
         return KernelTime(
@@ -131,6 +134,8 @@ class KernelTime:
             self.backward + other.backward,
             self.host_forward + other.host_forward,
             self.host_backward + other.host_backward,
+            self.weights + other.weights,
+            self.host_weights + other.host_weights,
         )
 
 
@@ -138,16 +143,19 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
     """Forward and backward seconds of kernels that run one after another on one device. What keeps the arithmetic
     units busy runs at the clock that a training load sustains; memory-bound operations do not feel it."""
     host = gpu.host or stack.host
-    forward = backward = 0.0
-    launches_forward = launches_backward = 0.0
+    forward = backward = weights = 0.0
+    launches_forward = launches_backward = launches_weights = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
             forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies) / gpu.sustained
             backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies) / gpu.sustained
-            backward += matmul_seconds(gpu, precision, k, n, m, kernel.copies) / gpu.sustained
+            weight = matmul_seconds(gpu, precision, k, n, m, kernel.copies) / gpu.sustained
+            backward += weight
+            weights += weight
             launches_forward += 1
             launches_backward += 2
+            launches_weights += 1
         elif isinstance(kernel, Attention):
             forward += attention_seconds(gpu, stack, precision, kernel, backward=False) / gpu.sustained
             backward += attention_seconds(gpu, stack, precision, kernel, backward=True) / gpu.sustained
@@ -159,7 +167,8 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
             backward += pointwise_seconds(gpu, stack, precision, kernel, backward=True)
             launches_forward += stack.elementwise[kernel.name].kernels_forward
             launches_backward += stack.elementwise[kernel.name].kernels_backward
-    return _with_host(host, tp, KernelTime(forward, backward, launches_forward, launches_backward))
+    launches = (launches_forward, launches_backward)
+    return _with_host(host, tp, KernelTime(forward, backward, *launches, weights, launches_weights))
 
 
 def recomputed_share(kernel: Kernel, stack: Stack) -> float:
@@ -184,6 +193,8 @@ def _with_host(host: HostFit, tp: int, work: KernelTime) -> KernelTime:
         work.backward,
         work.host_forward * (host.forward + dtensor),
         work.host_backward * (host.backward + dtensor),
+        work.weights,
+        work.host_weights * (host.backward + dtensor),
     )
 
 
@@ -222,6 +233,19 @@ def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
             elements = kernel.elements * (3 if kernel.name == "gated_activation" else 2)
         largest = max(largest, elements)
     return largest * width
+
+
+def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+    """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
+    the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
+    torch.distributed.pipelining)."""
+    elements = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            elements += kernel.copies * kernel.m * kernel.n
+        elif isinstance(kernel, Pointwise) and kernel.name in ("layernorm", "rmsnorm"):
+            elements += kernel.elements
+    return elements * activation_width(precision)
 
 
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:

@@ -54,16 +54,18 @@ class Compute(NamedTuple):
     on, and those that it lets go at its end."""
 
     work: str
-    keeps: str
+    keeps: tuple[str, ...] = ()
     frees: tuple[str, ...] = ()
 
 
 COMPUTE = {
-    "F": Compute("forward", keeps="saved"),
-    "B": Compute("backward", keeps="working", frees=("working", "saved")),
+    "F": Compute("forward", keeps=("saved",)),
+    "B": Compute("backward", keeps=("working",), frees=("working", "saved")),
+    "I": Compute("backward_input", keeps=("working", "deferred"), frees=("working",)),
+    "W": Compute("backward_weight", frees=("deferred", "saved")),
 }
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
-GRADIENT = ("B",)
+GRADIENT = ("B", "W")
 # Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
 LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
 
@@ -146,13 +148,14 @@ class _Engine:
         self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
-        self.final = {op.stage: op for order in program.orders for op in order if op.kind in GRADIENT}
+        leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
+        self.final = {leaf.stage: leaf for leaf in leaves if leaf.kind in GRADIENT}
         self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
             **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
             "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
-            "OPTIMIZER": self._optimize,
+            "OVERLAP_F_B": self._compute_pair, "RESHARD": self._reshard, "OPTIMIZER": self._optimize,
         }  # fmt: skip
 
     def run(self) -> Run:
@@ -214,8 +217,8 @@ class _Engine:
             seconds = 0.0
             if kind == "UNSHARD":
                 gathered.add(stage)
-            elif kind in COMPUTE:
-                gathered.discard(stage)
+            else:
+                gathered -= {leaf.stage for leaf in op.leaves if leaf.kind in COMPUTE}
         steps += [(self._busy, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
             rank.spend_work(vars(self.work[kind][stage]), count)
@@ -247,11 +250,11 @@ class _Engine:
         return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
 
     def _compute(self, rank: Rank, op: Op) -> Process:
-        """A forward or backward. The first forward of a stage may wait piece by piece for its parameters, the last
+        """A forward or backward. The first op of a stage may wait piece by piece for its parameters, the last
         backward may hand over its gradients bucket by bucket."""
         assert op.stage is not None
         cost, work = self.program.stages[op.stage], self.work[op.kind][op.stage]
-        gathered = rank.gathering.pop(op.stage, []) if op.kind == "F" else []
+        gathered = rank.gathering.pop(op.stage, [])
         reduces = self._reduces(op)
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
         overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
@@ -262,7 +265,7 @@ class _Engine:
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        self._keep(rank, cost, COMPUTE[op.kind].keeps)
+        self._keep(rank, cost, *COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
                 yield from rank.wait(gathered[piece], "dp")
@@ -275,6 +278,40 @@ class _Engine:
             rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
         self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
         self._span(rank, "compute", op, began)
+
+    def _compute_pair(self, rank: Rank, op: Op) -> Process:
+        """A forward and a backward one after the other; the stack puts communication of each (Stack.overlaps_in_pair)
+        beside the computation of the other.
+
+        Rule: such communication of one adds what the computation of the other does not cover, and what hiding the rest
+        costs; without any the pair takes both times (deepseek-ai/DualPipe: F&B).
+        Ignored: that the kernels of the two must be cut finely enough to take turns.
+        """
+        stages = self.program.stages
+        for leaf in op.parts:
+            for gathered in rank.gathering.pop(leaf.stage or 0, []):
+                yield from rank.wait(gathered, "dp")
+        forward, backward = (self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts)
+        names = self.job.stack.overlaps_in_pair
+        under_backward = min(forward.spent_on(names), backward.computation)
+        under_forward = min(backward.spent_on(names), forward.computation)
+        work = forward.without(under_backward, names) + backward.without(under_forward, names)
+        work += Work(compute=self.job.cluster.gpu.hiding_cost(under_backward + under_forward))
+        spent = rank.seconds_of(work, self.lockstep_name)
+        yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
+        began = self.env.now
+        for leaf in op.parts:
+            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].keeps)
+        yield self._busy(rank, spent["total"])
+        rank.spend_work(spent, (self.env.now - began) / spent["total"] if spent["total"] else 0.0)
+        for leaf in op.parts:
+            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].frees, sign=-1)
+            if self._reduces(leaf):
+                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, REDUCING))
+        self._span(rank, "compute", op, began)
+
+    def _reshard(self, rank: Rank, op: Op) -> None:
+        """Dropping gathered parameters takes no time."""
 
     def _collective(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
         """Queue a collective of the data-parallel group: it runs after the ones queued before it."""

@@ -20,8 +20,13 @@ from simulator.files import STRICT
 if TYPE_CHECKING:
     from simulator.job import Job
 
-SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
-MULTI_STAGE = ("Interleaved1F1B",)
+Schedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+MULTI_STAGE = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+V_PLACEMENT = ("ZBVZeroBubble", "DualPipeV")
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 MOST_MICROBATCHES = 8192
 AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -45,7 +50,7 @@ class Layout:
     ep: int = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: int = 1
-    schedule: Literal["GPipe", "1F1B", "Interleaved1F1B"] = "1F1B"
+    schedule: Schedule = "1F1B"
     virtual_stages: int = 1
     stage_layers: tuple[int, ...] | None = None
     recompute: Literal["none", "selective", "full"] = "none"
@@ -100,8 +105,21 @@ class Layout:
         return tuple(share + (stage < rest) for stage in range(self.stages))
 
     def stages_of(self, pp_rank: int) -> tuple[int, ...]:
-        """The stages that one pipeline rank holds: rank, rank + pp, rank + 2·pp ... (torch's loop placement)."""
-        return tuple(range(pp_rank, self.stages, self.pp))
+        """The stages that one pipeline rank holds, in the order of its chunks."""
+        return tuple(chunk * self.pp + self._turned(chunk, pp_rank) for chunk in range(self.virtual_stages))
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The pipeline rank that holds a stage: stage % pp (torch's loop placement), or back and forth for the V of
+        ZBVZeroBubble and DualPipeV, where rank r holds stages r and 2·pp - 1 - r.
+
+        >>> [Layout(pp=3, virtual_stages=2, schedule="ZBVZeroBubble").rank_of_stage(stage) for stage in range(6)]
+        [0, 1, 2, 2, 1, 0]
+        """
+        return self._turned(*divmod(stage, self.pp))
+
+    def _turned(self, chunk: int, place: int) -> int:
+        """Every other chunk of a V runs from the last rank to the first; a stage's place and its rank mirror."""
+        return self.pp - 1 - place if self.schedule in V_PLACEMENT and chunk % 2 else place
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a global rank stands on each axis."""
@@ -241,6 +259,16 @@ class Layout:
             found.append(f"schedule {self.schedule} has one stage per rank, but virtual_stages = {self.virtual_stages}")
         if self.schedule in MULTI_STAGE and (self.virtual_stages == 1 or self.pp == 1):
             found.append(f"schedule {self.schedule} needs virtual_stages > 1 and pp > 1")
+        elif self.schedule in V_PLACEMENT and self.virtual_stages != 2:
+            found.append(
+                f"schedule {self.schedule} puts 2 stages on each rank, in a V: "
+                f"virtual_stages = {self.virtual_stages} must be 2"
+            )
+        if self.schedule in SPLIT_BACKWARD and self.recompute != "none":
+            found.append(
+                f"recompute = '{self.recompute}' must be 'none' with {self.schedule}: its backward is split, and torch "
+                f"would recompute a block for its input gradient and again for each of its weights"
+            )
         return found + self._microbatch_problems(job)
 
     def _microbatch_problems(self, job: Job) -> list[str]:
@@ -255,8 +283,11 @@ class Layout:
         )
         if self.schedule == "1F1B" and count < pp:
             return [f"{shown}, but 1F1B over pp = {pp} needs at least {pp}"]
-        if self.schedule == "Interleaved1F1B" and count % max(1, count // pp):
-            return [f"{shown}, which Interleaved1F1B cannot split into {max(1, count // pp)} equal rounds"]
+        rounds = max(1, count // pp)
+        if self.schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
+            return [f"{shown}, which {self.schedule} cannot split into {rounds} equal rounds"]
+        if self.schedule == "DualPipeV" and count < 2 * pp:
+            return [f"{shown}, but DualPipeV over 2 * pp({pp}) stages needs at least {2 * pp}"]
         return []
 
     def _stack_problems(self, job: Job) -> list[str]:
@@ -302,7 +333,8 @@ def parse_layout(text: str, job: Job) -> Layout:
     """A layout as a user writes it: `"tp=8 pp=4 micro_batch_size=2"`. What is not named follows from the job.
 
     Ranks not named go to data parallelism, sharded as the stack shards by default; sequence_parallel is on with tp
-    where the stack has it; naming virtual_stages chooses Interleaved1F1B.
+    where the stack has it; naming virtual_stages alone chooses Interleaved1F1B, naming a schedule of several stages
+    chooses two of them on each rank.
 
     Raises:
         UserError: a word that is no `field=value`, an unknown field, a value of the wrong kind.

@@ -1,7 +1,8 @@
 """Peak bytes of a rank, itemised: parameters, gradients, optimizer state, activations, buffers, overhead.
 
 Every item follows from the same program that the engine runs: activations are what kernels save times the
-microbatches that the schedule keeps alive.
+microbatches that the schedule keeps alive. Where the backward is split they are kept whole until the weight gradient,
+and gradients of activations besides from the input gradient on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from simulator.layout import Layout
+from simulator.program import MOST_UNSHARDED
 from simulator.results import MemoryBreakdown
 from simulator.schedules import peak_in_flight
 from simulator.stage import StageCost
@@ -39,10 +41,11 @@ def capacity(job: Job, layout: Layout) -> float:
 def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
     held = [stages[s] for s in layout.stages_of(rank)]
     microbatches = layout.microbatches(job.training.global_batch_size)
-    alive = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
+    moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
+    alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
     items = {
         **_state(job, layout, sum(s.parameters for s in held)),
-        "activations": sum(stages[s].saved * n for s, n in alive) + max(s.working for s in held),
+        "activations": alive + max(s.working for s in held),
         "buffers": _buffers(job, layout, held),
         "overhead": _overhead(job, layout),
     }
@@ -79,8 +82,10 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
         # The unit in use and the one being fetched, and a gradient on its way to the reduction.
         total += unit * recipe.compute * (2 if stack.overlap_param_gather else 1) + unit * recipe.gradient_reduce
     elif whole_stage:
-        # Under a pipeline torch does not reshard a stage after a backward, so zero_stage 3 holds all of it too.
-        total += sum(s.parameters for s in stages) * recipe.compute
+        # Under a pipeline torch does not reshard a stage after a backward, so zero_stage 3 holds all of it too; of more
+        # than three stages it drops those that are needed last.
+        gathered = sorted(s.parameters for s in stages)
+        total += sum(gathered[-MOST_UNSHARDED:]) * recipe.compute
         total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
     elif stack.replicates_by_fsdp and (job.training.precision == "bf16" or (layout.dp > 1 and layout.tp > 1)):
         # FSDP over a shard group of one still copies what it gathers.

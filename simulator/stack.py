@@ -41,7 +41,8 @@ class Stack:
     """A software stack. Lists name what it can do; `Layout.problems` turns what is missing into a reason.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
-    on a CPU it adds to each kernel. A measured device brings its own.
+    on a CPU it adds to each kernel. A measured device brings its own. overlaps_in_pair is the communication that
+    runs beside computation where a schedule pairs a forward with a backward (DualPipeV).
 
     overlap_tp: pieces into which tensor-parallel collectives are cut so that all but one run beside the matmul that
     makes or takes their data; 0 if they wait for each other.
@@ -82,6 +83,7 @@ class Stack:
     fused_accumulation: bool
     reduces_every_projection: bool = False
     recompute_stops_early: bool = False
+    overlaps_in_pair: tuple[Literal["tp", "cp", "ep", "dp"], ...] = ()
     replicates_by_fsdp: bool = False
     pads_vocabulary: bool = True
     ties_across_stages: bool = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import (
     accumulation_seconds,
+    deferred_bytes,
     kernel_time,
     passing_bytes,
     recomputed_share,
@@ -60,6 +62,27 @@ class Work:
             self.host + other.host,
         )
 
+    @property
+    def computation(self) -> float:
+        """Seconds on the device and its host, without communication."""
+        return self.compute + self.recompute + self.host
+
+    def spent_on(self, names: Collection[str]) -> float:
+        """Seconds of these fields."""
+        return sum(getattr(self, name) for name in _WORK if name in names)
+
+    def without(self, hidden: float, names: Collection[str]) -> Work:
+        """The same work with this many seconds of these fields beside other work."""
+        spent = self.spent_on(names)
+        kept = 1 - hidden / spent if spent else 1.0
+        return Work(**{name: getattr(self, name) * (kept if name in names else 1.0) for name in _WORK})
+
+    def __sub__(self, part: Work) -> Work:
+        return Work(**{name: getattr(self, name) - getattr(part, name) for name in _WORK})
+
+
+_WORK = tuple(field.name for field in dataclasses.fields(Work))
+
 
 @dataclass(frozen=True)
 class UnitCost:
@@ -76,6 +99,8 @@ class UnitCost:
     working: float
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
+    backward_weight: Work = Work()
+    deferred: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -89,7 +114,9 @@ class UnitCost:
 @dataclass(frozen=True)
 class StageCost:
     """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
-    happen once a step; where they happen in every microbatch they are part of forward and backward."""
+    happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
+    is the part of backward that a schedule may put off: the gradients of weights and their adding up; deferred is the
+    bytes that are kept for it besides saved once the rest is done."""
 
     forward: Work
     backward: Work
@@ -100,6 +127,13 @@ class StageCost:
     units: int
     reduce: float
     gather: float
+    backward_weight: Work = Work()
+    deferred: float = 0.0
+
+    @property
+    def backward_input(self) -> Work:
+        """The rest of the backward, which the stage before waits for: recomputation and the input gradient."""
+        return self.backward - self.backward_weight
 
 
 @dataclass(frozen=True)
@@ -126,7 +160,7 @@ class StageCosts:
         """The cost of one stage, in torch's global stage order."""
         layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
         first = sum(layers[:index])
-        model, groups = self.job.model, self.groups[index % self.layout.pp]
+        model, groups = self.job.model, self.groups[self.layout.rank_of_stage(index)]
         blocks = tuple((model.block_kind(i), model.block_is_causal(i)) for i in range(first, first + layers[index]))
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
@@ -135,7 +169,11 @@ class StageCosts:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
                 units.append(self._head(groups))
-            self._stages[key] = self._sum(units, groups)
+            cost = self._sum(units, groups)
+            # Nobody waits for an input gradient of the first stage: torch runs its whole backward in the weights' turn.
+            if index == 0:
+                cost = dataclasses.replace(cost, backward_weight=cost.backward, deferred=0.0)
+            self._stages[key] = cost
         return self._stages[key]
 
     def _worst_shape(self, axis: str, rank: int) -> GroupShape:
@@ -149,6 +187,7 @@ class StageCosts:
         data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
+        weights = functools.reduce(Work.__add__, (u.backward_weight for u in units))
         parameters = sum(u.parameters for u in units)
         return StageCost(
             forward=forward + Work(dp=data.exposed_forward(units)),
@@ -160,6 +199,8 @@ class StageCosts:
             units=len(units),
             reduce=data.once_reduce_seconds(parameters, len(units)),
             gather=data.once_gather_seconds(parameters, len(units)),
+            backward_weight=weights,
+            deferred=sum(u.deferred for u in units),
         )
 
     def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
@@ -226,6 +267,9 @@ class StageCosts:
         device_backward = times.backward + self._accumulation_seconds(parameters)
         host_backward = times.host_backward + launches * host.backward
         backward = self._work(device_backward, host_backward, tp=tp_backward)
+        # The host's launches that the device does not hide are spread over the backward.
+        late = times.host_weights / host_backward if host_backward else 0.0
+        weights = Work(compute=times.weights + device_backward - times.backward, host=backward.host * late)
         is_block = columns > 0 and rows > 0
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
@@ -238,7 +282,8 @@ class StageCosts:
             again, dropped = self._selected(kernels)
             backward += again
             saved, working = saved - dropped, working + dropped
-        return UnitCost(forward, backward, parameters, saved, working)
+        deferred = deferred_bytes(kernels, precision)
+        return UnitCost(forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred)
 
     def _again(self, kernels: list[Kernel]) -> Work:
         """The forward up to its last matmul, whose output no backward needs."""

@@ -59,6 +59,20 @@ def test_bound_is_admissible(task: Job, pick: int) -> None:
     assert bound <= simulate(task, layout).step_seconds * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", ["LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_bound_is_admissible_for_every_schedule(name: str) -> None:
+    """Free messages and many microbatches come closest to the bound; a stack that hides tensor parallelism in pairs
+    must not undercut it."""
+    search = {"schedule": [name], "pp": [2, 4], "micro_batch_size": [1], "virtual_stages": [2]}
+    task = job("llama-3.1-8b", "dgx-h100", search=search, global_batch_size=64, stack="torchtitan")
+    task = dataclasses.replace(task, stack=dataclasses.replace(task.stack, overlaps_in_pair=("tp",)))
+    legal = [layout for layout in candidates(task) if not layout.problems(task)]
+    assert legal and {layout.schedule for layout in legal} == {name}
+    for layout in legal:
+        bound, seconds = lower_bound(task, layout, stage_costs(task, layout)), simulate(task, layout).step_seconds
+        assert 0.5 * seconds < bound <= seconds * (1 + 1e-9)
+
+
 def test_certificate_accounts_for_every_layout() -> None:
     task = job(global_batch_size=64)
     c = plan(task).certificate

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import time
+from collections.abc import Iterable
 
 import pytest
 import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simulator import schedules
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
 from simulator.engine import run_program
 from simulator.job import Job, build_job
-from simulator.layout import Layout, parse_layout
+from simulator.layout import SCHEDULES, Layout, parse_layout
 from simulator.processors import Processors
 from simulator.program import Program, with_communication
-from simulator.schedules import compute_order
+from simulator.schedules import Op, compute_order
 from simulator.simulate import simulate
 from simulator.stage import StageCost, Work
 
@@ -43,6 +47,7 @@ def program(layout: Layout, microbatches: int, forward: float, backward: float, 
     stage = StageCost(
         forward=Work(compute=forward / chunks), backward=Work(compute=backward / chunks), parameters=0.0, saved=0.0,
         working=0.0, largest_unit=0.0, units=4, reduce=cost.get("reduce", 0.0), gather=0.0,
+        backward_weight=Work(compute=cost.get("weight", 0.0) / chunks),
     )  # fmt: skip
     stages = (stage,) * layout.stages
     orders = (compute_order(layout.schedule, r, layout.pp, chunks, microbatches) for r in range(layout.pp))
@@ -60,6 +65,131 @@ def test_bubble_is_the_closed_form(name: str, pp: int, times: tuple[float, float
     run = run_program(ideal_job(pp, m), layout, program(layout, m, forward, backward))
     assert run.step_seconds == pytest.approx((m + (pp - 1) / chunks) * (forward + backward))
     assert run.breakdown.bubble == pytest.approx((pp - 1) / chunks * (forward + backward))
+
+
+CASES = [(pp, m) for pp in (4, 8) for m in (8, 16, 32, 64)]
+TIMES = [(1.0, 1.0, 1.0), (1.0, 1.2, 0.8), (1.0, 1.4, 0.6)]
+
+
+def bubble(name: str, chunks: int, pp: int, m: int, times: tuple[float, float, float]) -> float:
+    """Seconds beyond m(F + I + W) with free messages."""
+    forward, gradient, weight = times
+    layout = Layout(pp=pp, schedule=name, virtual_stages=chunks)  # type: ignore[arg-type]
+    work = program(layout, m, forward, gradient + weight, weight=weight)
+    run = run_program(ideal_job(pp, m), layout, work)
+    assert run.breakdown.bubble == pytest.approx(run.step_seconds - m * sum(times))
+    return run.step_seconds - m * sum(times)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(("pp", "m"), CASES)
+def test_bubbles_hold_for_unequal_times(pp: int, m: int, times: tuple[float, float, float]) -> None:
+    """(P-1)(F+I+W) for GPipe and 1F1B, 1/v of it for the interleaved ones (arXiv 2104.04473, 2211.05953); ZB1P
+    (P-1)(F+I-W), 1/v of it on v chunks (arXiv 2401.10241)."""
+    forward, gradient, weight = times
+    whole, zero = (pp - 1) * sum(times), (pp - 1) * (forward + gradient - weight)
+    assert bubble("GPipe", 1, pp, m, times) == pytest.approx(whole)
+    assert bubble("1F1B", 1, pp, m, times) == pytest.approx(whole)
+    assert bubble("InterleavedZeroBubble", 1, pp, m, times) == pytest.approx(zero)
+    for chunks in (2, 4):
+        assert bubble("LoopedBFS", chunks, pp, m, times) == pytest.approx(whole / chunks)
+        assert bubble("Interleaved1F1B", chunks, pp, m, times) == pytest.approx(whole / chunks)
+    assert bubble("InterleavedZeroBubble", 2, pp, m, times) == pytest.approx(zero / 2)
+
+
+@pytest.mark.parametrize(("pp", "m"), [(pp, m) for pp, m in CASES if m >= 2 * pp])
+def test_bubbles_of_the_v_schedules(pp: int, m: int) -> None:
+    """Where F = I = W = 1: ZBV (P-1)F/2, waiting for the gradient norm (arXiv 2401.10241, section 6); DualPipeV
+    (P-1)(F&B + B - 3W)/2 = (P-1)(3 + 2 - 3)/2 (deepseek-ai/DualPipe)."""
+    assert bubble("ZBVZeroBubble", 2, pp, m, TIMES[0]) == pytest.approx((pp - 1) / 2)
+    assert bubble("DualPipeV", 2, pp, m, TIMES[0]) == pytest.approx(pp - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks", "seconds"),
+    [
+        ("1F1B", 1, (21.0, 21.0, 21.0)),
+        ("Interleaved1F1B", 2, (10.5, 10.5, 10.5)),
+        ("Interleaved1F1B", 4, (5.25, 5.25, 5.25)),
+        ("InterleavedZeroBubble", 1, (7.0, 9.8, 12.6)),
+        ("InterleavedZeroBubble", 2, (3.5, 4.9, 6.3)),
+        ("ZBVZeroBubble", 2, (3.5, 4.2, 5.6)),
+        ("DualPipeV", 2, (7.0, 8.6, 10.7)),
+    ],
+)
+def test_bubbles_of_eight_ranks_and_32_microbatches(name: str, chunks: int, seconds: tuple[float, ...]) -> None:
+    """Seconds for (F, I, W) = (1, 1, 1), (1, 1.2, 0.8), (1, 1.4, 0.6): from another simulation of the same orders
+    where no closed form is known, that is for the V schedules with unequal times."""
+    assert [bubble(name, chunks, 8, 32, times) for times in TIMES] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_drawings_show_when_ops_run(name: str) -> None:
+    """Every schedule is drawn in its docstring; F, I and W of a chunk take one slot of four characters, B two."""
+    lines = (inspect.getdoc(schedules._ORDERS[name]) or "").splitlines()
+    shape = dict(part.split(" = ") for part in lines[-1].strip("()").split(", "))
+    pp, chunks, m = (int(shape[key]) for key in "Pvm")
+    layout = Layout(pp=pp, schedule=name, virtual_stages=chunks)  # type: ignore[arg-type]
+    work = program(layout, m, chunks, 2.0 * chunks, weight=chunks)
+    spans = run_program(ideal_job(pp, m), layout, work, trace=True).timeline.spans
+    for rank in range(pp):
+        row = next(line.removeprefix(f"rank {rank}  ") for line in lines if line.startswith(f"rank {rank} "))
+        cells = [(cell.start() / 4, cell.group().rstrip("-")) for cell in re.finditer(r"[^ .]+", row)]
+        drawn = [(at, f"PP:({op.replace('&', ';')})OVERLAP_F_B" if "&" in op else f"PP:{op}") for at, op in cells]
+        run = [span for span in spans if (span.rank, span.stream) == (rank, "compute") and span.name != "OPTIMIZER"]
+        assert drawn == [(span.start, span.name) for span in run]
+
+
+@pytest.mark.parametrize(("times", "seconds"), list(zip(TIMES, (0.0, 2.8, 5.6), strict=True)))
+def test_zbv_steps_follow_each_other_without_a_bubble(times: tuple[float, float, float], seconds: float) -> None:
+    """Where no step waits for a gradient norm, a second one of 32 microbatches on eight ranks adds its own work alone
+    if F = I = W (arXiv 2401.10241, section 6), and a bubble that the fixed order cannot avoid if not."""
+    forward, gradient, weight = times
+    layout = Layout(pp=8, schedule="ZBVZeroBubble", virtual_stages=2)
+    stages = program(layout, 32, forward, gradient + weight, weight=weight).stages
+    once = [compute_order("ZBVZeroBubble", rank, 8, 2, 32) for rank in range(8)]
+    twice = [(*order, *(op._replace(microbatch=32 + (op.microbatch or 0)) for op in order)) for order in once]
+
+    def step_seconds(orders: Iterable[tuple[Op, ...]]) -> float:
+        lowered = tuple(tuple(with_communication(order, layout, stages)) for order in orders)
+        return run_program(ideal_job(8, 32), layout, Program(lowered, stages)).step_seconds
+
+    assert step_seconds(twice) - step_seconds(once) - 32 * sum(times) == pytest.approx(seconds, abs=1e-9)
+
+
+def test_a_pair_hides_communication_behind_the_others_computation() -> None:
+    """Forward 1 s + 0.5 s of collectives, backward 2 s + 1.5 s: 5 s if the stack hides none. Else the backward covers
+    the 0.5 s, the forward 1 s of the 1.5 s: 1 + 2 + 0.5 s. Where sharing slows computation by 25 %, 1.5 s hidden cost
+    1.5 · 0.25 / 1.25 = 0.3 s."""
+    stage = StageCost(
+        forward=Work(compute=1.0, tp=0.5), backward=Work(compute=2.0, tp=1.5), parameters=0.0, saved=0.0, working=0.0,
+        largest_unit=0.0, units=1, reduce=0.0, gather=0.0,
+    )  # fmt: skip
+    pair = Op("OVERLAP_F_B", parts=(Op("F", 0, 1), Op("B", 1, 0)))
+    job, layout = ideal_job(1, 1), Layout()
+    assert run_program(job, layout, Program(((pair,),), (stage, stage))).step_seconds == pytest.approx(5.0)
+    job = dataclasses.replace(job, stack=dataclasses.replace(job.stack, overlaps_in_pair=("tp",)))
+    run = run_program(job, layout, Program(((pair,),), (stage, stage)), trace=True)
+    assert run.step_seconds == pytest.approx(3.5)
+    assert run.breakdown.tp == pytest.approx(0.5)
+    assert [span.name for span in run.timeline.spans] == ["PP:(0F1;1B0)OVERLAP_F_B"]
+    gpu = dataclasses.replace(job.cluster.gpu, overlap_slowdown=0.25)
+    job = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, gpu=gpu))
+    assert run_program(job, layout, Program(((pair,),), (stage, stage))).step_seconds == pytest.approx(3.8)
+
+
+def test_the_last_weight_gradient_carries_the_reduction() -> None:
+    """ZB1P on two ranks, two microbatches, F = I = W = 1. Rank 1 computes F0 I0 F1 I1 W0 W1 from 1 s to 7 s; its
+    reduction of 0.4 s runs in four buckets beside W1 and is over 0.1 s after it."""
+    layout = Layout(pp=2, schedule="InterleavedZeroBubble")
+    job = ideal_job(2, 2)
+    job = dataclasses.replace(job, stack=dataclasses.replace(job.stack, overlap_grad_reduce=True))
+    work = program(layout, 2, 1.0, 2.0, weight=1.0, reduce=0.4)
+    run = run_program(job, layout, work, trace=True)
+    names = [span.name for span in run.timeline.spans if span.rank == 1 and span.stream == "compute"]
+    assert names == ["PP:1F0", "PP:1I0", "PP:1F1", "PP:1I1", "PP:1W0", "PP:1W1", "OPTIMIZER"]
+    assert {span.name for span in run.timeline.spans if span.stream == "dp"} == {"PP:0W1", "PP:1W1"}
+    assert run.step_seconds == pytest.approx(7.1)
 
 
 @given(pp=st.integers(1, 6), per_rank=st.integers(1, 4), forward=st.floats(0.1, 3), backward=st.floats(0.1, 6))

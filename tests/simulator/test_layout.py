@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from simulator.errors import UserError
 from simulator.job import Job
-from simulator.layout import AXES, Layout, parse_layout
+from simulator.layout import AXES, MULTI_STAGE, SCHEDULES, Layout, parse_layout
 
 sizes = st.integers(1, 6)
 grids = st.builds(Layout, dp_replicate=sizes, dp_shard=sizes, cp=st.integers(1, 3), tp=sizes, pp=sizes)
@@ -167,6 +167,27 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"training_global_batch_size": 52},
         ["= 13 microbatches", "Interleaved1F1B cannot split into 3 equal rounds"],
     ),
+    (
+        {"dp_replicate": 4, "pp": 4, "virtual_stages": 2, "schedule": "InterleavedZeroBubble"},
+        {"training_global_batch_size": 52},
+        ["= 13 microbatches", "InterleavedZeroBubble cannot split into 3 equal rounds"],
+    ),
+    (
+        {"dp_replicate": 4, "pp": 4, "virtual_stages": 2, "schedule": "DualPipeV"},
+        {"training_global_batch_size": 28},
+        ["= 7 microbatches", "DualPipeV over 2 * pp(4) stages needs at least 8"],
+    ),
+    (
+        {"dp_replicate": 4, "pp": 4, "virtual_stages": 4, "schedule": "ZBVZeroBubble"},
+        {},
+        ["ZBVZeroBubble puts 2 stages on each rank", "virtual_stages = 4 must be 2"],
+    ),
+    (
+        {"dp_replicate": 4, "pp": 4, "virtual_stages": 2, "schedule": "ZBVZeroBubble", "recompute": "full"},
+        {},
+        ["recompute = 'full' must be 'none' with ZBVZeroBubble", "again for each of its weights"],
+    ),
+    ({"dp_replicate": 8, "pp": 2, "schedule": "LoopedBFS"}, {}, ["virtual_stages > 1 and pp > 1"]),
     ({"dp_replicate": 16}, {"stack_model_families": ("gpt",)}, ["cannot train the llama family"]),
     ({"dp_shard": 16, "zero_stage": 2}, {"stack_zero_stages": (1, 3)}, ["no zero_stage 2", "[1, 3]"]),
     (
@@ -205,7 +226,7 @@ def job(make_job: Any) -> Job:
     """Llama-3.1-8B on 16 GPUs with a stack that can do everything, so that a test names what it takes away."""
     able = {
         "stack_zero_stages": (1, 2, 3), "stack_pipeline_zero_stages": (1, 2, 3), "stack_model_families": (),
-        "stack_recompute": ("none", "selective", "full"), "stack_schedules": ("GPipe", "1F1B", "Interleaved1F1B"),
+        "stack_recompute": ("none", "selective", "full"), "stack_schedules": SCHEDULES,
         "stack_sequence_parallel": "optional", "stack_hybrid_shard": True, "stack_pads_vocabulary": True,
         "stack_ties_across_stages": True,
     }  # fmt: skip
@@ -261,9 +282,11 @@ def test_ranks_not_named_go_to_data_parallelism_as_the_stack_shards(job: Job) ->
     assert parse_layout("dp_shard=16", plain).zero_stage == 3
 
 
-def test_virtual_stages_and_interleaving_imply_each_other(job: Job) -> None:
+def test_virtual_stages_and_schedules_of_several_stages_imply_each_other(job: Job) -> None:
     assert parse_layout("pp=4 virtual_stages=2", job).schedule == "Interleaved1F1B"
-    assert parse_layout("pp=4 schedule=Interleaved1F1B", job).virtual_stages == 2
+    for name in MULTI_STAGE:
+        layout = parse_layout(f"pp=4 schedule={name}", job)
+        assert layout.virtual_stages == 2 and not layout.problems(job)
 
 
 def test_commas_and_spaces_both_separate_words(job: Job) -> None:

@@ -11,6 +11,7 @@ from simulator.layout import Layout, parse_layout
 from simulator.memory import capacity, fullest, memory_per_rank, shortfall
 from simulator.program import stage_costs
 from simulator.results import MemoryBreakdown
+from simulator.schedules import peak_in_flight
 
 
 def job(stack: str = "megatron-core", model: str = "llama-3.1-8b", nodes: int = 1, **training: object) -> Job:
@@ -55,6 +56,33 @@ def test_1f1b_keeps_fewer_microbatches_than_gpipe() -> None:
     assert gpipe[1].activations - one[1].activations == pytest.approx((32 - 3) * saved)
     # The last rank keeps one microbatch of its blocks, but its logits besides.
     assert one[0].activations > one[2].activations
+
+
+def test_a_v_keeps_its_fullest_moment_of_both_chunks() -> None:
+    """ZBV on two ranks, 16 microbatches. Rank 0 holds the first and the last stage: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1
+    0F3 0I0 0W0 3F2 ... keeps three of stage 0 and one of stage 3, or four of stage 0, each with one whose weight
+    gradient is due. Stage 3 has the logits, so the first is the peak; stage 0 defers its whole backward."""
+    task = job("torchtitan")
+    layout = Layout(dp_replicate=4, pp=2, virtual_stages=2, schedule="ZBVZeroBubble")
+    stages = stage_costs(task, layout)
+    moments = peak_in_flight("ZBVZeroBubble", 0, 2, 2, 16)
+    assert set(moments) == {((0, 3, 0), (3, 1, 1)), ((0, 4, 1), (3, 0, 0))}
+    assert stages[3].saved > stages[0].saved
+    rank = memory(task, layout)[0]
+    expected = 3 * stages[0].saved + stages[3].saved + stages[3].deferred + max(stages[0].working, stages[3].working)
+    assert rank.activations == pytest.approx(expected)
+
+
+def test_more_than_three_stages_of_a_rank_are_not_all_gathered() -> None:
+    """Eight blocks on each of four ranks, as two stages of four or as four of two: torch keeps three of the four."""
+    task = job("torchtitan")
+    two, four = (
+        memory(task, Layout(dp_shard=2, pp=4, zero_stage=2, schedule="Interleaved1F1B", virtual_stages=v))[1]
+        for v in (2, 4)
+    )
+    block = stage_costs(task, Layout(pp=32))[1].parameters
+    received = 2 * 2 * 32 * 4096 * 4096 * 2  # of two more stages, from both sides: 32 microbatches in bf16
+    assert two.buffers - four.buffers == pytest.approx(2 * block * 2 - received)
 
 
 def test_gpipe_keeps_the_logits_of_every_microbatch() -> None:

@@ -64,8 +64,9 @@ def test_pipeline_messages_carry_one_boundary() -> None:
     """e·s·b·h, a t-th of it where the boundary is cut over tp (arXiv 2205.05198)."""
     for tp, layout in ((1, Layout(pp=4, dp_replicate=2)), (2, Layout(pp=4, tp=2, sequence_parallel=True))):
         prediction = simulate(job(), layout, trace=True)
-        sent = {round(span.seconds * WIRE) for span in prediction.timeline if span.stream == "pp"}
-        assert sent == {round(WIDTH * SEQUENCE * 768 / tp)}
+        sent = [span.seconds * WIRE for span in prediction.timeline.spans if span.stream == "send"]
+        # Messages that meet others on their way take longer; the quickest met nobody.
+        assert min(sent) == pytest.approx(WIDTH * SEQUENCE * 768 / tp)
 
 
 def test_replicas_reduce_every_gradient_once_a_step() -> None:

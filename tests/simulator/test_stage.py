@@ -1,0 +1,70 @@
+"""What a stage costs: the embedding and the head where they are, and the backward in its two parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from simulator.compute import accumulation_seconds, kernel_time, matmul_seconds
+from simulator.job import Job, build_job
+from simulator.kernels import Matmul, Pointwise
+from simulator.layout import Layout
+from simulator.program import stage_costs
+
+V = {"schedule": "ZBVZeroBubble", "virtual_stages": 2}
+
+
+def job(stack: str = "torchtitan", model: str = "llama-3.1-8b") -> Job:
+    training = {"global_batch_size": 64, "seq_len": 4096, "stack": stack}
+    return build_job({"model": model, "cluster": "dgx-h100", "nodes": 1, "training": training}, "test")
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("stack", ["torchtitan", "megatron-core", "layoutwise-cuda"])
+def test_the_two_parts_of_a_backward_sum_to_it(stack: str, recompute: str) -> None:
+    layout = Layout(pp=4, tp=2, sequence_parallel=True, recompute=recompute)  # type: ignore[arg-type]
+    for stage in stage_costs(job(stack), layout)[1:]:
+        whole = stage.backward_input + stage.backward_weight
+        assert vars(whole) | {"total": whole.total} == pytest.approx(vars(stage.backward) | {"total": whole.total})
+        assert min(vars(stage.backward_input).values()) >= 0 and min(vars(stage.backward_weight).values()) >= 0
+        # Collectives of activations and recomputation come before the input gradient is known.
+        assert stage.backward_weight.tp == stage.backward_weight.recompute == 0
+        assert 0.3 < stage.backward_weight.compute / stage.backward.compute < 0.5
+
+
+def test_weight_gradients_are_one_matmul_each() -> None:
+    """(m, k) x (k, n) forward; (k, m) x (m, n) is the weight gradient. A memory-bound op has no part in it."""
+    task = job()
+    gpu, stack = task.cluster.gpu, task.stack
+    times = kernel_time([Matmul("up", 4096, 14336, 4096), Pointwise("add", 1e6)], gpu, stack, "bf16", tp=1)
+    assert times.weights == pytest.approx(matmul_seconds(gpu, "bf16", 4096, 14336, 4096) / gpu.sustained)
+    assert times.host_weights == stack.host.backward
+
+
+def test_gradients_are_added_up_with_the_weights() -> None:
+    """16 microbatches on a stage of 8 blocks: 15 of 16 gradients are added to one that is there, in fp32."""
+    task, layout = job(), Layout(pp=4, dp_replicate=2, micro_batch_size=2)
+    fused = dataclasses.replace(task, stack=dataclasses.replace(task.stack, fused_accumulation=True))
+    apart, within = stage_costs(task, layout)[1], stage_costs(fused, layout)[1]
+    added = accumulation_seconds(task.cluster.gpu, apart.parameters) * 15 / 16
+    assert apart.backward_weight.compute - within.backward_weight.compute == pytest.approx(added)
+    assert apart.backward_input.compute == pytest.approx(within.backward_input.compute)
+
+
+def test_the_first_stage_runs_its_backward_whole() -> None:
+    """Its input is tokens: torch leaves everything to the weights' turn."""
+    first = stage_costs(job(), Layout(pp=4))[0]
+    assert first.backward_weight == first.backward and first.backward_input.total == 0
+
+
+def test_embedding_and_head_are_counted_where_they_are() -> None:
+    """Llama 3.1 8B, 32 blocks: 128256 · 4096 parameters of embedding on the first stage, as many and a norm of 4096 on
+    the last. In the V placement both are on rank 0."""
+    layout = Layout(pp=4, virtual_stages=2, schedule="ZBVZeroBubble", stage_layers=(3, 4, 4, 5, 5, 4, 4, 3))
+    stages = stage_costs(job(), layout)
+    block = stages[1].parameters / 4
+    matrix = 128256 * 4096
+    expected = [3 * block + matrix, *(n * block for n in (4, 4, 5, 5, 4, 4)), 3 * block + matrix + 4096]
+    assert [stage.parameters for stage in stages] == pytest.approx(expected)
+    assert layout.stages_of(0) == (0, 7)
