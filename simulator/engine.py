@@ -20,6 +20,7 @@ import simpy
 from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds, message_seconds
 from simulator.compute import optimizer_seconds
+from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.program import Program
 from simulator.results import Breakdown, Span
@@ -275,7 +276,8 @@ class _Engine:
             layout, training = self.layout, self.job.training
             width = self.job.stack.recipes[training.precision].compute
             shards = layout.tp if layout.sequence_parallel or self.job.stack.scatters_messages else 1
-            size = layout.micro_batch_size * training.seq_len * self.job.model.hidden_size * width / shards
+            tokens = layout.micro_batch_size * training.seq_len / layout.cp
+            size = tokens * self.job.model.hidden_size * width / shards
             ranks = (layout.rank(pp=source), layout.rank(pp=target))
             starts = layout.sibling_starts("pp", self.job.cluster.domain)
             shape = max((group_shape(self.job.graph, ranks, s) for s in starts), key=lambda shape: shape.domains)
@@ -312,8 +314,8 @@ class _Engine:
     def _optimizer_seconds(self, rank: _Rank) -> float:
         """The update of this rank's share, and an all-reduce of the gradient norm over the world."""
         job, layout = self.job, self.layout
-        parameters = sum(self.program.stages[s].parameters for s in layout.stages_of(rank.index))
-        share = parameters / (layout.dp_shard if layout.zero_stage else 1)
+        held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
+        share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
         world = group_shape(job.graph, layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
         norm = collective_seconds("all_reduce", 4.0, world, job.cluster)
         return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share) + norm

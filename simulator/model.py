@@ -3,7 +3,7 @@
 A model is an embedding, a row of blocks, and a head. A block is one of four kinds:
 
     dense     attention + feed-forward               (GPT, Llama, BERT, the encoder of T5 / BART)
-    moe       attention + routed and shared experts  (Mixtral, DeepSeek)
+    moe       attention + routed and shared experts  (Mixtral, DeepSeek, Qwen3, GPT-OSS)
     cross     attention + cross attention + feed-forward (the decoder of T5 / BART)
 
 Notation in the formulas: h hidden_size, a heads, k key-value heads, d head_dim, f intermediate_size, V vocab_size.
@@ -19,16 +19,24 @@ from simulator.files import STRICT
 BlockKind = Literal["dense", "moe", "cross"]
 
 
+def seen_keys(keys: float, causal: bool, window: int) -> float:
+    """Keys that a query sees on average: half of them if causal, w·(1 - w/2s) under a causal window of w keys."""
+    if causal and 0 < window < keys:
+        return window * (1 - window / (2 * keys))
+    return keys * (0.5 if causal else 1.0)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One model, immutable. Built by `simulator.hf.read_config` from a `config.json`; all sizes are in elements.
 
     `num_hidden_layers` counts every block of the model, encoder and decoder together; `num_encoder_layers` says how
     many of them, from the front, are encoder blocks (0 for a decoder-only model, all of them for BERT).
+    Queries see the last `sliding_window` keys (0: all), but in every `full_attention_interval`-th block all of them.
     """
 
     name: str
-    family: Literal["gpt", "llama", "moe", "bert", "t5", "bart"]
+    family: Literal["gpt", "llama", "moe", "neox", "bert", "t5", "bart"]
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -42,7 +50,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
-    position: Literal["rope", "learned", "relative"] = "rope"
+    position: Literal["rope", "learned", "relative", "alibi"] = "rope"
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -62,6 +70,9 @@ class ModelSpec:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    sliding_window: int = 0
+    full_attention_interval: int = 0
+    attention_sinks: bool = False
 
     __pydantic_config__ = STRICT
 
@@ -93,6 +104,11 @@ class ModelSpec:
         """Whether this block's self-attention is causal: decoder blocks are, encoder blocks are not."""
         return index >= self.num_encoder_layers
 
+    def block_window(self, index: int) -> int:
+        """How many keys a query of this block sees at most; 0 for all."""
+        every = self.full_attention_interval
+        return 0 if every and (index + 1) % every == 0 else self.sliding_window
+
     def attention_parameters(self) -> int:
         """Weights of one self-attention: 2·h·d·(a + k) for grouped queries, plus biases and query-key norms.
 
@@ -108,7 +124,7 @@ class ModelSpec:
             return query + key_value + a * self.v_head_dim * h
         weights = h * (a + 2 * k) * d + a * d * h
         biases = (a + 2 * k) * d * self.qkv_bias + h * self.attention_out_bias
-        return weights + biases + 2 * d * self.qk_norm
+        return weights + biases + 2 * d * self.qk_norm + a * self.attention_sinks
 
     def mlp_parameters(self, width: int) -> int:
         """Weights of one feed-forward of this width: 3·h·f if gated, else 2·h·f, plus biases."""
@@ -144,8 +160,8 @@ class ModelSpec:
         """Token, position and segment embeddings, with the norms that some families put behind them."""
         h = self.hidden_size
         token = self.vocab_size * h
-        if self.family == "gpt":
-            return token + self.max_position_embeddings * h
+        if self.family in ("gpt", "neox"):
+            return token + self.max_position_embeddings * h * (self.position == "learned")
         if self.family == "bert":
             return token + (self.max_position_embeddings + self.type_vocab_size) * h + self.norm_parameters()
         if self.family == "bart":
@@ -210,6 +226,7 @@ class ModelSpec:
         scores = 2.0 * seq_len * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim)
         total = 0.0
         for index in range(self.num_hidden_layers):
-            total += scores * (0.5 if self.block_is_causal(index) else 1.0)
+            seen = seen_keys(seq_len, self.block_is_causal(index), self.block_window(index))
+            total += scores * (seen / seq_len)
             total += scores * (self.block_kind(index) == "cross")
         return total

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import accumulation_seconds, kernel_time, passing_bytes, saved_bytes, score_bytes
+from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
+from simulator.expert_parallel import expert_grid, expert_groups, expert_seconds, per_shard
 from simulator.kernels import (
     Attention,
     Cut,
@@ -36,18 +38,22 @@ class Work:
     compute: float = 0.0
     recompute: float = 0.0
     tp: float = 0.0
+    cp: float = 0.0
+    ep: float = 0.0
     dp: float = 0.0
     host: float = 0.0
 
     @functools.cached_property
     def total(self) -> float:
-        return self.compute + self.recompute + self.tp + self.dp + self.host
+        return self.compute + self.recompute + self.tp + self.cp + self.ep + self.dp + self.host
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.compute + other.compute,
             self.recompute + other.recompute,
             self.tp + other.tp,
+            self.cp + other.cp,
+            self.ep + other.ep,
             self.dp + other.dp,
             self.host + other.host,
         )
@@ -57,8 +63,9 @@ class Work:
 class UnitCost:
     """One block, the embedding or the head: the unit that FSDP shards and gathers as a whole.
 
-    parameters are elements on this rank after tensor parallelism; saved is bytes kept from a forward to its
-    backward, working is bytes alive only within the unit's own backward.
+    parameters are elements on this rank after tensor parallelism, of them experts those of routed experts under expert
+    parallelism; saved is bytes kept from a forward to its backward, working is bytes alive only within the unit's own
+    backward.
     """
 
     forward: Work
@@ -68,6 +75,7 @@ class UnitCost:
     working: float
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
+    experts: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -92,6 +100,7 @@ class StageCost:
     units: int
     reduce: float
     gather: float
+    experts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,12 @@ class Groups:
     """Shapes on the cluster of the groups of one pipeline rank."""
 
     tp: GroupShape
+    cp: GroupShape
+    ep: GroupShape
     shard: GroupShape
     replicate: GroupShape
+    expert_shard: GroupShape
+    expert_replicate: GroupShape
 
 
 class StageCosts:
@@ -109,9 +122,13 @@ class StageCosts:
     def __init__(self, job: Job, layout: Layout) -> None:
         self.job, self.layout = job, layout
         self.recipe = job.stack.recipes[job.training.precision]
-        self.cut = Cut(layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel)
-        self.groups = [Groups(*(self._worst_shape(axis, rank) for axis in _GROUP_AXES)) for rank in range(layout.pp)]
-        self._blocks: dict[tuple[BlockKind, bool, Groups], UnitCost] = {}
+        self.grid = expert_grid(layout, job.stack)
+        self.cut = Cut(
+            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
+            self.grid.tp,
+        )  # fmt: skip
+        self.groups = [self._groups(rank) for rank in range(layout.pp)]
+        self._blocks: dict[tuple[BlockKind, bool, int, Groups], UnitCost] = {}
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
     def stage(self, index: int) -> StageCost:
@@ -119,10 +136,13 @@ class StageCosts:
         layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
         first = sum(layers[:index])
         model, groups = self.job.model, self.groups[index % self.layout.pp]
-        blocks = tuple((model.block_kind(i), model.block_is_causal(i)) for i in range(first, first + layers[index]))
+        blocks = tuple(
+            (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
+            for i in range(first, first + layers[index])
+        )
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
-            units = [self._block(kind, causal, groups) for kind, causal in blocks]
+            units = [self._block(*block, groups) for block in blocks]
             if index == 0:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
@@ -130,18 +150,29 @@ class StageCosts:
             self._stages[key] = self._sum(units, groups)
         return self._stages[key]
 
-    def _worst_shape(self, axis: str, rank: int) -> GroupShape:
-        """How the groups of an axis lie on the cluster; the step waits for the one that lies worst."""
-        ranks = self.layout.group(axis, pp_rank=rank)
-        starts = self.layout.sibling_starts(axis, self.job.cluster.domain)
+    def _groups(self, rank: int) -> Groups:
+        """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
+        layout = self.layout
+        shard, replicate = ("dp_shard",), ("cp", "dp_replicate")
+        if layout.zero_stage:
+            shard, replicate = ("cp", "dp_shard"), ("dp_replicate",)
+        dense = [self._worst_shape(layout.group(*axes, pp_rank=rank)) for axes in (("tp",), ("cp",), shard, replicate)]
+        experts = [self._worst_shape(ranks) for ranks in expert_groups(layout, self.grid, rank)]
+        return Groups(dense[0], dense[1], experts[0], *dense[2:], *experts[1:])
+
+    def _worst_shape(self, ranks: tuple[int, ...]) -> GroupShape:
+        """How a group and its siblings lie on the cluster; the step waits for the one that lies worst."""
+        starts = self.layout.starts(ranks, self.job.cluster.domain)
         shapes = (group_shape(self.job.graph, ranks, start) for start in starts)
         return max(shapes, key=lambda shape: (shape.domains, -shape.bandwidth))
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
-        data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)
+        data = DataParallel(
+            self.job, self.layout, groups.shard, groups.replicate, groups.expert_shard, groups.expert_replicate
+        )
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
-        parameters = sum(u.parameters for u in units)
+        parameters, experts = sum(u.parameters for u in units), sum(u.experts for u in units)
         return StageCost(
             forward=forward + Work(dp=data.exposed_forward(units)),
             backward=backward + Work(dp=data.exposed_backward(units)),
@@ -150,29 +181,37 @@ class StageCosts:
             working=max(u.working for u in units),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
-            reduce=data.once_reduce_seconds(parameters, len(units)),
-            gather=data.once_gather_seconds(parameters, len(units)),
+            reduce=data.once_reduce_seconds(parameters, experts, len(units)),
+            gather=data.once_gather_seconds(parameters, experts, len(units)),
+            experts=experts,
         )
 
-    def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
-        key = (kind, causal, groups)
+    def _block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
+        key = (kind, causal, window, groups)
         if key not in self._blocks:
-            kernels = block_kernels(self.job.model, kind, causal, self.cut, self.job.stack)
+            model = self.job.model
+            kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
             modules = 3 if kind == "cross" else 2
-            parameters = self._cut_parameters(kind)
-            self._blocks[key] = self._unit(kernels, parameters, groups, columns=modules, rows=modules)
+            spread = kind == "moe" and self.layout.ep > 1
+            if spread and not model.num_shared_experts:
+                # Tokens go to routed experts by dispatch, straight from the shards of sequence parallelism.
+                modules = 1
+            experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
+            parameters = self._cut_parameters(kind, spread) + experts
+            self._blocks[key] = self._unit(kernels, parameters, groups, modules, modules, experts)
         return self._blocks[key]
 
-    def _cut_parameters(self, kind: BlockKind) -> float:
+    def _cut_parameters(self, kind: BlockKind, without_experts: bool) -> float:
         """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
         model = self.job.model
+        whole = model.block_parameters(kind) - (model.expert_parameters() if without_experts else 0)
         norms = (3 if kind == "cross" else 2) * model.norm_parameters()
         replicated = norms + (model.router_parameters() if kind == "moe" else 0)
         if model.kv_lora_rank:
             # The down-projections of latent attention and their norms.
             ranks = model.q_lora_rank + model.kv_lora_rank
             replicated += model.hidden_size * (ranks + model.qk_rope_head_dim) + ranks
-        return replicated + (model.block_parameters(kind) - replicated) / self.layout.tp
+        return replicated + (whole - replicated) / self.layout.tp
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
@@ -199,45 +238,71 @@ class StageCosts:
             stays_gathered=True,
         )
 
-    def _unit(self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int) -> UnitCost:
-        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs."""
+    def _unit(
+        self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int, experts: float = 0.0
+    ) -> UnitCost:
+        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs; `experts` of the
+        parameters are routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
         saved = saved_bytes(kernels, job.stack, precision)
         tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
-        forward = self._work(times.forward, times.host_forward, tp=tp_forward)
-        device_backward = times.backward + self._accumulation_seconds(parameters)
-        backward = self._work(device_backward, times.host_backward, tp=tp_backward)
+        device_backward = times.backward + self._accumulation_seconds(parameters, experts)
+        ep_forward, ep_backward = self._expert_seconds(groups, times.forward, device_backward) if experts else (0.0, 0.0)
+        cp_forward, cp_backward = self._context_seconds(kernels, groups)
+        forward = self._work(times.forward, times.host_forward) + Work(tp=tp_forward, cp=cp_forward, ep=ep_forward)
+        backward = self._work(device_backward, times.host_backward)
+        backward += Work(tp=tp_backward, cp=cp_backward, ep=ep_backward)
         is_block = columns > 0 and rows > 0
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":
-            backward += Work(recompute=forward.compute, host=forward.host, tp=forward.tp)
+            backward += dataclasses.replace(forward, compute=0.0, recompute=forward.compute)
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
         elif recompute == "selective":
             cores = [k for k in kernels if isinstance(k, Attention)]
             again = kernel_time(cores, job.cluster.gpu, job.stack, precision, self.layout.tp)
-            backward += self._work(again.forward, again.host_forward, recompute=True)
+            backward += self._work(again.forward, again.host_forward, recompute=True) + Work(cp=cp_forward)
             # What Megatron's selective recompute does not keep (arXiv 2205.05198).
             dropped = sum(score_bytes(core, job.stack, precision) for core in cores)
             saved, working = saved - dropped, working + dropped
-        return UnitCost(forward, backward, parameters, saved, working)
+        return UnitCost(forward, backward, parameters, saved, working, experts=experts)
 
-    def _accumulation_seconds(self, parameters: float) -> float:
+    def _accumulation_seconds(self, parameters: float, experts: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
         count = self.layout.microbatches(self.job.training.global_batch_size)
         if count == 1 or self.job.stack.fused_accumulation:
             return 0.0
-        share = parameters / (self.layout.dp_shard if self.layout.shards_gradients else 1)
+        share = parameters
+        if self.layout.shards_gradients:
+            share = per_shard(self.layout, self.job.stack, parameters, experts)
         return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
 
-    def _work(self, device: float, host: float, tp: float = 0.0, recompute: bool = False) -> Work:
+    def _context_seconds(self, kernels: list[Kernel], groups: Groups) -> tuple[float, float]:
+        """Exposed seconds of the attention cores' context-parallel communication, forward and backward."""
+        job, forward, backward = self.job, 0.0, 0.0
+        if self.layout.cp > 1:
+            for core in (k for k in kernels if isinstance(k, Attention)):
+                time = kernel_time([core], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
+                one = context_seconds(job, core, groups.cp, time.forward, time.backward)
+                forward, backward = forward + one[0], backward + one[1]
+        return forward, backward
+
+    def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
+        """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""
+        there, back = expert_seconds(self.job, self.cut, groups.ep, groups.tp)
+        if not self.job.stack.overlap_ep:
+            return there, back
+        gpu = self.job.cluster.gpu
+        return gpu.exposed(there, forward), gpu.exposed(back, backward)
+
+    def _work(self, device: float, host: float, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU."""
         exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device)
         if recompute:
-            return Work(recompute=device, host=exposed, tp=tp)
-        return Work(compute=device, host=exposed, tp=tp)
+            return Work(recompute=device, host=exposed)
+        return Work(compute=device, host=exposed)
 
     def _tensor_seconds(self, groups: Groups, columns: int, rows: int) -> tuple[float, float]:
         """Exposed seconds of the tensor-parallel collectives of a unit, forward and backward.
@@ -256,6 +321,3 @@ class StageCosts:
         gather = collective_seconds("all_gather", size, shape, cluster)
         scatter = collective_seconds("reduce_scatter", size, shape, cluster)
         return columns * gather + rows * scatter, columns * scatter + rows * gather
-
-
-_GROUP_AXES = ("tp", "dp_shard", "dp_replicate")
