@@ -48,7 +48,8 @@ class Stack:
 
     context_parallel and expert_dispatch name how the two are done, "" if not at all: "deduplicated" dispatch sends
     a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
-    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels.
+    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
+    grouped_experts multiplies all experts of a rank in one kernel instead of a call each.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own.
@@ -86,6 +87,7 @@ class Stack:
     expert_dispatch: Literal["", "all_to_all", "deduplicated"] = ""
     expert_tensor_parallel: bool = False
     overlap_ep: bool = False
+    grouped_experts: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
 
     __pydantic_config__ = STRICT
