@@ -25,9 +25,7 @@ def key_value_bytes(core: Attention, width: float) -> float:
     return width * core.batch * core.keys * core.key_value_heads * (core.qk_dim + core.v_dim)
 
 
-def context_seconds(
-    job: Job, core: Attention, cp: GroupShape, forward: float, backward: float
-) -> tuple[float, float]:
+def context_seconds(job: Job, core: Attention, cp: GroupShape, forward: float, backward: float) -> tuple[float, float]:
     """Exposed seconds of one attention core's communication, forward and backward.
 
     Args:

@@ -8,7 +8,8 @@
 Under a pipeline torch reduces gradients once, at the end of the step. With dp_replicate the shards are all-reduced over
 the replicas, once a step. The ranks of cp hold the same parameters, so they shard and reduce with dp_shard, and with
 dp_replicate where nothing is sharded. Routed experts under expert parallelism have groups of their own
-(expert_parallel.py); the two go one after the other over the same links. A unit is what FSDP wraps: a block, the embedding, the head.
+(expert_parallel.py); the two go one after the other over the same links. A unit is what FSDP wraps: a block, the
+embedding, the head.
 """
 
 from __future__ import annotations

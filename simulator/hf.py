@@ -356,5 +356,6 @@ _READERS: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama,
     "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek, "deepseek_v3": _deepseek, "kimi_k2": _deepseek,
-    "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt, "gpt2": _gpt2, "bert": _bert, "t5": _t5, "bart": _bart,
+    "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt,
+    "gpt2": _gpt2, "bert": _bert, "t5": _t5, "bart": _bart,
 }  # fmt: skip

@@ -153,10 +153,10 @@ class StageCosts:
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
         layout = self.layout
-        shard, replicate = ("dp_shard",), ("cp", "dp_replicate")
-        if layout.zero_stage:
-            shard, replicate = ("cp", "dp_shard"), ("dp_replicate",)
-        dense = [self._worst_shape(layout.group(*axes, pp_rank=rank)) for axes in (("tp",), ("cp",), shard, replicate)]
+        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        (shard if layout.zero_stage else replicate).append("cp")
+        axes = (["tp"], ["cp"], shard, replicate)
+        dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
         experts = [self._worst_shape(ranks) for ranks in expert_groups(layout, self.grid, rank)]
         return Groups(dense[0], dense[1], experts[0], *dense[2:], *experts[1:])
 
@@ -248,7 +248,9 @@ class StageCosts:
         saved = saved_bytes(kernels, job.stack, precision)
         tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
-        ep_forward, ep_backward = self._expert_seconds(groups, times.forward, device_backward) if experts else (0.0, 0.0)
+        ep_forward = ep_backward = 0.0
+        if experts:
+            ep_forward, ep_backward = self._expert_seconds(groups, times.forward, device_backward)
         cp_forward, cp_backward = self._context_seconds(kernels, groups)
         forward = self._work(times.forward, times.host_forward) + Work(tp=tp_forward, cp=cp_forward, ep=ep_forward)
         backward = self._work(device_backward, times.host_backward)

@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 
-from simulator.compute import attention_seconds, kernel_time, matmul_seconds, optimizer_seconds, saved_bytes
+from simulator.compute import (
+    attention_seconds,
+    kernel_time,
+    matmul_precision,
+    matmul_seconds,
+    optimizer_seconds,
+    quantise_seconds,
+    saved_bytes,
+)
 from simulator.kernels import Attention, Cut, Matmul, block_kernels, head_kernels
 from simulator.presets import find_cluster, find_model, find_stack
 
@@ -108,3 +116,48 @@ def test_adamw_on_b200() -> None:
     """8.03e9 parameters took 46.6 ms (stas00/ml-engineering@744d01e1): without clipping's passes within 40 %."""
     seconds = optimizer_seconds(B200, find_stack("megatron-core"), "adamw", 8.03e9)
     assert 46.6e-3 * 0.7 < seconds < 46.6e-3 * 1.4
+
+
+def test_a_recipe_in_8_bits_leaves_the_head_in_16() -> None:
+    """Only the projections of blocks are quantised (NVIDIA/Megatron-LM@d98e8a64, pytorch/torchtitan@b5bcd76c)."""
+    model, stack = find_model("llama-3.1-8b"), find_stack("megatron-core")
+    head = [k for k in head_kernels(model, Cut(1, 8192, 1, False), stack) if isinstance(k, Matmul)]
+    assert [matmul_precision(k, "mxfp8") for k in head] == ["bf16"]
+    assert kernel_time(head, B200, stack, "mxfp8", 1).forward == kernel_time(head, B200, stack, "bf16", 1).forward
+
+
+def test_casting_reads_two_bytes_and_writes_two() -> None:
+    """8,192 x 4,096 inputs at 4 bytes each, 8,192 x 6,144 gradients: 8 TB/s · 0.75, and 2.5 us for the kernel."""
+    stack, kernel = find_stack("megatron-core"), Matmul("qkv", 8192, 6144, 4096)
+    forward, backward = (quantise_seconds(B200, stack, "fp8", kernel, backward=b) for b in (False, True))
+    assert forward == pytest.approx(2.5e-6 + 4 * 8192 * 4096 / 6e12)
+    assert backward == pytest.approx(2.5e-6 + 4 * 8192 * 6144 / 6e12)
+    assert quantise_seconds(B200, stack, "bf16", kernel, backward=False) == 0
+    assert quantise_seconds(B200, stack, "fp8", kernel._replace(quantised=False), backward=False) == 0
+
+
+def test_inputs_of_matmuls_are_kept_in_8_bits() -> None:
+    """Of 139,392 bytes of a Llama-3-8B block per token, the inputs of qkv, out (kept by attention), gate_up and down
+    are 2h + 2h + 2f in 16 bits: 8 bits save h + h + f = 22,528."""
+    model, stack = find_model("llama-3.1-8b"), find_stack("megatron-core")
+    kernels = block_kernels(model, "dense", True, Cut(1, 8192, 1, False), stack)
+    half, whole = (saved_bytes(kernels, stack, p) / 8192 for p in ("fp8", "bf16"))
+    assert whole - half == pytest.approx(4096 + 4096 + 14336)
+
+
+def test_fp16_is_as_fast_as_bf16() -> None:
+    assert matmul_seconds(H100, "fp16", 4096, 4096, 4096) == matmul_seconds(H100, "bf16", 4096, 4096, 4096)
+
+
+def test_four_bits_on_gb200() -> None:
+    """8,192 cubed ran at 7,536 TFLOP/s, 2,048 cubed at 1,678 (Azure/AI-benchmarking-guide@8fd0c6e)."""
+    gpu = find_cluster("gb200-nvl72").gpu
+    for size, rate in ((8192, 7536e12), (2048, 1678e12)):
+        assert matmul_seconds(gpu, "nvfp4", size, size, size) == pytest.approx(2 * size**3 / rate, rel=0.08)
+
+
+def test_a_window_makes_attention_cheap() -> None:
+    """A window of 128 keys in 4,096: w(1 - w/2s) = 126 keys for each query instead of 2,048."""
+    full = Attention("attention", 1, 64, 8, 4096, 4096, 64, 64, True)
+    assert full._replace(window=128).scores / full.scores == pytest.approx(126 / 2048)
+    assert full._replace(window=4096).scores == full.scores
