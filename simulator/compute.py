@@ -158,7 +158,7 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
             backward += matmul_seconds(gpu, used, k, n, m, kernel.copies)
             forward += quantise_seconds(gpu, stack, precision, kernel, backward=False)
             backward += quantise_seconds(gpu, stack, precision, kernel, backward=True)
-            calls = 1 if stack.grouped_experts else kernel.copies
+            calls = 1 if stack.grouped_experts or kernel.batched else kernel.copies
             casts = calls if used in _QUANTISED else 0
             launches_forward += calls + casts
             launches_backward += 2 * calls + casts

@@ -7,11 +7,11 @@ from typing import Any
 
 from simulator.checks import check_model
 from simulator.errors import UserError, nearest
-from simulator.model import ModelSpec
+from simulator.model import PATTERN, ModelSpec
 
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu": "relu",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 
 
@@ -278,6 +278,59 @@ def _bart(c: _Config) -> dict[str, Any]:
     }
 
 
+def _nemotron_h(c: _Config) -> dict[str, Any]:
+    """Mamba-2, attention without positions, feed-forwards and mixtures, each a layer of its own."""
+    letters = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+    listed = c.data.get("layers_block_type")
+    pattern = "".join(letters.get(str(name), "?") for name in listed) if isinstance(listed, list) else None
+    pattern = str(pattern or c.data.get("hybrid_override_pattern", ""))
+    layers = c.integer("num_hidden_layers", default=max(1, len(pattern)))
+    if len(pattern) != layers or set(pattern) - set(PATTERN):
+        raise UserError(
+            f"{c.where}: hybrid_override_pattern = '{pattern[:40]}' must have one of {' '.join(PATTERN)} "
+            f"for each of the {layers} layers"
+        )
+    fields = _llama(c) | {
+        "family": "hybrid",
+        "num_hidden_layers": layers,
+        "norm_eps": c.number("norm_eps", "layer_norm_epsilon", default=1e-5),
+        "activation": c.activation("mlp_hidden_act", default="relu2"),
+        "gated_mlp": False,
+        "position": "none",
+        "layer_pattern": pattern,
+    }
+    if "M" in pattern:
+        fields |= {
+            "mamba_num_heads": c.integer("mamba_num_heads"),
+            "mamba_head_dim": c.integer("mamba_head_dim"),
+            "mamba_n_groups": c.integer("n_groups", default=8),
+            "ssm_state_size": c.integer("ssm_state_size", default=128),
+            "conv_kernel": c.integer("conv_kernel", default=4),
+            "chunk_size": c.integer("chunk_size", default=128),
+        }
+    if "E" in pattern:
+        fields |= _nemotron_experts(c)
+    return fields
+
+
+def _nemotron_experts(c: _Config) -> dict[str, Any]:
+    """Shared experts may be wider than routed ones; they count as that many of the routed width."""
+    width, shared = c.integer("moe_intermediate_size"), c.integer("n_shared_experts", default=0, least=0)
+    shared *= c.integer("moe_shared_expert_intermediate_size", default=width)
+    if shared % width or c.data.get("moe_latent_size"):
+        raise UserError(
+            f"{c.where}: moe_shared_expert_intermediate_size must be a multiple of moe_intermediate_size = {width}, "
+            "and experts on a latent (moe_latent_size) are not supported"
+        )
+    return {
+        "num_experts": c.integer("n_routed_experts"),
+        "num_experts_per_tok": c.integer("num_experts_per_tok"),
+        "moe_intermediate_size": width,
+        "num_shared_experts": shared // width,
+        "router_bias": True,
+    }
+
+
 def _neox(c: _Config) -> dict[str, Any]:
     """GPT-NeoX, Pythia: rotary positions, LayerNorm, no gate. The attention and the feed-forward that run side by side
     (`use_parallel_residual`) are taken to run one after the other."""
@@ -356,6 +409,6 @@ _READERS: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama,
     "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek, "deepseek_v3": _deepseek, "kimi_k2": _deepseek,
-    "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt,
+    "nemotron_h": _nemotron_h, "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt,
     "gpt2": _gpt2, "bert": _bert, "t5": _t5, "bart": _bart,
 }  # fmt: skip

@@ -19,7 +19,8 @@ from simulator.stack import Stack
 class Matmul(NamedTuple):
     """(m, k) x (k, n), `copies` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n).
 
-    Recipes in 8 and 4 bits leave some matmuls in 16: those are not `quantised`.
+    Recipes in 8 and 4 bits leave some matmuls in 16: those are not `quantised`. Copies are experts, or `batched` in
+    one kernel.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Matmul(NamedTuple):
     saved: float = 0.0
     copies: float = 1.0
     quantised: bool = True
+    batched: bool = False
 
 
 class Attention(NamedTuple):
@@ -102,6 +104,8 @@ def block_kernels(
     model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, stack: Stack, window: int = 0
 ) -> list[Kernel]:
     """The kernels of one block on one rank, forward order. A query sees the last `window` keys, all if 0."""
+    if model.block_norms(kind) == 1:
+        return [*_norm(cut, model), *_mixer(model, kind, cut, stack, window), *_residual(cut, model, stack)]
     kernels = [
         *_norm(cut, model),
         *_self_attention(model, causal, cut, stack, window),
@@ -112,6 +116,40 @@ def block_kernels(
     kernels += _norm(cut, model)
     kernels += _mixture(model, cut, stack) if kind == "moe" else _feed_forward(model, cut, stack)
     return kernels + _residual(cut, model, stack)
+
+
+def _mixer(model: ModelSpec, kind: BlockKind, cut: Cut, stack: Stack, window: int) -> list[Kernel]:
+    """What a block of a hybrid does: one thing."""
+    if kind == "mamba":
+        return _mamba(model, cut, stack)
+    if kind == "attention":
+        return _self_attention(model, True, cut, stack, window)
+    return _mixture(model, cut, stack) if kind == "experts" else _feed_forward(model, cut, stack)
+
+
+def _mamba(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    """A Mamba-2 mixer: projection, convolution, the scan in chunks of Q tokens, gated norm, projection.
+
+    The scan (arXiv 2405.21060, section 6) is matmuls inside a chunk - scores of B and C per group, their product with
+    the inputs, the state that a chunk leaves and what it gets out of the one before, per head - and passes over
+    the inputs and the states, the stack's "ssd".
+    Ignored: the part of the work inside a chunk that the mask leaves out, which kernels do all the same.
+    """
+    tokens, h, q = cut.tokens, model.hidden_size, min(model.chunk_size, cut.seq_len)
+    width, heads = model.mamba_width / cut.tp, model.mamba_num_heads / cut.tp
+    n, p, chunks = model.ssm_state_size, model.mamba_head_dim, tokens / q
+    into = (model.mamba_width + model.conv_width + model.mamba_num_heads) / cut.tp
+    return [
+        Matmul("mamba_in", tokens, into, h, attention_input(cut, stack) * h),
+        Pointwise("conv", tokens * model.conv_width / cut.tp),
+        Matmul("ssd_scores", q, q, n, copies=chunks * model.mamba_n_groups / cut.tp, quantised=False, batched=True),
+        Matmul("ssd_inside", q, p, q, copies=chunks * heads, quantised=False, batched=True),
+        Matmul("ssd_state", n, p, q, copies=chunks * heads, quantised=False, batched=True),
+        Matmul("ssd_between", q, p, n, copies=chunks * heads, quantised=False, batched=True),
+        Pointwise("ssd", tokens * width),
+        Pointwise("gated_activation", tokens * width),
+        Matmul("mamba_out", tokens, h, width, tokens * width),
+    ]
 
 
 def attention_input(cut: Cut, stack: Stack) -> float:

@@ -181,6 +181,8 @@ class Layout:
             found.append(f"stack {stack.name} has no context parallelism: cp = {self.cp} must be 1")
         if not job.model.causal:
             found.append(f"cp = {self.cp}: context parallelism is for decoder-only models, not {job.model.family}")
+        if job.model.mamba_num_heads:
+            found.append(f"cp = {self.cp}: the scan of Mamba blocks is not cut along the sequence")
         parts = 2 * self.cp * (self.tp if self.sequence_parallel else 1)
         if seq_len % parts:
             shown = "2 * cp * tp" if self.sequence_parallel else "2 * cp"
@@ -238,6 +240,8 @@ class Layout:
         }
         if model.num_experts and expert_tp(self, job.stack) > 1:
             divided["moe_intermediate_size"] = model.moe_intermediate_size
+        if model.mamba_num_heads:
+            divided |= {"mamba_num_heads": model.mamba_num_heads, "mamba_n_groups": model.mamba_n_groups}
         for name, value in divided.items():
             if value % self.tp:
                 best = max(d for d in range(1, min(self.tp, value) + 1) if value % d == 0)
@@ -288,6 +292,8 @@ class Layout:
         stack, found = job.stack, []
         if stack.model_families and job.model.family not in stack.model_families:
             found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
+        elif job.model.mamba_num_heads and "ssd" not in stack.elementwise:
+            found.append(f"stack {stack.name} has no kernels for Mamba blocks")
         if self.zero_stage not in (0, *stack.zero_stages):
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
         elif self.pp > 1 and self.zero_stage not in (0, *stack.pipeline_zero_stages):

@@ -191,11 +191,11 @@ class StageCosts:
         if key not in self._blocks:
             model = self.job.model
             kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
-            modules = 3 if kind == "cross" else 2
-            spread = kind == "moe" and self.layout.ep > 1
+            modules = model.block_norms(kind)
+            spread = kind in ("moe", "experts") and self.layout.ep > 1
             if spread and not model.num_shared_experts:
                 # Tokens go to routed experts by dispatch, straight from the shards of sequence parallelism.
-                modules = 1
+                modules -= 1
             experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
             parameters = self._cut_parameters(kind, spread) + experts
             self._blocks[key] = self._unit(kernels, parameters, groups, modules, modules, experts)
@@ -205,8 +205,8 @@ class StageCosts:
         """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
         model = self.job.model
         whole = model.block_parameters(kind) - (model.expert_parameters() if without_experts else 0)
-        norms = (3 if kind == "cross" else 2) * model.norm_parameters()
-        replicated = norms + (model.router_parameters() if kind == "moe" else 0)
+        norms = model.block_norms(kind) * model.norm_parameters()
+        replicated = norms + (model.router_parameters() if kind in ("moe", "experts") else 0)
         if model.kv_lora_rank:
             # The down-projections of latent attention and their norms.
             ranks = model.q_lora_rank + model.kv_lora_rank
@@ -255,7 +255,7 @@ class StageCosts:
         forward = self._work(times.forward, times.host_forward) + Work(tp=tp_forward, cp=cp_forward, ep=ep_forward)
         backward = self._work(device_backward, times.host_backward)
         backward += Work(tp=tp_backward, cp=cp_backward, ep=ep_backward)
-        is_block = columns > 0 and rows > 0
+        is_block = columns == rows
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":

@@ -56,18 +56,41 @@ def test_flash_attention_rate() -> None:
     assert core.flops / seconds / 1e12 == pytest.approx(602, rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3.1-8b", "mixtral-8x7b", "deepseek-v3", "t5-large", "bert-large"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "llama-3.1-8b", "mixtral-8x7b", "deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b", "t5-large", "bert-large"],
+)
 def test_kernels_do_the_models_flops(name: str) -> None:
     """Matmuls and attention of all blocks and the head are the forward third of ModelSpec.flops_per_token."""
     model, stack, seq = find_model(name), find_stack("megatron-core"), 512
     cut = Cut(1, seq, 1, False)
     kernels = head_kernels(model, cut, stack)
     for i in range(model.num_hidden_layers):
-        kernels += block_kernels(model, model.block_kind(i), model.block_is_causal(i), cut, stack)
+        kernels += block_kernels(
+            model, model.block_kind(i), model.block_is_causal(i), cut, stack, model.block_window(i)
+        )
     matmuls = sum(2 * k.m * k.n * k.k * k.copies for k in kernels if isinstance(k, Matmul))
     attention = sum(k.flops for k in kernels if isinstance(k, Attention))
     # Norms' and biases' weights multiply nothing, but latent attention's counted ones include small norms: 0.1 %.
     assert 3 * (matmuls + attention) / seq == pytest.approx(model.flops_per_token(seq), rel=1e-3)
+
+
+def test_a_scan_does_the_flops_of_its_chunks() -> None:
+    """Per token and head of Nemotron 3 Nano, chunks of Q = 128 tokens, N = 128 states, P = 64 channels: 2·Q·P inside
+    the chunk and 2·2·N·P for its state, and 2·Q·N scores for each of 8 groups: within 10 % of Megatron-LM's 7·N·P."""
+    model, stack = find_model("nemotron-3-nano-30b-a3b"), find_stack("megatron-core")
+    kernels = block_kernels(model, "mamba", True, Cut(1, 4096, 1, False), stack)
+    scan = [k for k in kernels if isinstance(k, Matmul) and k.batched]
+    flops = sum(2 * k.m * k.n * k.k * k.copies for k in scan) / 4096
+    assert flops == 64 * (2 * 128 * 64 + 2 * 2 * 128 * 64) + 8 * 2 * 128 * 128
+    assert flops == pytest.approx(7 * 128 * 64 * 64, rel=0.1)
+
+
+def test_a_mamba_block_keeps_its_projection_and_the_scans_output() -> None:
+    """Norm's input and output (2h), x, B, C and z (2·4,096 + 2,048), the scan's output, and that of the gated norm."""
+    model, stack = find_model("nemotron-3-nano-30b-a3b"), find_stack("megatron-core")
+    kernels = block_kernels(model, "mamba", True, Cut(1, 4096, 1, False), stack)
+    assert saved_bytes(kernels, stack, "bf16") / 4096 == 2 * (2 * 2688 + 10240 + 4096 + 4096)
 
 
 def test_tensor_parallel_divides_the_matmuls() -> None:

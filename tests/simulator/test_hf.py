@@ -114,6 +114,32 @@ def test_older_decoders_have_the_parameters_of_their_model_card(config: dict[str
     assert read_config(config, "x").parameters() == parameters
 
 
+NEMOTRON: dict[str, Any] = json.loads((DATA / "models" / "nemotron-3-nano-30b-a3b.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hybrid_override_pattern": "ME?"}, ["'ME?'", "M * - E", "52 layers"]),
+        ({"hybrid_override_pattern": "MEM"}, ["'MEM'", "52 layers"]),
+        ({"moe_shared_expert_intermediate_size": 2000}, ["multiple of moe_intermediate_size = 1856"]),
+        ({"moe_latent_size": 1024}, ["moe_latent_size", "not supported"]),
+    ],
+)
+def test_a_hybrid_that_is_not_understood_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(NEMOTRON | changes, "x")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_hybrid_names_its_layers_by_letters_or_in_a_list() -> None:
+    names = {"M": "mamba", "E": "moe", "*": "attention"}
+    listed = without(NEMOTRON, "hybrid_override_pattern") | {
+        "layers_block_type": [names[letter] for letter in NEMOTRON["hybrid_override_pattern"]]
+    }
+    assert read_config(listed, "x") == read_config(NEMOTRON, "x")
+
+
 def test_older_decoders_keep_their_positions() -> None:
     found = {config["model_type"]: read_config(config, "x").position for config in (PYTHIA_6_9B, OPT_6_7B, MPT_7B)}
     assert found == {"gpt_neox": "rope", "opt": "learned", "mpt": "alibi"}

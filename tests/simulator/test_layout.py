@@ -108,6 +108,13 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"stack_context_parallel": "ulysses", "model_num_attention_heads": 24},
         ["tp(1) * cp(16) must divide num_attention_heads = 24"],
     ),
+    ({"dp_replicate": 8, "cp": 2}, {"model_mamba_num_heads": 8}, ["scan of Mamba blocks"]),
+    ({"dp_replicate": 16}, {"model_mamba_num_heads": 8, "stack_elementwise": {}}, ["no kernels for Mamba"]),
+    (
+        {"dp_replicate": 2, "tp": 8},
+        {"model_mamba_num_heads": 64, "model_mamba_n_groups": 4},
+        ["tp = 8 must divide mamba_n_groups = 4"],
+    ),
     ({"dp_replicate": 16, "ep": 2}, {}, ["ep = 2", "has no experts"]),
     ({"dp_replicate": 16, "ep": 2}, EIGHT_EXPERTS | {"stack_expert_dispatch": ""}, ["no expert parallelism"]),
     ({"dp_replicate": 16, "ep": 16}, EIGHT_EXPERTS, ["ep = 16 must divide num_experts = 8"]),

@@ -20,6 +20,7 @@ PUBLISHED = {
     "mixtral-8x7b": (46_702_792_704, "hub mistralai/Mixtral-8x7B-v0.1"),
     "qwen3-30b-a3b": (30_532_122_624, "hub Qwen/Qwen3-30B-A3B"),
     "qwen3-235b-a22b": (235_093_634_560, "hub Qwen/Qwen3-235B-A22B"),
+    "nemotron-3-nano-30b-a3b": (31_577_940_288, "hub nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
     "gpt-oss-120b": (116.83e9, "the model card, arXiv 2508.10925, table 1"),
     "deepseek-v2-lite": (15_706_484_224, "hub deepseek-ai/DeepSeek-V2-Lite"),
     "deepseek-v2": (235_741_434_880, "hub deepseek-ai/DeepSeek-V2"),
@@ -87,6 +88,19 @@ def test_active_parameters_of_the_newer_mixtures() -> None:
     assert find_model("gpt-oss-120b").active_matmul_parameters() == pytest.approx(5.13e9, rel=0.01)
     assert find_model("kimi-k2").active_matmul_parameters() == pytest.approx(32.6e9, rel=0.03)
     assert find_model("qwen3-235b-a22b").active_matmul_parameters() == pytest.approx(22e9, rel=0.03)
+
+
+def test_a_hybrid_has_one_mixer_a_block() -> None:
+    """23 Mamba-2, 23 mixtures and 6 attentions; 3.6B active parameters with the embedding, 3.2B without
+    (arXiv 2512.20848)."""
+    model = find_model("nemotron-3-nano-30b-a3b")
+    kinds = [model.block_kind(i) for i in range(52)]
+    assert [kinds.count(kind) for kind in ("mamba", "experts", "attention")] == [23, 23, 6]
+    embedding = model.vocab_size * model.hidden_size
+    assert model.active_matmul_parameters() + embedding == pytest.approx(3.6e9, rel=0.01)
+    # Attention in 6 blocks grows with the context, the scans of 23 do not: 6·2·s·32·(128 + 128)/2 each forward.
+    grown = model.flops_per_token(8192) - model.flops_per_token(4096)
+    assert grown == pytest.approx(3 * 6 * 2 * 4096 * 32 * 256 / 2)
 
 
 def test_every_other_block_of_gpt_oss_sees_a_window() -> None:
