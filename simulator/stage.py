@@ -157,6 +157,9 @@ class StageCosts:
         (shard if layout.zero_stage else replicate).append("cp")
         axes = (["tp"], ["cp"], shard, replicate)
         dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
+        if layout.ep == 1:
+            # Nothing is sent, and experts have the groups of everything else.
+            return Groups(dense[0], dense[1], self._worst_shape((0,)), *dense[2:], *dense[2:])
         experts = [self._worst_shape(ranks) for ranks in expert_groups(layout, self.grid, rank)]
         return Groups(dense[0], dense[1], experts[0], *dense[2:], *experts[1:])
 
