@@ -45,13 +45,17 @@ def print_plan(plan: Plan) -> None:
         f"{job.training.global_batch_size} x {job.training.seq_len} tokens a step, "
         f"{job.training.precision}, {job.stack.name}"
     )
+    shown = [(str(place), p) for place, p in enumerate((best, *plan.runners_up), start=1)]
+    # Most jobs cut neither sequences nor experts.
+    extra = [axis for axis in ("cp", "ep") if any(getattr(p.layout, axis) > 1 for _, p in shown)]
     table = _table(
-        "", "TP", "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step", "tok/s/GPU", "MFU", "GiB"
-    )
-    for place, prediction in enumerate((best, *plan.runners_up), start=1):
-        table.add_row(str(place), *_layout_cells(prediction.layout), *_number_cells(prediction))
+        "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step",
+        "tok/s/GPU", "MFU", "GiB",
+    )  # fmt: skip
+    for place, p in shown:
+        table.add_row(place, *_layout_cells(p.layout, extra), *_number_cells(p))
     table.add_section()
-    table.add_row("data parallel", *_layout_cells(plan.baseline.layout), *_number_cells(plan.baseline))
+    table.add_row("data parallel", *_layout_cells(plan.baseline.layout, extra), *_number_cells(plan.baseline))
     console.print(table)
     if not plan.baseline.fits:
         console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
@@ -144,10 +148,11 @@ def _ranks(job: Job) -> str:
     return f"{job.nodes} x {job.cluster.name} ({job.world_size} GPUs)"
 
 
-def _layout_cells(layout: Layout) -> list[str]:
-    data = f"{layout.dp_replicate} x {layout.dp_shard}" if layout.dp_shard > 1 else str(layout.dp_replicate)
+def _layout_cells(layout: Layout, extra: list[str]) -> list[str]:
+    data = f"{layout.dp_replicate} x {layout.dp_shard}" if layout.zero_stage else str(layout.dp_replicate)
     return [
         f"{layout.tp}{'+SP' if layout.sequence_parallel else ''}",
+        *(str(getattr(layout, axis)) for axis in extra),
         str(layout.pp),
         str(layout.virtual_stages),
         data,

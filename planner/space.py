@@ -16,12 +16,16 @@ from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
 
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
+# Sequences that are cut, and the shortest part of one that a rank gets, unless [search] names cp.
+LONG_SEQUENCE = 32768
+SHORTEST_PART = 8192
 
 
 def candidates(job: Job) -> Iterator[Layout]:
     """Every layout worth asking about, each once. A field that `job.search` names has one of its values in all of them.
 
-    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes. Fields that change nothing
+    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes; sequences are cut from
+    LONG_SEQUENCE tokens on; ep is tried for models with experts. Fields that change nothing
     for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
     """
     for layout in _combinations(job):
@@ -34,13 +38,13 @@ def _combinations(job: Job) -> Iterator[Layout]:
         sizes = {
             "tp": _values(job, "tp", _tensor_sizes(job, world)),
             "pp": _values(job, "pp", _divisors(world)),
-            "cp": _values(job, "cp", [1]),
-            "ep": _values(job, "ep", [1]),
+            "cp": _values(job, "cp", _context_sizes(job)),
+            "ep": _values(job, "ep", _expert_sizes(job, world)),
         }
         for tp, pp, cp, ep in itertools.product(*sizes.values()):
             if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
                 continue
-            for data in _data_parallel(job, world // (tp * pp * cp)):
+            for data in _data_parallel(job, world // (tp * pp * cp), cp):
                 for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
                     yield Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
 
@@ -67,12 +71,27 @@ def _tensor_sizes(job: Job, world: int) -> list[int]:
     return [d for d in _divisors(world) if d <= min(widest, job.model.num_attention_heads)]
 
 
-def _data_parallel(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
-    """Ways to replicate and shard over this many data-parallel ranks."""
+def _context_sizes(job: Job) -> list[int]:
+    seq_len = job.training.seq_len
+    if not job.stack.context_parallel or seq_len < LONG_SEQUENCE:
+        return [1]
+    return [2**i for i in range((seq_len // SHORTEST_PART).bit_length())]
+
+
+def _expert_sizes(job: Job, world: int) -> list[int]:
+    """Numbers of ranks that the experts can be spread over; most stacks spread them inside a pipeline stage."""
+    if not job.stack.expert_dispatch or not job.model.num_experts:
+        return [1]
+    return [d for d in _divisors(job.model.num_experts) if world % d == 0]
+
+
+def _data_parallel(job: Job, ranks: int, cp: int) -> Iterator[dict[str, Any]]:
+    """Ways to replicate and shard over this many data-parallel ranks; cp ranks shard with dp_shard."""
     stages = sorted({0, *job.stack.zero_stages})
     for zero in _values(job, "zero_stage", stages):
         for shard in _values(job, "dp_shard", _divisors(ranks) if zero else [1]):
-            if shard >= 1 and ranks % shard == 0 and (shard > 1) == (zero > 0):
+            shards = shard * cp > 1 if zero else shard > 1
+            if shard >= 1 and ranks % shard == 0 and shards == (zero > 0):
                 replicate = ranks // shard
                 if replicate in _values(job, "dp_replicate", [replicate]):
                     yield {"dp_replicate": replicate, "dp_shard": shard, "zero_stage": zero}
@@ -125,4 +144,4 @@ def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
 def without_model_parallelism(job: Job) -> Job:
     """The same job with its search limited to plain data parallelism, for the baseline."""
     kept = {k: v for k, v in job.search.items() if k in ("micro_batch_size", "recompute")}
-    return dataclasses.replace(job, search=kept | {"tp": [1], "pp": [1], "cp": [1]})
+    return dataclasses.replace(job, search=kept | {"tp": [1], "pp": [1], "cp": [1], "ep": [1]})

@@ -314,7 +314,6 @@ class _Interpreter:
             for b, v in itertools.product(micro, chunks)
         )  # fmt: skip
 
-
     def _stage_layers(self, model: ModelSpec, stages: int) -> tuple[int, ...] | None:
         """Blocks of each stage. Where they do not divide, embedding and head count as a block each (Llama 3, arXiv
         2407.21783, section 3.3.2); a software that balances by cost counts the head as what it is."""

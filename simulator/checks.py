@@ -165,7 +165,7 @@ def _check_precision(job: Job, where: str) -> None:
             f"{where}: training.precision = '{precision}' is nothing that stack {job.stack.name} has"
             f"{nearest(precision, job.stack.recipes)}"
         )
-    if precision not in job.cluster.gpu.matmul:
+    if job.cluster.gpu.arithmetic(precision) not in job.cluster.gpu.matmul:
         raise UserError(
             f"{where}: training.precision = '{precision}' has no matmul rate on {job.cluster.gpu.name}"
             f"{nearest(precision, job.cluster.gpu.matmul)}"

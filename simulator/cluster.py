@@ -121,6 +121,15 @@ class Gpu:
         (18.9 % on average over A100, H100, MI250 and MI210: arXiv 2507.03114)."""
         return hidden * self.overlap_slowdown / (1 + self.overlap_slowdown)
 
+    def exposed(self, communication: float, work: float) -> float:
+        """Seconds that communication beside work adds to it: what is left over, and what hiding the rest costs."""
+        hidden = min(communication, work)
+        return communication - hidden + self.hiding_cost(hidden)
+
+    def arithmetic(self, precision: str) -> str:
+        """The precision whose rates hold: fp16 is as fast as bf16."""
+        return "bf16" if precision == "fp16" else precision
+
 
 @dataclass(frozen=True)
 class Link:

@@ -25,6 +25,15 @@ def activation_width(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
+# Bytes of an element that a matmul reads where that is less than an activation's; the scales of blocks not counted.
+_QUANTISED = {"fp8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5}
+
+
+def matmul_precision(kernel: Matmul, precision: str) -> str:
+    """What a matmul of a recipe computes in: those that are not quantised stay in 16 bits."""
+    return "bf16" if precision in _QUANTISED and not kernel.quantised else precision
+
+
 def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, batch: float = 1) -> float:
     """Seconds of `batch` products (m, k) x (k, n) in one kernel.
 
@@ -36,8 +45,8 @@ def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, batch
     cuBLASLt tables (Azure/AI-benchmarking-guide@8fd0c6e), rms error 2-10 % by GPU.
     Ignored: split-K and stream-K, alignment of the sizes, power throttling (Gpu.sustained).
     """
-    fit = gpu.matmul[precision]
-    width = 4 if precision == "fp32" else (1 if precision == "fp8" else 2)
+    fit = gpu.matmul[gpu.arithmetic(precision)]
+    width = _QUANTISED.get(precision, activation_width(precision))
     bytes_moved = batch * ((m * k + k * n) * width + m * n * max(width, 2))
     memory = bytes_moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
     if not gpu.tiles:
@@ -113,6 +122,21 @@ def pointwise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Pointwise,
     return count * gpu.memory_overhead + kernel.elements * passes * width / (gpu.memory_bandwidth * efficiency)
 
 
+def quantise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Matmul, backward: bool) -> float:
+    """Seconds of casting what a matmul of an 8- or 4-bit recipe multiplies: its input forward, its output's gradient
+    backward.
+
+    Rule: a memory-bound kernel; the passes are the stack's "quantise": read 2 bytes, write 1, and 1 more for the
+    transposed copy that the other two matmuls read.
+    Ignored: casts fused into the norm or activation before (so predicted slow by up to that read), casts of weights
+    (once a step), the passes that find the scales.
+    """
+    if precision not in _QUANTISED or not kernel.quantised:
+        return 0.0
+    elements = kernel.copies * kernel.m * (kernel.n if backward else kernel.k)
+    return pointwise_seconds(gpu, stack, precision, Pointwise("quantise", elements), backward)
+
+
 _REDUCTIONS = ("layernorm", "rmsnorm", "softmax", "eager_softmax", "cross_entropy")
 
 
@@ -148,14 +172,19 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
     for kernel in kernels:
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
-            forward += matmul_seconds(gpu, precision, m, n, k, kernel.copies) / gpu.sustained
-            backward += matmul_seconds(gpu, precision, m, k, n, kernel.copies) / gpu.sustained
-            weight = matmul_seconds(gpu, precision, k, n, m, kernel.copies) / gpu.sustained
+            used = matmul_precision(kernel, precision)
+            forward += matmul_seconds(gpu, used, m, n, k, kernel.copies) / gpu.sustained
+            backward += matmul_seconds(gpu, used, m, k, n, kernel.copies) / gpu.sustained
+            weight = matmul_seconds(gpu, used, k, n, m, kernel.copies) / gpu.sustained
             backward += weight
             weights += weight
-            launches_forward += 1
-            launches_backward += 2
-            launches_weights += 1
+            forward += quantise_seconds(gpu, stack, precision, kernel, backward=False)
+            backward += quantise_seconds(gpu, stack, precision, kernel, backward=True)
+            calls = 1 if stack.grouped_experts or kernel.batched else kernel.copies
+            casts = calls if used in _QUANTISED else 0
+            launches_forward += calls + casts
+            launches_backward += 2 * calls + casts
+            launches_weights += calls
         elif isinstance(kernel, Attention):
             forward += attention_seconds(gpu, stack, precision, kernel, backward=False) / gpu.sustained
             backward += attention_seconds(gpu, stack, precision, kernel, backward=True) / gpu.sustained
@@ -265,11 +294,11 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
     fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one.
     Reference: Korthikanti et al., arXiv 2205.05198, table 2: 34·sbh + 5·a·s²·b for a GPT block with dropout.
     """
-    width = activation_width(precision)
+    width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
     total = 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
-            total += kernel.saved * width
+            total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
         elif isinstance(kernel, Attention):
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
             rows = heads * kernel.queries

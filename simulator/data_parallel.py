@@ -6,7 +6,10 @@
     zero_stage 3   parameters are gathered before each use; gradients are scattered after every microbatch
 
 Under a pipeline torch reduces gradients once, at the end of the step. With dp_replicate the shards are all-reduced over
-the replicas, once a step. A unit is what FSDP wraps: a block, the embedding, the head.
+the replicas, once a step. The ranks of cp hold the same parameters, so they shard and reduce with dp_shard, and with
+dp_replicate where nothing is sharded. Routed experts under expert parallelism have groups of their own
+(expert_parallel.py); the two go one after the other over the same links. A unit is what FSDP wraps: a block, the
+embedding, the head.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from simulator.cluster import GroupShape
-from simulator.collectives import collective_seconds
+from simulator.collectives import Collective, collective_seconds
+from simulator.expert_parallel import expert_grid
 from simulator.layout import Layout
 
 if TYPE_CHECKING:
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class Unit(Protocol):
-    """What this module needs to know of a unit: seconds of its passes, and its parameters on this rank."""
+    """What this module needs to know of a unit: seconds of its passes, and its parameters on this rank, of which
+    some are routed experts'."""
 
     @property
     def forward_seconds(self) -> float: ...
@@ -32,6 +37,8 @@ class Unit(Protocol):
     def backward_seconds(self) -> float: ...
     @property
     def parameters(self) -> float: ...
+    @property
+    def experts(self) -> float: ...
     @property
     def stays_gathered(self) -> bool: ...
 
@@ -44,36 +51,43 @@ class DataParallel:
     layout: Layout
     shard: GroupShape
     replicate: GroupShape
+    expert_shard: GroupShape
+    expert_replicate: GroupShape
 
     @property
     def gathers_every_microbatch(self) -> bool:
         return self.layout.zero_stage == 3
 
-    def gather_seconds(self, parameters: float, units: int = 1) -> float:
+    def gather_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
         """All-gather parameters of this many units, in the width that kernels read."""
-        size = parameters * self.job.stack.recipes[self.job.training.precision].compute
-        pieces = self._pieces(size, units)
-        return pieces * collective_seconds("all_gather", size / pieces, self.shard, self.job.cluster)
+        width = self.job.stack.recipes[self.job.training.precision].compute
+        dense = self._in_pieces("all_gather", (parameters - experts) * width, self.shard, units)
+        return dense + self._in_pieces("all_gather", experts * width, self.expert_shard, units)
 
-    def scatter_seconds(self, parameters: float, units: int = 1) -> float:
+    def scatter_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
         """Reduce-scatter the gradients of this many units over the shards."""
-        size = self._gradient_bytes(parameters)
-        pieces = self._pieces(size, units)
-        return pieces * collective_seconds("reduce_scatter", size / pieces, self.shard, self.job.cluster)
+        size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
+        dense = self._in_pieces("reduce_scatter", size, self.shard, units)
+        return dense + self._in_pieces("reduce_scatter", routed, self.expert_shard, units)
 
-    def once_reduce_seconds(self, parameters: float, units: int) -> float:
+    def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
-        size = self._gradient_bytes(parameters)
-        pieces = self._pieces(size, units)
-        shard = size / self.layout.dp_shard / pieces
-        replicas = pieces * collective_seconds("all_reduce", shard, self.replicate, self.job.cluster)
-        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, units))
+        size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
+        grid = expert_grid(self.layout, self.job.stack)
+        replicas = self._in_pieces("all_reduce", size, self.replicate, units, self.layout.shards)
+        replicas += self._in_pieces("all_reduce", routed, self.expert_replicate, units, grid.shards)
+        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
 
-    def once_gather_seconds(self, parameters: float, units: int) -> float:
+    def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""
         if self.gathers_every_microbatch or not self.layout.zero_stage:
             return 0.0
-        return self.gather_seconds(parameters, units)
+        return self.gather_seconds(parameters, experts, units)
+
+    def _in_pieces(self, kind: Collective, size: float, group: GroupShape, units: int, shards: int = 1) -> float:
+        """A collective over 1/shards of this many bytes, cut as the stack cuts them."""
+        pieces = self._pieces(size, units)
+        return pieces * collective_seconds(kind, size / shards / pieces, group, self.job.cluster)
 
     def exposed_forward(self, units: Sequence[Unit]) -> float:
         """Seconds that a forward waits for parameters: what the unit before does not hide.
@@ -83,35 +97,32 @@ class DataParallel:
         """
         if not self.gathers_every_microbatch or self.layout.pp > 1:
             return 0.0
-        gathers = [self.gather_seconds(u.parameters) for u in units]
+        gathers = [self.gather_seconds(u.parameters, u.experts) for u in units]
         if not self.job.stack.overlap_param_gather:
             return sum(gathers)
         beside = [u.forward_seconds for u in units[:-1]]
-        return gathers[0] + sum(self._not_hidden(g, work) for g, work in zip(gathers[1:], beside, strict=True))
+        exposed = self.job.cluster.gpu.exposed
+        return gathers[0] + sum(exposed(g, work) for g, work in zip(gathers[1:], beside, strict=True))
 
     def exposed_backward(self, units: Sequence[Unit]) -> float:
         """Seconds that a backward waits. Beside a unit's backward run the gather of the next unit and the reduction
         of the one behind; they share one network."""
         backwards = units[::-1]
         gathers = [self._backward_gather(u) for u in backwards]
-        scatters = [self.scatter_seconds(u.parameters) if self.layout.shards_gradients else 0.0 for u in backwards]
+        reduces = self.layout.shards_gradients
+        scatters = [self.scatter_seconds(u.parameters, u.experts) if reduces else 0.0 for u in backwards]
         stack, exposed = self.job.stack, gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
             scatter = scatters[i - 1] if i else 0.0
             beside = gather * stack.overlap_param_gather + scatter * stack.overlap_grad_reduce
-            exposed += gather + scatter - beside + self._not_hidden(beside, unit.backward_seconds)
+            exposed += gather + scatter - beside + self.job.cluster.gpu.exposed(beside, unit.backward_seconds)
         return exposed
 
     def _backward_gather(self, unit: Unit) -> float:
         if not self.gathers_every_microbatch or unit.stays_gathered:
             return 0.0
-        return self.gather_seconds(unit.parameters)
-
-    def _not_hidden(self, communication: float, work: float) -> float:
-        """What communication beside work adds to it: what is left over, and what hiding the rest costs."""
-        hidden = min(communication, work)
-        return communication - hidden + self.job.cluster.gpu.hiding_cost(hidden)
+        return self.gather_seconds(unit.parameters, unit.experts)
 
     def _gradient_bytes(self, parameters: float) -> float:
         return parameters * self.job.stack.recipes[self.job.training.precision].gradient_reduce

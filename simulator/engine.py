@@ -30,6 +30,7 @@ from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import optimizer_seconds
 from simulator.errors import UserError
+from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
@@ -236,7 +237,7 @@ class _Engine:
 
     def _span(self, rank: Rank, stream: str, op: Op, start: float) -> None:
         if self.trace:
-            name = str(op) if op.stage is None else f"PP:{op}"
+            name = str(op) if op.kind == "OPTIMIZER" else f"PP:{op}"
             self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
 
     def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
@@ -423,9 +424,9 @@ class _Engine:
 
     def _update_seconds(self, rank: Rank) -> float:
         """The update of this rank's share of the parameters."""
-        layout, job = self.layout, self.job
-        parameters = sum(self.program.stages[s].parameters for s in layout.stages_of(rank.index))
-        share = parameters / (layout.dp_shard if layout.zero_stage else 1)
+        job, layout = self.job, self.layout
+        held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
+        share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
         return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
 
     @functools.cached_property

@@ -7,11 +7,11 @@ from typing import Any
 
 from simulator.checks import check_model
 from simulator.errors import UserError, nearest
-from simulator.model import ModelSpec
+from simulator.model import PATTERN, ModelSpec
 
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu": "relu",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 
 
@@ -126,6 +126,23 @@ def _llama(c: _Config) -> dict[str, Any]:
         "attention_out_bias": attention_bias and not qwen,
         "mlp_bias": c.flag("mlp_bias", False),
         "qk_norm": c.data["model_type"] in ("qwen3", "qwen3_moe"),
+    }
+
+
+def _qwen3_moe(c: _Config) -> dict[str, Any]:
+    if c.data.get("decoder_sparse_step", 1) != 1 or c.data.get("mlp_only_layers"):
+        raise UserError(f"{c.where}: decoder_sparse_step and mlp_only_layers must leave every layer its experts")
+    return _mixtral(c)
+
+
+def _gpt_oss(c: _Config) -> dict[str, Any]:
+    """Every layer has experts with biases; one in two sees a window (`layer_types`), all have sinks."""
+    return _mixtral(c) | {
+        "mlp_bias": True,
+        "router_bias": True,
+        "attention_sinks": True,
+        "sliding_window": c.integer("sliding_window", default=0, least=0),
+        "full_attention_interval": 2,
     }
 
 
@@ -261,12 +278,137 @@ def _bart(c: _Config) -> dict[str, Any]:
     }
 
 
+def _nemotron_h(c: _Config) -> dict[str, Any]:
+    """Mamba-2, attention without positions, feed-forwards and mixtures, each a layer of its own."""
+    letters = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+    listed = c.data.get("layers_block_type")
+    pattern = "".join(letters.get(str(name), "?") for name in listed) if isinstance(listed, list) else None
+    pattern = str(pattern or c.data.get("hybrid_override_pattern", ""))
+    layers = c.integer("num_hidden_layers", default=max(1, len(pattern)))
+    if len(pattern) != layers or set(pattern) - set(PATTERN):
+        raise UserError(
+            f"{c.where}: hybrid_override_pattern = '{pattern[:40]}' must have one of {' '.join(PATTERN)} "
+            f"for each of the {layers} layers"
+        )
+    fields = _llama(c) | {
+        "family": "hybrid",
+        "num_hidden_layers": layers,
+        "norm_eps": c.number("norm_eps", "layer_norm_epsilon", default=1e-5),
+        "activation": c.activation("mlp_hidden_act", default="relu2"),
+        "gated_mlp": False,
+        "position": "none",
+        "layer_pattern": pattern,
+    }
+    if "M" in pattern:
+        fields |= {
+            "mamba_num_heads": c.integer("mamba_num_heads"),
+            "mamba_head_dim": c.integer("mamba_head_dim"),
+            "mamba_n_groups": c.integer("n_groups", default=8),
+            "ssm_state_size": c.integer("ssm_state_size", default=128),
+            "conv_kernel": c.integer("conv_kernel", default=4),
+            "chunk_size": c.integer("chunk_size", default=128),
+        }
+    if "E" in pattern:
+        fields |= _nemotron_experts(c)
+    return fields
+
+
+def _nemotron_experts(c: _Config) -> dict[str, Any]:
+    """Shared experts may be wider than routed ones; they count as that many of the routed width."""
+    width, shared = c.integer("moe_intermediate_size"), c.integer("n_shared_experts", default=0, least=0)
+    shared *= c.integer("moe_shared_expert_intermediate_size", default=width)
+    if shared % width or c.data.get("moe_latent_size"):
+        raise UserError(
+            f"{c.where}: moe_shared_expert_intermediate_size must be a multiple of moe_intermediate_size = {width}, "
+            "and experts on a latent (moe_latent_size) are not supported"
+        )
+    return {
+        "num_experts": c.integer("n_routed_experts"),
+        "num_experts_per_tok": c.integer("num_experts_per_tok"),
+        "moe_intermediate_size": width,
+        "num_shared_experts": shared // width,
+        "router_bias": True,
+    }
+
+
+def _neox(c: _Config) -> dict[str, Any]:
+    """GPT-NeoX, Pythia: rotary positions, LayerNorm, no gate. The attention and the feed-forward that run side by side
+    (`use_parallel_residual`) are taken to run one after the other."""
+    return _plain_decoder(c, "num_attention_heads", "hidden_size", "num_hidden_layers") | {
+        "intermediate_size": c.integer("intermediate_size"),
+        "max_position_embeddings": c.integer("max_position_embeddings", default=2048),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", False),
+        "norm_eps": c.number("layer_norm_eps", default=1e-5),
+        "activation": c.activation("hidden_act", default="gelu"),
+    }
+
+
+def _opt(c: _Config) -> dict[str, Any]:
+    hidden = c.integer("hidden_size")
+    if c.integer("word_embed_proj_dim", default=hidden) != hidden:
+        raise UserError(f"{c.where}: word_embed_proj_dim = {c.data['word_embed_proj_dim']} must be hidden_size")
+    return _plain_decoder(c, "num_attention_heads", "hidden_size", "num_hidden_layers") | {
+        "intermediate_size": c.integer("ffn_dim"),
+        "max_position_embeddings": c.integer("max_position_embeddings", default=2048),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "activation": c.activation("activation_function", default="relu"),
+        "position": "learned",
+    }
+
+
+def _bloom(c: _Config) -> dict[str, Any]:
+    hidden = c.integer("hidden_size", "n_embed")
+    return _plain_decoder(c, "n_head", "hidden_size", "n_layer") | {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": c.integer("seq_length", default=2048),
+        "tie_word_embeddings": c.flag("tie_word_embeddings", True),
+        "norm_eps": c.number("layer_norm_epsilon", default=1e-5),
+        "position": "alibi",
+    }
+
+
+def _mpt(c: _Config) -> dict[str, Any]:
+    attention = c.data.get("attn_config")
+    alibi = not isinstance(attention, dict) or bool(attention.get("alibi", True))
+    hidden, biases = c.integer("d_model"), not c.flag("no_bias", True)
+    return _plain_decoder(c, "n_heads", "d_model", "n_layers") | {
+        "intermediate_size": c.integer("expansion_ratio", default=4) * hidden,
+        "max_position_embeddings": c.integer("max_seq_len", default=2048),
+        "tie_word_embeddings": True,
+        # Without biases the norms have a scale alone, like RMSNorm's.
+        "norm": "layernorm" if biases else "rmsnorm",
+        "position": "alibi" if alibi else "learned",
+        **dict.fromkeys(_all_biases(), biases),
+    }
+
+
+def _plain_decoder(c: _Config, heads: str, hidden: str, layers: str) -> dict[str, Any]:
+    """What the decoders of 2020-2023 share, under their own names for the three sizes."""
+    count, width = c.integer(heads), c.integer(hidden, "n_embed")
+    return {
+        "family": "neox",
+        "num_hidden_layers": c.integer(layers),
+        "hidden_size": width,
+        "num_attention_heads": count,
+        "num_key_value_heads": count,
+        "head_dim": _head_dim(c, count, width),
+        "vocab_size": c.integer("vocab_size"),
+        "norm": "layernorm",
+        "activation": "gelu",
+        "gated_mlp": False,
+        **_all_biases(),
+    }
+
+
 def _all_biases() -> dict[str, bool]:
     return {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
 
 
 _READERS: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama,
-    "mixtral": _mixtral, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek,
+    "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "gpt_oss": _gpt_oss,
+    "deepseek_v2": _deepseek, "deepseek_v3": _deepseek, "kimi_k2": _deepseek,
+    "nemotron_h": _nemotron_h, "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt,
     "gpt2": _gpt2, "bert": _bert, "t5": _t5, "bart": _bart,
 }  # fmt: skip

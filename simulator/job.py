@@ -33,7 +33,7 @@ class Training:
 
     global_batch_size: int
     seq_len: int
-    precision: Literal["fp32", "bf16", "fp8"]
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 3e-4
     seed: int = 0

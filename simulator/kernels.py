@@ -3,8 +3,8 @@
 Every kernel says its sizes (from which compute.py gets seconds) and what it keeps for the backward pass (from which
 memory.py gets bytes). Lists follow the modules in order: norm, projections, attention, output, norm, feed-forward.
 
-Notation: T tokens of the microbatch, s sequence, t tensor-parallel ranks, h hidden, a heads, k key-value heads,
-d head length, f feed-forward width.
+Notation: T tokens of the microbatch on this rank, s sequence, t tensor-parallel ranks, c context-parallel ranks,
+h hidden, a heads, k key-value heads, d head length, f feed-forward width, E experts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from simulator.model import BlockKind, ModelSpec
+from simulator.model import BlockKind, ModelSpec, seen_keys
 from simulator.stack import Stack
 
 
 class Matmul(NamedTuple):
-    """(m, k) x (k, n), `copies` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n)."""
+    """(m, k) x (k, n), `copies` times. The backward is two of them: (m, n) x (n, k) and (k, m) x (m, n).
+
+    Recipes in 8 and 4 bits leave some matmuls in 16: those are not `quantised`. Copies are experts, or `batched` in
+    one kernel.
+    """
 
     name: str
     m: float
@@ -25,10 +29,16 @@ class Matmul(NamedTuple):
     k: float
     saved: float = 0.0
     copies: float = 1.0
+    quantised: bool = True
+    batched: bool = False
 
 
 class Attention(NamedTuple):
-    """Softmax(QK')V of `batch` sequences and `heads` heads; saved are Q, K, V, the output and one fp32 per row."""
+    """Softmax(QK')V of `batch` sequences and `heads` heads; saved are Q, K, V, the output and one fp32 per row.
+
+    With context parallelism `steps` blocks of `keys` keys pass by, of which a causal rank works on half. A query
+    sees the last `window` keys, all if 0.
+    """
 
     name: str
     batch: float
@@ -39,11 +49,14 @@ class Attention(NamedTuple):
     qk_dim: int
     v_dim: int
     causal: bool
+    steps: int = 1
+    window: int = 0
 
     @property
     def scores(self) -> float:
         """Elements of the score matrices, masked ones left out."""
-        return self.batch * self.heads * self.queries * self.keys * (0.5 if self.causal else 1.0)
+        seen = seen_keys(self.keys * self.steps, self.causal, self.window)
+        return self.batch * self.heads * self.queries * seen
 
     @property
     def flops(self) -> float:
@@ -63,16 +76,23 @@ Kernel = Matmul | Attention | Pointwise
 
 @dataclass(frozen=True)
 class Cut:
-    """How the kernels of a microbatch are cut: sizes of one rank's share follow from it."""
+    """How the kernels of a microbatch are cut: sizes of one rank's share follow from it.
+
+    expert_tp are the ranks that split each routed expert: tp, or 1 where every expert is whole.
+    """
 
     micro_batch_size: int
     seq_len: int
     tp: int
     sequence_parallel: bool
+    cp: int = 1
+    ep: int = 1
+    expert_tp: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.micro_batch_size * self.seq_len
+        """Tokens of a microbatch on this rank; context parallelism gives each rank its part of the sequence."""
+        return self.micro_batch_size * self.seq_len // self.cp
 
     @property
     def norm_tokens(self) -> float:
@@ -80,11 +100,15 @@ class Cut:
         return self.tokens / (self.tp if self.sequence_parallel else 1)
 
 
-def block_kernels(model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, stack: Stack) -> list[Kernel]:
-    """The kernels of one block on one tensor-parallel rank, forward order."""
+def block_kernels(
+    model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, stack: Stack, window: int = 0
+) -> list[Kernel]:
+    """The kernels of one block on one rank, forward order. A query sees the last `window` keys, all if 0."""
+    if model.block_norms(kind) == 1:
+        return [*_norm(cut, model), *_mixer(model, kind, cut, stack, window), *_residual(cut, model, stack)]
     kernels = [
         *_norm(cut, model),
-        *_self_attention(model, causal, cut, stack),
+        *_self_attention(model, causal, cut, stack, window),
         *_residual(cut, model, stack),
     ]
     if kind == "cross":
@@ -92,6 +116,40 @@ def block_kernels(model: ModelSpec, kind: BlockKind, causal: bool, cut: Cut, sta
     kernels += _norm(cut, model)
     kernels += _mixture(model, cut, stack) if kind == "moe" else _feed_forward(model, cut, stack)
     return kernels + _residual(cut, model, stack)
+
+
+def _mixer(model: ModelSpec, kind: BlockKind, cut: Cut, stack: Stack, window: int) -> list[Kernel]:
+    """What a block of a hybrid does: one thing."""
+    if kind == "mamba":
+        return _mamba(model, cut, stack)
+    if kind == "attention":
+        return _self_attention(model, True, cut, stack, window)
+    return _mixture(model, cut, stack) if kind == "experts" else _feed_forward(model, cut, stack)
+
+
+def _mamba(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
+    """A Mamba-2 mixer: projection, convolution, the scan in chunks of Q tokens, gated norm, projection.
+
+    The scan (arXiv 2405.21060, section 6) is matmuls inside a chunk - scores of B and C per group, their product with
+    the inputs, the state that a chunk leaves and what it gets out of the one before, per head - and passes over
+    the inputs and the states, the stack's "ssd".
+    Ignored: the part of the work inside a chunk that the mask leaves out, which kernels do all the same.
+    """
+    tokens, h, q = cut.tokens, model.hidden_size, min(model.chunk_size, cut.seq_len)
+    width, heads = model.mamba_width / cut.tp, model.mamba_num_heads / cut.tp
+    n, p, chunks = model.ssm_state_size, model.mamba_head_dim, tokens / q
+    into = (model.mamba_width + model.conv_width + model.mamba_num_heads) / cut.tp
+    return [
+        Matmul("mamba_in", tokens, into, h, attention_input(cut, stack) * h),
+        Pointwise("conv", tokens * model.conv_width / cut.tp),
+        Matmul("ssd_scores", q, q, n, copies=chunks * model.mamba_n_groups / cut.tp, quantised=False, batched=True),
+        Matmul("ssd_inside", q, p, q, copies=chunks * heads, quantised=False, batched=True),
+        Matmul("ssd_state", n, p, q, copies=chunks * heads, quantised=False, batched=True),
+        Matmul("ssd_between", q, p, n, copies=chunks * heads, quantised=False, batched=True),
+        Pointwise("ssd", tokens * width),
+        Pointwise("gated_activation", tokens * width),
+        Matmul("mamba_out", tokens, h, width, tokens * width),
+    ]
 
 
 def attention_input(cut: Cut, stack: Stack) -> float:
@@ -109,7 +167,7 @@ def _residual(cut: Cut, model: ModelSpec, stack: Stack) -> list[Kernel]:
     return [*dropout, Pointwise("add", elements)]
 
 
-def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack) -> list[Kernel]:
+def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack, window: int = 0) -> list[Kernel]:
     tokens, h = cut.tokens, model.hidden_size
     heads, groups = model.num_attention_heads / cut.tp, max(1.0, model.num_key_value_heads / cut.tp)
     kept = attention_input(cut, stack) * h
@@ -130,11 +188,24 @@ def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack) -> l
     if model.position == "rope":
         rotated = model.qk_rope_head_dim or model.head_dim
         rotary = [Pointwise("rope", tokens * (heads + groups) * rotated)]
-    core = Attention(
-        "attention", cut.micro_batch_size, heads, groups, cut.seq_len, cut.seq_len,
-        model.qk_head_dim, model.value_head_dim, causal,
-    )  # fmt: skip
-    return [*projections, *rotary, core, Matmul("attention_out", tokens, h, heads * model.value_head_dim)]
+    core = _attention_core(model, causal, window, heads, groups, cut, stack)
+    return [*projections, *rotary, *core, Matmul("attention_out", tokens, h, heads * model.value_head_dim)]
+
+
+def _attention_core(
+    model: ModelSpec, causal: bool, window: int, heads: float, groups: float, cut: Cut, stack: Stack
+) -> list[Kernel]:
+    """The core on one of c context-parallel ranks: with "ulysses" all of the sequence for a part of the heads, else
+    the rank's own queries against c blocks of keys, whose c partial outputs are added up."""
+    dims, batch = (model.qk_head_dim, model.value_head_dim), cut.micro_batch_size
+    if stack.context_parallel == "ulysses":
+        heads, groups = heads / cut.cp, max(1.0, groups / cut.cp) if cut.cp > 1 else groups
+        return [Attention("attention", batch, heads, groups, cut.seq_len, cut.seq_len, *dims, causal, 1, window)]
+    length = cut.seq_len // cut.cp
+    core: list[Kernel] = [Attention("attention", batch, heads, groups, length, length, *dims, causal, cut.cp, window)]
+    if cut.cp > 1:
+        core.append(Pointwise("add", (cut.cp - 1) * cut.tokens * heads * model.value_head_dim))
+    return core
 
 
 def _latent_projections(model: ModelSpec, cut: Cut, kept: float) -> list[Kernel]:
@@ -181,18 +252,26 @@ def _gated(
 def _mixture(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     """Routed experts with balanced load (every expert gets T·topk/E tokens), shared experts beside them.
 
+    A rank holds E / ep experts and gets ep times the tokens for each. Tokens are put into the order of the ranks
+    they go to, and where they arrive into the order of the experts; results go the same way back.
     Ignored: imbalance of the router and padding to a capacity.
     """
-    tokens, routed = cut.tokens, cut.tokens * model.num_experts_per_tok
-    width = model.moe_intermediate_size / cut.tp
+    h, expert_tp = model.hidden_size, cut.expert_tp or cut.tp
+    # Experts that are not split work on a part of the tokens instead.
+    routed = cut.tokens * model.num_experts_per_tok * expert_tp / cut.tp
+    gated_tokens = cut.norm_tokens if cut.ep > 1 else cut.tokens
+    experts = model.num_experts / cut.ep
+    per_expert, width = routed * cut.ep / model.num_experts, model.moe_intermediate_size / expert_tp
+    order: list[Kernel] = [Pointwise("permute", routed * h)] * (2 if cut.ep > 1 and experts > 1 else 1)
     kernels: list[Kernel] = [
-        Matmul("router", tokens, model.num_experts, model.hidden_size, attention_input(cut, stack) * model.hidden_size),
-        Pointwise("permute", routed * model.hidden_size),
-        *_gated(model, routed / model.num_experts, width, routed, stack, count=model.num_experts),
-        Pointwise("permute", routed * model.hidden_size),
+        Matmul("router", gated_tokens, model.num_experts, h, attention_input(cut, stack) * h, quantised=False),
+        *order,
+        *_gated(model, per_expert, width, routed, stack, count=experts),
+        *order,
     ]
     if model.num_shared_experts:
-        kernels += _gated(model, tokens, width * model.num_shared_experts, 0.0, stack)
+        shared = model.moe_intermediate_size / cut.tp * model.num_shared_experts
+        kernels += _gated(model, cut.tokens, shared, 0.0, stack)
     return kernels
 
 
@@ -205,9 +284,9 @@ def embedding_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
 
 def head_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     """Final norm, projection on the vocabulary (cut over tp), loss."""
-    vocabulary = model.vocab_size / cut.tp
+    vocabulary, kept = model.vocab_size / cut.tp, attention_input(cut, stack) * model.hidden_size
     return [
         *_norm(cut, model),
-        Matmul("output", cut.tokens, vocabulary, model.hidden_size, attention_input(cut, stack) * model.hidden_size),
+        Matmul("output", cut.tokens, vocabulary, model.hidden_size, kept, quantised=False),
         Pointwise("cross_entropy", cut.tokens * vocabulary),
     ]

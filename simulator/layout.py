@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from simulator.errors import UserError, nearest
+from simulator.expert_parallel import expert_tp
 from simulator.files import STRICT
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that shard the state of everything but spread experts: cp ranks hold the same parameters too."""
+        return self.dp_shard * self.cp if self.zero_stage else 1
 
     @property
     def stages(self) -> int:
@@ -150,8 +156,14 @@ class Layout:
     def sibling_starts(self, axis: str, domain: int) -> list[int]:
         """How far the groups of an axis lie from the first one, one of each way that they can lie in scale-up domains
         of this size. Sizes that divide each other leave one way; others make some groups straddle domains."""
-        stride = math.prod(getattr(self, inner) for inner in self.axes[: self.axes.index(axis)])
-        block = stride * getattr(self, axis)
+        return self.starts(self.group(axis), domain)
+
+    def starts(self, ranks: tuple[int, ...], domain: int) -> list[int]:
+        """The same for any group of evenly spaced ranks and the siblings that fill its gaps and follow it."""
+        if len(ranks) == 1:
+            return [0]
+        stride = ranks[1] - ranks[0]
+        block = stride * len(ranks)
         stage = self.world_size // self.pp if self.axes[-1] == "pp" else self.world_size
         if all(domain % size == 0 or size % domain == 0 for size in (stride, block, stage)):
             return [0]
@@ -200,12 +212,52 @@ class Layout:
             found.append(f"{grid} = {self.world_size} ranks, but {job.nodes} nodes have {job.world_size}")
         if self.zero_stage == 0 and self.dp_shard > 1:
             found.append(f"zero_stage = 0 shards nothing: dp_shard = {self.dp_shard} belongs into dp_replicate")
-        if self.zero_stage > 0 and self.dp_shard == 1:
+        if self.zero_stage > 0 and self.dp_shard * self.cp == 1:
             found.append(f"zero_stage = {self.zero_stage} needs dp_shard > 1: there is nobody to shard over")
-        if self.cp > 1:
-            found.append(f"cp = {self.cp}: context parallelism is not modelled yet")
-        if self.ep > 1:
-            found.append(f"ep = {self.ep}: expert parallelism is not modelled yet")
+        return found + self._context_problems(job) + self._expert_problems(job)
+
+    def _context_problems(self, job: Job) -> list[str]:
+        if self.cp == 1:
+            return []
+        found, stack, seq_len = [], job.stack, job.training.seq_len
+        if not stack.context_parallel:
+            found.append(f"stack {stack.name} has no context parallelism: cp = {self.cp} must be 1")
+        if not job.model.causal:
+            found.append(f"cp = {self.cp}: context parallelism is for decoder-only models, not {job.model.family}")
+        if job.model.mamba_num_heads:
+            found.append(f"cp = {self.cp}: the scan of Mamba blocks is not cut along the sequence")
+        parts = 2 * self.cp * (self.tp if self.sequence_parallel else 1)
+        if seq_len % parts:
+            shown = "2 * cp * tp" if self.sequence_parallel else "2 * cp"
+            found.append(f"cp = {self.cp}: {shown} = {parts} must divide seq_len = {seq_len}")
+        heads = job.model.num_attention_heads
+        if stack.context_parallel == "ulysses" and heads % (self.tp * self.cp):
+            found.append(f"tp({self.tp}) * cp({self.cp}) must divide num_attention_heads = {heads}")
+        return found
+
+    def _expert_problems(self, job: Job) -> list[str]:
+        if self.ep == 1:
+            return []
+        model, stack, found = job.model, job.stack, []
+        if not model.num_experts:
+            return [f"ep = {self.ep}: {model.name} has no experts"]
+        if not stack.expert_dispatch:
+            found.append(f"stack {stack.name} has no expert parallelism: ep = {self.ep} must be 1")
+        if model.num_experts % self.ep:
+            found.append(f"ep = {self.ep} must divide num_experts = {model.num_experts}")
+        if self.tp > 1 and not self.sequence_parallel:
+            found.append(f"ep = {self.ep} with tp = {self.tp} needs sequence_parallel = true")
+        axis = "dp_shard" if self.zero_stage else "dp_replicate"
+        ranks, whole = getattr(self, axis) * self.cp * self.tp, expert_tp(self, stack) * self.ep
+        if ranks % whole:
+            split = " times tp" if whole > self.ep else ""
+            found.append(
+                f"ep = {self.ep}{split} must divide {axis}({getattr(self, axis)}) * cp({self.cp}) * tp({self.tp}) "
+                f"= {ranks}"
+            )
+        links = [job.cluster.scale_up, *([job.cluster.scale_out] if job.cluster.scale_out else [])]
+        if not all(link.collectives.get("all_to_all") for link in links):
+            found.append(f"ep = {self.ep}: cluster {job.cluster.name} has no constants for all_to_all")
         return found
 
     def _batch_problems(self, job: Job) -> list[str]:
@@ -229,13 +281,15 @@ class Layout:
             "intermediate_size": model.intermediate_size,
             "hidden_size": model.hidden_size,
         }
-        if model.num_experts:
+        if model.num_experts and expert_tp(self, job.stack) > 1:
             divided["moe_intermediate_size"] = model.moe_intermediate_size
+        if model.mamba_num_heads:
+            divided |= {"mamba_num_heads": model.mamba_num_heads, "mamba_n_groups": model.mamba_n_groups}
         for name, value in divided.items():
             if value % self.tp:
                 best = max(d for d in range(1, min(self.tp, value) + 1) if value % d == 0)
                 found.append(f"tp = {self.tp} must divide {name} = {value}; the nearest smaller tp is {best}")
-        if self.sequence_parallel and job.training.seq_len % self.tp:
+        if self.sequence_parallel and self.cp == 1 and job.training.seq_len % self.tp:
             found.append(f"sequence_parallel: tp = {self.tp} must divide seq_len = {job.training.seq_len}")
         return found
 
@@ -294,6 +348,8 @@ class Layout:
         stack, found = job.stack, []
         if stack.model_families and job.model.family not in stack.model_families:
             found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
+        elif job.model.mamba_num_heads and "ssd" not in stack.elementwise:
+            found.append(f"stack {stack.name} has no kernels for Mamba blocks")
         if self.zero_stage not in (0, *stack.zero_stages):
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
         elif self.pp > 1 and self.zero_stage not in (0, *stack.pipeline_zero_stages):
@@ -365,7 +421,8 @@ def complete(given: dict[str, Any], job: Job) -> Layout:
     if "dp_replicate" not in fields and "dp_shard" not in fields:
         inner = math.prod(fields.get(axis, 1) for axis in ("tp", "cp", "pp"))
         rest = max(1, job.world_size // inner) if inner > 0 else 1
-        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if rest > 1 else 0)
+        shards = rest * max(1, fields.get("cp", 1))
+        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if shards > 1 else 0)
         fields["dp_shard" if zero else "dp_replicate"] = rest
     elif fields.get("dp_shard", 1) > 1:
         fields.setdefault("zero_stage", job.stack.default_zero_stage or max(job.stack.zero_stages, default=0))

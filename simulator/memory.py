@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.program import MOST_UNSHARDED
 from simulator.results import MemoryBreakdown
@@ -44,7 +45,7 @@ def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: 
     moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
     alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
     items = {
-        **_state(job, layout, sum(s.parameters for s in held)),
+        **_state(job, layout, sum(s.parameters for s in held), sum(s.experts for s in held)),
         "activations": alive + max(s.working for s in held),
         "buffers": _buffers(job, layout, held),
         "overhead": _overhead(job, layout),
@@ -54,20 +55,23 @@ def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: 
     return MemoryBreakdown(**items, peak=sum(items.values()))
 
 
-def _state(job: Job, layout: Layout, parameters: float) -> dict[str, float]:
+def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[str, float]:
     """Bytes of parameters, gradients and optimizer state (ZeRO, arXiv 1910.02054; bytes each by the stack's recipe).
 
-    Sharded over dp_shard from zero_stage 3, 2 and 1 on. Under a pipeline torch reduces gradients at the end of the
-    step, so until then they are whole.
+    Sharded over dp_shard and cp from zero_stage 3, 2 and 1 on, routed experts over the ranks that hold the same ones.
+    Under a pipeline torch reduces gradients at the end of the step, so until then they are whole.
     """
-    recipe = job.stack.recipes[job.training.precision]
-    shard, zero = layout.dp_shard, layout.zero_stage
+    recipe, zero = job.stack.recipes[job.training.precision], layout.zero_stage
+
+    def held(width: float, sharded: bool) -> float:
+        return per_shard(layout, job.stack, parameters * width, experts * width) if sharded else parameters * width
+
     # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2
     return {
-        "parameters": parameters * recipe.parameters / (shard if shards_parameters else 1),
-        "gradients": parameters * recipe.gradients / (shard if layout.shards_gradients else 1),
-        "optimizer": parameters * recipe.optimizer[job.training.optimizer] / (shard if zero else 1),
+        "parameters": held(recipe.parameters, shards_parameters),
+        "gradients": held(recipe.gradients, layout.shards_gradients),
+        "optimizer": held(recipe.optimizer[job.training.optimizer], zero > 0),
     }
 
 
@@ -91,7 +95,8 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
         # FSDP over a shard group of one still copies what it gathers.
         total += sum(s.parameters for s in stages) * recipe.compute
     if layout.pp > 1:
-        tokens = layout.micro_batch_size * job.training.seq_len / (layout.tp if layout.sequence_parallel else 1)
+        tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
+        tokens /= layout.tp if layout.sequence_parallel else 1
         # Received activations and gradients; torch allocates those of all microbatches ahead, on every stage.
         count = 2 * layout.microbatches(job.training.global_batch_size) * layout.virtual_stages
         total += (count if stack.preallocates_receives else 4) * tokens * job.model.hidden_size * recipe.compute
@@ -101,7 +106,8 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
 def _overhead(job: Job, layout: Layout) -> float:
     """The device context (on a CPU: the process with its libraries) and a communicator per axis in use."""
     gpu = job.cluster.gpu
-    groups = sum(size > 1 for size in (layout.tp, layout.pp, layout.dp_shard, layout.dp_replicate))
+    sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
+    groups = sum(size > 1 for size in sizes)
     return gpu.context_memory + gpu.communicator_memory * groups
 
 

@@ -89,7 +89,8 @@ def message_cost(
     training, graph = job.training, job.graph
     width = job.stack.recipes[training.precision].compute
     shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
-    size = layout.micro_batch_size * training.seq_len * job.model.hidden_size * width / shards
+    tokens = layout.micro_batch_size * training.seq_len / layout.cp
+    size = tokens * job.model.hidden_size * width / shards
     tiers = job.cluster.tiers if fold else ()
     starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
     shapes = {start: group_shape(graph, (source, target), start) for start in starts}

@@ -1,10 +1,11 @@
 """ModelSpec: the dimensions of a transformer in Hugging Face's names, and what follows from them by counting.
 
-A model is an embedding, a row of blocks, and a head. A block is one of four kinds:
+A model is an embedding, a row of blocks, and a head. A block is one of these kinds:
 
     dense     attention + feed-forward               (GPT, Llama, BERT, the encoder of T5 / BART)
-    moe       attention + routed and shared experts  (Mixtral, DeepSeek)
+    moe       attention + routed and shared experts  (Mixtral, DeepSeek, Qwen3, GPT-OSS)
     cross     attention + cross attention + feed-forward (the decoder of T5 / BART)
+    mamba, attention, mlp, experts      one of these alone (hybrids: Nemotron-H and Nemotron 3)
 
 Notation in the formulas: h hidden_size, a heads, k key-value heads, d head_dim, f intermediate_size, V vocab_size.
 """
@@ -16,7 +17,16 @@ from typing import Literal
 
 from simulator.files import STRICT
 
-BlockKind = Literal["dense", "moe", "cross"]
+BlockKind = Literal["dense", "moe", "cross", "mamba", "attention", "mlp", "experts"]
+# The letters of a hybrid's pattern, as Hugging Face's `hybrid_override_pattern` writes them.
+PATTERN: dict[str, BlockKind] = {"M": "mamba", "*": "attention", "-": "mlp", "E": "experts"}
+
+
+def seen_keys(keys: float, causal: bool, window: int) -> float:
+    """Keys that a query sees on average: half of them if causal, w·(1 - w/2s) under a causal window of w keys."""
+    if causal and 0 < window < keys:
+        return window * (1 - window / (2 * keys))
+    return keys * (0.5 if causal else 1.0)
 
 
 @dataclass(frozen=True)
@@ -25,10 +35,11 @@ class ModelSpec:
 
     `num_hidden_layers` counts every block of the model, encoder and decoder together; `num_encoder_layers` says how
     many of them, from the front, are encoder blocks (0 for a decoder-only model, all of them for BERT).
+    Queries see the last `sliding_window` keys (0: all), but in every `full_attention_interval`-th block all of them.
     """
 
     name: str
-    family: Literal["gpt", "llama", "moe", "bert", "t5", "bart"]
+    family: Literal["gpt", "llama", "moe", "neox", "hybrid", "bert", "t5", "bart"]
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -40,9 +51,9 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated_mlp: bool = True
-    position: Literal["rope", "learned", "relative"] = "rope"
+    position: Literal["rope", "learned", "relative", "alibi", "none"] = "rope"
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -62,6 +73,16 @@ class ModelSpec:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    sliding_window: int = 0
+    full_attention_interval: int = 0
+    attention_sinks: bool = False
+    layer_pattern: str = ""
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_n_groups: int = 0
+    ssm_state_size: int = 0
+    conv_kernel: int = 0
+    chunk_size: int = 0
 
     __pydantic_config__ = STRICT
 
@@ -83,8 +104,20 @@ class ModelSpec:
     def value_head_dim(self) -> int:
         return self.v_head_dim if self.kv_lora_rank else self.head_dim
 
+    @property
+    def mamba_width(self) -> int:
+        """Inner width of a Mamba-2 mixer."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of its convolution: the inner width, and B and C of each group."""
+        return self.mamba_width + 2 * self.mamba_n_groups * self.ssm_state_size
+
     def block_kind(self, index: int) -> BlockKind:
         """The kind of the block with this index (0 is the one after the embedding)."""
+        if self.layer_pattern:
+            return PATTERN[self.layer_pattern[index]]
         if self.encoder_decoder and index >= self.num_encoder_layers:
             return "cross"
         return "moe" if self.num_experts and index >= self.first_k_dense_replace else "dense"
@@ -92,6 +125,11 @@ class ModelSpec:
     def block_is_causal(self, index: int) -> bool:
         """Whether this block's self-attention is causal: decoder blocks are, encoder blocks are not."""
         return index >= self.num_encoder_layers
+
+    def block_window(self, index: int) -> int:
+        """How many keys a query of this block sees at most; 0 for all."""
+        every = self.full_attention_interval
+        return 0 if every and (index + 1) % every == 0 else self.sliding_window
 
     def attention_parameters(self) -> int:
         """Weights of one self-attention: 2·h·d·(a + k) for grouped queries, plus biases and query-key norms.
@@ -108,7 +146,7 @@ class ModelSpec:
             return query + key_value + a * self.v_head_dim * h
         weights = h * (a + 2 * k) * d + a * d * h
         biases = (a + 2 * k) * d * self.qkv_bias + h * self.attention_out_bias
-        return weights + biases + 2 * d * self.qk_norm
+        return weights + biases + 2 * d * self.qk_norm + a * self.attention_sinks
 
     def mlp_parameters(self, width: int) -> int:
         """Weights of one feed-forward of this width: 3·h·f if gated, else 2·h·f, plus biases."""
@@ -132,11 +170,29 @@ class ModelSpec:
             self.mlp_parameters(self.moe_intermediate_size * self.num_shared_experts) if self.num_shared_experts else 0
         )
 
+    def mamba_parameters(self) -> int:
+        """Weights of one Mamba-2 mixer (arXiv 2405.21060): projections in and out, convolution with its bias, a decay,
+        a step and a skip for each head, and the gated norm."""
+        h, width = self.hidden_size, self.mamba_width
+        into = h * (width + self.conv_width + self.mamba_num_heads)
+        return into + self.conv_width * (self.conv_kernel + 1) + 3 * self.mamba_num_heads + width + width * h
+
+    def block_norms(self, kind: BlockKind) -> int:
+        """Norms in front of the parts of a block."""
+        return {"cross": 3, "dense": 2, "moe": 2}.get(kind, 1)
+
     def block_parameters(self, kind: BlockKind) -> int:
         """Weights of one block, norms included."""
-        if kind == "moe":
+        if kind == "mamba":
+            return self.mamba_parameters() + self.norm_parameters()
+        if kind == "attention":
+            return self.attention_parameters() + self.norm_parameters()
+        if kind == "mlp":
+            return self.mlp_parameters(self.intermediate_size) + self.norm_parameters()
+        if kind in ("moe", "experts"):
             mixture = self.router_parameters() + self.expert_parameters() + self.shared_expert_parameters()
-            return self.attention_parameters() + mixture + 2 * self.norm_parameters()
+            attention = self.attention_parameters() if kind == "moe" else 0
+            return attention + mixture + self.block_norms(kind) * self.norm_parameters()
         dense = self.attention_parameters() + self.mlp_parameters(self.intermediate_size) + 2 * self.norm_parameters()
         return dense + (self.attention_parameters() + self.norm_parameters() if kind == "cross" else 0)
 
@@ -144,8 +200,8 @@ class ModelSpec:
         """Token, position and segment embeddings, with the norms that some families put behind them."""
         h = self.hidden_size
         token = self.vocab_size * h
-        if self.family == "gpt":
-            return token + self.max_position_embeddings * h
+        if self.family in ("gpt", "neox"):
+            return token + self.max_position_embeddings * h * (self.position == "learned")
         if self.family == "bert":
             return token + (self.max_position_embeddings + self.type_vocab_size) * h + self.norm_parameters()
         if self.family == "bart":
@@ -182,12 +238,18 @@ class ModelSpec:
         total = self.vocab_size * h
         for index in range(self.num_hidden_layers):
             kind = self.block_kind(index)
-            width = self.intermediate_size
-            if kind == "moe":
+            width = 0 if kind in ("mamba", "attention") else self.intermediate_size
+            if kind in ("moe", "experts"):
                 width = self.moe_intermediate_size * (self.num_experts_per_tok + self.num_shared_experts)
                 total += h * self.num_experts
-            total += attention * (2 if kind == "cross" else 1) + matrices * h * width
+            if kind == "mamba":
+                total += h * (2 * self.mamba_width + self.conv_width + self.mamba_num_heads)
+            total += attention * self._attentions(kind) + matrices * h * width
         return total
+
+    def _attentions(self, kind: BlockKind) -> int:
+        """Attentions of a block."""
+        return {"mamba": 0, "mlp": 0, "experts": 0, "cross": 2}.get(kind, 1)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of one token, forward and backward: the numerator of every MFU this project prints.
@@ -206,10 +268,15 @@ class ModelSpec:
         return {"none": 0.0, "selective": attention, "full": blocks + attention}[recompute]
 
     def _attention_flops_per_token(self, seq_len: int) -> float:
-        """Forward FLOPs of all attention cores for one token."""
+        """Forward FLOPs of all attention cores and scans for one token."""
         scores = 2.0 * seq_len * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim)
         total = 0.0
         for index in range(self.num_hidden_layers):
-            total += scores * (0.5 if self.block_is_causal(index) else 1.0)
-            total += scores * (self.block_kind(index) == "cross")
+            kind = self.block_kind(index)
+            seen = seen_keys(seq_len, self.block_is_causal(index), self.block_window(index))
+            total += scores * (seen / seq_len) * (self._attentions(kind) > 0)
+            total += scores * (kind == "cross")
+            if kind == "mamba":
+                # The scan stands in for attention: 7 per channel and state, as Megatron-LM counts it.
+                total += 7.0 * self.mamba_width * self.ssm_state_size
         return total

@@ -31,7 +31,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     tokens = job.tokens_per_step / run.step_seconds
     # Ranks that share processors are no more devices than there are.
     per_gpu = tokens / min(layout.world_size, job.world_size)
-    seq_len, peak = job.training.seq_len, job.cluster.gpu.peak[job.training.precision]
+    gpu, seq_len = job.cluster.gpu, job.training.seq_len
+    peak = gpu.peak[gpu.arithmetic(job.training.precision)]
     flops = job.model.flops_per_token(seq_len)
     recomputed = job.model.recomputed_flops_per_token(seq_len, layout.recompute)
     return Prediction(

@@ -11,13 +11,19 @@ from simulator.files import STRICT
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read."""
+    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read.
+
+    dispatch is the width in which tokens go to their experts, matmul_inputs that in which the input of a quantised
+    matmul is kept for the backward; without them it is the activations' own.
+    """
 
     compute: int
     parameters: float
     gradients: float
     optimizer: dict[str, float]
     gradient_reduce: float
+    dispatch: float | None = None
+    matmul_inputs: float | None = None
 
     __pydantic_config__ = STRICT
 
@@ -39,6 +45,11 @@ class Elementwise:
 @dataclass(frozen=True)
 class Stack:
     """A software stack. Lists name what it can do; `Layout.problems` turns what is missing into a reason.
+
+    context_parallel and expert_dispatch name how the two are done, "" if not at all: "deduplicated" dispatch sends
+    a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
+    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
+    grouped_experts multiplies all experts of a rank in one kernel instead of a call each.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own. overlaps_in_pair is the communication that
@@ -91,6 +102,11 @@ class Stack:
     dropout: bool = False
     logits_bytes: float = 8.0
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
+    context_parallel: Literal["", "ring", "all_gather", "ulysses"] = ""
+    expert_dispatch: Literal["", "all_to_all", "deduplicated"] = ""
+    expert_tensor_parallel: bool = False
+    overlap_ep: bool = False
+    grouped_experts: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
 
     __pydantic_config__ = STRICT

@@ -22,7 +22,9 @@ from simulator.compute import (
     saved_bytes,
     score_bytes,
 )
+from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
+from simulator.expert_parallel import expert_grid, expert_groups, expert_seconds, per_shard
 from simulator.kernels import (
     Attention,
     Cut,
@@ -34,6 +36,7 @@ from simulator.kernels import (
 )
 from simulator.layout import Layout
 from simulator.model import BlockKind
+from simulator.tensor_parallel import exposed_seconds, tensor_seconds
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -46,18 +49,22 @@ class Work:
     compute: float = 0.0
     recompute: float = 0.0
     tp: float = 0.0
+    cp: float = 0.0
+    ep: float = 0.0
     dp: float = 0.0
     host: float = 0.0
 
     @functools.cached_property
     def total(self) -> float:
-        return self.compute + self.recompute + self.tp + self.dp + self.host
+        return self.compute + self.recompute + self.tp + self.cp + self.ep + self.dp + self.host
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.compute + other.compute,
             self.recompute + other.recompute,
             self.tp + other.tp,
+            self.cp + other.cp,
+            self.ep + other.ep,
             self.dp + other.dp,
             self.host + other.host,
         )
@@ -88,8 +95,9 @@ _WORK = tuple(field.name for field in dataclasses.fields(Work))
 class UnitCost:
     """One block, the embedding or the head: the unit that FSDP shards and gathers as a whole.
 
-    parameters are elements on this rank after tensor parallelism; saved is bytes kept from a forward to its
-    backward, working is bytes alive only within the unit's own backward.
+    parameters are elements on this rank after tensor parallelism, of them experts those of routed experts under expert
+    parallelism; saved is bytes kept from a forward to its backward, working is bytes alive only within the unit's own
+    backward.
     """
 
     forward: Work
@@ -101,6 +109,7 @@ class UnitCost:
     stays_gathered: bool = False
     backward_weight: Work = Work()
     deferred: float = 0.0
+    experts: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -135,14 +144,20 @@ class StageCost:
         """The rest of the backward, which the stage before waits for: recomputation and the input gradient."""
         return self.backward - self.backward_weight
 
+    experts: float = 0.0
+
 
 @dataclass(frozen=True)
 class Groups:
     """Shapes on the cluster of the groups of one pipeline rank."""
 
     tp: GroupShape
+    cp: GroupShape
+    ep: GroupShape
     shard: GroupShape
     replicate: GroupShape
+    expert_shard: GroupShape
+    expert_replicate: GroupShape
 
 
 class StageCosts:
@@ -151,9 +166,13 @@ class StageCosts:
     def __init__(self, job: Job, layout: Layout) -> None:
         self.job, self.layout = job, layout
         self.recipe = job.stack.recipes[job.training.precision]
-        self.cut = Cut(layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel)
-        self.groups = [Groups(*(self._worst_shape(axis, rank) for axis in _GROUP_AXES)) for rank in range(layout.pp)]
-        self._blocks: dict[tuple[BlockKind, bool, Groups], UnitCost] = {}
+        self.grid = expert_grid(layout, job.stack)
+        self.cut = Cut(
+            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
+            self.grid.tp,
+        )  # fmt: skip
+        self.groups = [self._groups(rank) for rank in range(layout.pp)]
+        self._blocks: dict[tuple[BlockKind, bool, int, Groups], UnitCost] = {}
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
     def stage(self, index: int) -> StageCost:
@@ -161,10 +180,13 @@ class StageCosts:
         layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
         first = sum(layers[:index])
         model, groups = self.job.model, self.groups[self.layout.rank_of_stage(index)]
-        blocks = tuple((model.block_kind(i), model.block_is_causal(i)) for i in range(first, first + layers[index]))
+        blocks = tuple(
+            (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
+            for i in range(first, first + layers[index])
+        )
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
-            units = [self._block(kind, causal, groups) for kind, causal in blocks]
+            units = [self._block(*block, groups) for block in blocks]
             if index == 0:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
@@ -176,19 +198,33 @@ class StageCosts:
             self._stages[key] = cost
         return self._stages[key]
 
-    def _worst_shape(self, axis: str, rank: int) -> GroupShape:
-        """How the groups of an axis lie on the cluster; the step waits for the one that lies worst."""
-        ranks = self.layout.group(axis, pp_rank=rank)
-        starts = {start for tier in self.job.cluster.tiers for start in self.layout.sibling_starts(axis, tier)}
+    def _groups(self, rank: int) -> Groups:
+        """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
+        layout = self.layout
+        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        (shard if layout.zero_stage else replicate).append("cp")
+        axes = (["tp"], ["cp"], shard, replicate)
+        dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
+        if layout.ep == 1:
+            # Nothing is sent, and experts have the groups of everything else.
+            return Groups(dense[0], dense[1], self._worst_shape((0,)), *dense[2:], *dense[2:])
+        experts = [self._worst_shape(ranks) for ranks in expert_groups(layout, self.grid, rank)]
+        return Groups(dense[0], dense[1], experts[0], *dense[2:], *experts[1:])
+
+    def _worst_shape(self, ranks: tuple[int, ...]) -> GroupShape:
+        """How a group and its siblings lie on the cluster; the step waits for the one that lies worst."""
+        starts = {start for tier in self.job.cluster.tiers for start in self.layout.starts(ranks, tier)}
         shapes = (group_shape(self.job.graph, ranks, start) for start in sorted(starts))
         return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
-        data = DataParallel(self.job, self.layout, groups.shard, groups.replicate)
+        data = DataParallel(
+            self.job, self.layout, groups.shard, groups.replicate, groups.expert_shard, groups.expert_replicate
+        )
         forward = functools.reduce(Work.__add__, (u.forward for u in units))
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
         weights = functools.reduce(Work.__add__, (u.backward_weight for u in units))
-        parameters = sum(u.parameters for u in units)
+        parameters, experts = sum(u.parameters for u in units), sum(u.experts for u in units)
         return StageCost(
             forward=forward + Work(dp=data.exposed_forward(units)),
             backward=backward + Work(dp=data.exposed_backward(units)),
@@ -197,36 +233,44 @@ class StageCosts:
             working=max(u.working for u in units),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
-            reduce=data.once_reduce_seconds(parameters, len(units)),
-            gather=data.once_gather_seconds(parameters, len(units)),
+            reduce=data.once_reduce_seconds(parameters, experts, len(units)),
+            gather=data.once_gather_seconds(parameters, experts, len(units)),
             backward_weight=weights,
             deferred=sum(u.deferred for u in units),
+            experts=experts,
         )
 
-    def _block(self, kind: BlockKind, causal: bool, groups: Groups) -> UnitCost:
-        key = (kind, causal, groups)
+    def _block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
+        key = (kind, causal, window, groups)
         if key not in self._blocks:
-            kernels = block_kernels(self.job.model, kind, causal, self.cut, self.job.stack)
-            modules = 3 if kind == "cross" else 2
-            parameters = self._cut_parameters(kind)
+            model = self.job.model
+            kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
+            modules = model.block_norms(kind)
+            spread = kind in ("moe", "experts") and self.layout.ep > 1
+            if spread and not model.num_shared_experts:
+                # Tokens go to routed experts by dispatch, straight from the shards of sequence parallelism.
+                modules -= 1
             columns = self._columns(kind) if self.job.stack.reduces_every_projection else modules
-            self._blocks[key] = self._unit(kernels, parameters, groups, columns=columns, rows=modules)
+            experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
+            parameters = self._cut_parameters(kind, spread) + experts
+            self._blocks[key] = self._unit(kernels, parameters, groups, columns, modules, experts)
         return self._blocks[key]
 
     def _columns(self, kind: BlockKind) -> int:
         """Column-parallel layers of a block, each projection for itself: q, k, v; up, and gate where there is one."""
         return 3 * (2 if kind == "cross" else 1) + (2 if self.job.model.gated_mlp else 1)
 
-    def _cut_parameters(self, kind: BlockKind) -> float:
+    def _cut_parameters(self, kind: BlockKind, without_experts: bool) -> float:
         """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
         model = self.job.model
-        norms = (3 if kind == "cross" else 2) * model.norm_parameters()
-        replicated = norms + (model.router_parameters() if kind == "moe" else 0)
+        whole = model.block_parameters(kind) - (model.expert_parameters() if without_experts else 0)
+        norms = model.block_norms(kind) * model.norm_parameters()
+        replicated = norms + (model.router_parameters() if kind in ("moe", "experts") else 0)
         if model.kv_lora_rank:
             # The down-projections of latent attention and their norms.
             ranks = model.q_lora_rank + model.kv_lora_rank
             replicated += model.hidden_size * (ranks + model.qk_rope_head_dim) + ranks
-        return replicated + (model.block_parameters(kind) - replicated) / self.layout.tp
+        return replicated + (whole - replicated) / self.layout.tp
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
@@ -253,37 +297,50 @@ class StageCosts:
             stays_gathered=True,
         )
 
-    def _unit(self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int) -> UnitCost:
-        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs."""
+    def _unit(
+        self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int, experts: float = 0.0
+    ) -> UnitCost:
+        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs; `experts` of the
+        parameters are routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
         saved = saved_bytes(kernels, job.stack, precision)
-        tp_forward, tp_backward = self._tensor_seconds(groups, columns, rows)
+        size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
+        tp_forward, tp_backward = tensor_seconds(job, self.layout, groups.tp, size, columns, rows)
         host = job.cluster.gpu.host or job.stack.host
         launches = columns + rows if self.layout.tp > 1 and job.cluster.gpu.kind == "gpu" else 0
-        tp_forward = self._exposed_tensor(tp_forward, times.forward)
-        tp_backward = self._exposed_tensor(tp_backward, times.backward)
-        forward = self._work(times.forward, times.host_forward + launches * host.forward, tp=tp_forward)
-        device_backward = times.backward + self._accumulation_seconds(parameters)
+        device_backward = times.backward + self._accumulation_seconds(parameters, experts)
+        ep_forward = ep_backward = 0.0
+        if experts:
+            ep_forward, ep_backward = self._expert_seconds(groups, times.forward, device_backward)
+        cp_forward, cp_backward = self._context_seconds(kernels, groups)
+        beside_forward = Work(tp=exposed_seconds(job, tp_forward, times.forward), cp=cp_forward, ep=ep_forward)
+        beside_backward = Work(tp=exposed_seconds(job, tp_backward, times.backward), cp=cp_backward, ep=ep_backward)
+        forward = self._work(times.forward, times.host_forward + launches * host.forward, beside_forward)
         host_backward = times.host_backward + launches * host.backward
-        backward = self._work(device_backward, host_backward, tp=tp_backward)
+        backward = self._work(device_backward, host_backward, beside_backward)
         # The host's launches that the device does not hide are spread over the backward.
         late = times.host_weights / host_backward if host_backward else 0.0
         weights = Work(compute=times.weights + device_backward - times.backward, host=backward.host * late)
-        is_block = columns > 0 and rows > 0
+        # The embedding has no column-parallel input, the head no row-parallel output.
+        is_block = (columns > 0) == (rows > 0)
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":
             again = self._again(kernels) if job.stack.recompute_stops_early else forward
-            backward += Work(recompute=again.compute, host=again.host, tp=forward.tp)
+            backward += dataclasses.replace(forward, compute=0.0, recompute=again.compute, host=again.host)
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
         elif recompute == "selective":
             again, dropped = self._selected(kernels)
             backward += again
+            if job.stack.selective_recompute.get("attention"):
+                backward += Work(cp=cp_forward)
             saved, working = saved - dropped, working + dropped
         deferred = deferred_bytes(kernels, precision)
-        return UnitCost(forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred)
+        return UnitCost(
+            forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
+        )
 
     def _again(self, kernels: list[Kernel]) -> Work:
         """The forward up to its last matmul, whose output no backward needs."""
@@ -306,58 +363,45 @@ class StageCosts:
                 continue
             again = kernel_time([kernel], job.cluster.gpu, job.stack, precision, self.layout.tp)
             work += self._work(share * again.forward, share * again.host_forward, recompute=True)
-            core = isinstance(kernel, Attention)
-            kept = score_bytes(kernel, job.stack, precision) if core else saved_bytes([kernel], job.stack, precision)
-            dropped += share * kept
+            if isinstance(kernel, Attention):
+                dropped += share * score_bytes(kernel, job.stack, precision)
+            else:
+                dropped += share * saved_bytes([kernel], job.stack, precision)
         return work, dropped
 
-    def _accumulation_seconds(self, parameters: float) -> float:
+    def _accumulation_seconds(self, parameters: float, experts: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
         count = self.layout.microbatches(self.job.training.global_batch_size)
         if count == 1 or self.job.stack.fused_accumulation:
             return 0.0
-        share = parameters / (self.layout.dp_shard if self.layout.shards_gradients else 1)
+        share = parameters
+        if self.layout.shards_gradients:
+            share = per_shard(self.layout, self.job.stack, parameters, experts)
         return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
 
-    def _work(self, device: float, host: float, tp: float = 0.0, recompute: bool = False) -> Work:
-        """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU."""
-        exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device - tp)
+    def _context_seconds(self, kernels: list[Kernel], groups: Groups) -> tuple[float, float]:
+        """Exposed seconds of the attention cores' context-parallel communication, forward and backward."""
+        job, forward, backward = self.job, 0.0, 0.0
+        if self.layout.cp > 1:
+            for core in (k for k in kernels if isinstance(k, Attention)):
+                time = kernel_time([core], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
+                one = context_seconds(job, core, groups.cp, time.forward, time.backward)
+                forward, backward = forward + one[0], backward + one[1]
+        return forward, backward
+
+    def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
+        """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""
+        there, back = expert_seconds(self.job, self.cut, groups.ep, groups.tp)
+        if not self.job.stack.overlap_ep:
+            return there, back
+        gpu = self.job.cluster.gpu
+        return gpu.exposed(there, forward), gpu.exposed(back, backward)
+
+    def _work(self, device: float, host: float, communication: Work | None = None, recompute: bool = False) -> Work:
+        """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU. The host runs
+        ahead while the device waits for communication."""
+        waiting = communication or Work()
+        exposed = host if self.job.cluster.gpu.kind == "cpu" else max(0.0, host - device - waiting.total)
         if recompute:
-            return Work(recompute=device, host=exposed, tp=tp)
-        return Work(compute=device, host=exposed, tp=tp)
-
-    def _tensor_seconds(self, groups: Groups, columns: int, rows: int) -> tuple[float, float]:
-        """Exposed seconds of the tensor-parallel collectives of a unit, forward and backward.
-
-        Megatron (arXiv 1909.08053): an all-reduce behind every row-parallel output, and in the backward behind every
-        column-parallel input. With sequence parallelism (arXiv 2205.05198) each becomes an all-gather before the
-        column-parallel input and a reduce-scatter behind the row-parallel output. Ignored: overlap with matmuls.
-        """
-        if self.layout.tp == 1:
-            return 0.0, 0.0
-        size = self.cut.tokens * self.job.model.hidden_size * self.recipe.compute
-        shape, cluster = groups.tp, self.job.cluster
-        if not self.layout.sequence_parallel:
-            one = collective_seconds("all_reduce", size, shape, cluster)
-            return rows * one, columns * one
-        gather = collective_seconds("all_gather", size, shape, cluster)
-        scatter = collective_seconds("reduce_scatter", size, shape, cluster)
-        return columns * gather + rows * scatter, columns * scatter + rows * gather
-
-
-    def _exposed_tensor(self, collectives: float, work: float) -> float:
-        """Seconds that tensor-parallel collectives add to the kernels of a unit, beside which a stack may run them.
-
-        Rule: of the pieces into which each collective is cut one waits for the matmul, or the matmul for it; the rest
-        is hidden as far as the kernels reach, which that slows (Gpu.hiding_cost). Reference: Transformer Engine's
-        userbuffers, and asynchronous tensor parallelism in torch. Ignored: that smaller pieces have lower bandwidth.
-        """
-        pieces = self.job.stack.overlap_tp
-        if not pieces:
-            return collectives
-        beside = collectives * (1 - 1 / pieces)
-        hidden = min(beside, work)
-        return collectives - hidden + self.job.cluster.gpu.hiding_cost(hidden)
-
-
-_GROUP_AXES = ("tp", "dp_shard", "dp_replicate")
+            return Work(recompute=device, host=exposed) + waiting
+        return Work(compute=device, host=exposed) + waiting

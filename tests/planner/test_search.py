@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
-from planner.space import candidates
+from planner.space import candidates, without_model_parallelism
 from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
@@ -163,3 +163,25 @@ def test_uneven_layers_are_legal() -> None:
     layout = Layout(dp_shard=4, zero_stage=1, tp=8, pp=16, sequence_parallel=True)
     assert not layout.problems(task)
     assert sorted(set(layout.layers_per_stage(126))) == [7, 8]
+
+
+def test_sequences_are_cut_from_a_length_on_and_experts_always() -> None:
+    """Short sequences leave the search as large as it was; the baseline cuts neither."""
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=65536))} == {1, 2, 4, 8}
+    assert {layout.ep for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
+    mixture = job("mixtral-8x7b", seq_len=4096)
+    assert {layout.ep for layout in candidates(mixture)} == {1, 2, 4, 8}
+    assert {layout.ep for layout in candidates(without_model_parallelism(mixture))} == {1}
+
+
+def test_a_mixture_is_planned_with_its_experts_spread() -> None:
+    """Mixtral on four nodes: whole experts on eight ranks beat experts that tp or fsdp has to bring together."""
+    found = plan(job("mixtral-8x7b", nodes=4, global_batch_size=512, search={"pp": [1, 2], "micro_batch_size": [1]}))
+    assert found.best.layout.ep > 1
+    assert found.best.breakdown.ep > 0
+
+
+def test_a_runtime_without_the_axes_is_not_asked_for_them() -> None:
+    task = job("llama-3.1-8b", seq_len=65536, stack="layoutwise-cuda")
+    assert {layout.cp for layout in candidates(task)} == {1}

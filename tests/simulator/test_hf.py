@@ -81,6 +81,76 @@ def test_encoders_come_before_decoders() -> None:
     assert (bart.num_hidden_layers, bart.num_encoder_layers, bart.encoder_decoder) == (24, 12, True)
 
 
+PYTHIA_6_9B = {
+    "model_type": "gpt_neox", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "intermediate_size": 16384, "vocab_size": 50432, "max_position_embeddings": 2048, "hidden_act": "gelu",
+    "tie_word_embeddings": False, "rotary_pct": 0.25,
+}  # fmt: skip
+OPT_6_7B = {
+    "model_type": "opt", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 16384,
+    "vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu", "word_embed_proj_dim": 4096,
+}  # fmt: skip
+BLOOM_176B = {
+    "model_type": "bloom", "hidden_size": 14336, "n_layer": 70, "n_head": 112, "vocab_size": 250880, "seq_length": 2048,
+}  # fmt: skip
+MPT_7B = {
+    "model_type": "mpt", "d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 2048,
+    "no_bias": True, "attn_config": {"alibi": True},
+}  # fmt: skip
+QWEN3_MOE = json.loads((DATA / "models" / "qwen3-30b-a3b.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (PYTHIA_6_9B, 6_857_302_016),
+        (OPT_6_7B, 6_658_473_984 - 2 * 4096),  # two positions that are never used
+        (BLOOM_176B, 176_247_271_424 - 2 * 14336),  # the norm behind the embedding
+        (MPT_7B, 6_649_286_656),
+    ],
+    ids=["EleutherAI/pythia-6.9b", "facebook/opt-6.7b", "bigscience/bloom", "mosaicml/mpt-7b"],
+)
+def test_older_decoders_have_the_parameters_of_their_model_card(config: dict[str, Any], parameters: int) -> None:
+    assert read_config(config, "x").parameters() == parameters
+
+
+NEMOTRON: dict[str, Any] = json.loads((DATA / "models" / "nemotron-3-nano-30b-a3b.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hybrid_override_pattern": "ME?"}, ["'ME?'", "M * - E", "52 layers"]),
+        ({"hybrid_override_pattern": "MEM"}, ["'MEM'", "52 layers"]),
+        ({"moe_shared_expert_intermediate_size": 2000}, ["multiple of moe_intermediate_size = 1856"]),
+        ({"moe_latent_size": 1024}, ["moe_latent_size", "not supported"]),
+    ],
+)
+def test_a_hybrid_that_is_not_understood_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(NEMOTRON | changes, "x")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_hybrid_names_its_layers_by_letters_or_in_a_list() -> None:
+    names = {"M": "mamba", "E": "moe", "*": "attention"}
+    listed = without(NEMOTRON, "hybrid_override_pattern") | {
+        "layers_block_type": [names[letter] for letter in NEMOTRON["hybrid_override_pattern"]]
+    }
+    assert read_config(listed, "x") == read_config(NEMOTRON, "x")
+
+
+def test_older_decoders_keep_their_positions() -> None:
+    found = {config["model_type"]: read_config(config, "x").position for config in (PYTHIA_6_9B, OPT_6_7B, MPT_7B)}
+    assert found == {"gpt_neox": "rope", "opt": "learned", "mpt": "alibi"}
+    assert read_config(MPT_7B | {"attn_config": {"alibi": False}}, "x").position == "learned"
+
+
+def test_layers_without_experts_among_layers_with_them_are_refused() -> None:
+    with pytest.raises(UserError, match="decoder_sparse_step and mlp_only_layers"):
+        read_config(QWEN3_MOE | {"mlp_only_layers": [0]}, "x")
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -110,6 +110,7 @@ def changed(job: Job, **changes: Any) -> Job:
     return job
 
 
+EIGHT_EXPERTS = {"model_num_experts": 8, "model_num_experts_per_tok": 2, "model_moe_intermediate_size": 64}
 PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     # the layout, changes to the job, key words of the sentence
     ({"tp": 0}, {}, ["tp = 0", "at least 1"]),
@@ -123,8 +124,40 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"dp_replicate": 64}, {"cluster_oversubscribe": 2.0}, ["64 ranks", "more than the 32"]),
     ({"dp_shard": 16}, {}, ["zero_stage = 0", "dp_replicate"]),
     ({"dp_replicate": 16, "zero_stage": 1}, {}, ["zero_stage = 1", "dp_shard > 1"]),
-    ({"dp_replicate": 8, "cp": 2}, {}, ["cp = 2", "not modelled"]),
-    ({"dp_replicate": 16, "ep": 2}, {}, ["ep = 2", "not modelled"]),
+    ({"dp_replicate": 8, "cp": 2}, {"stack_context_parallel": ""}, ["no context parallelism", "cp = 2"]),
+    ({"dp_replicate": 8, "cp": 2}, {"training_seq_len": 8190}, ["cp = 2", "2 * cp = 4 must divide seq_len = 8190"]),
+    (
+        {"dp_replicate": 1, "cp": 2, "tp": 8, "sequence_parallel": True},
+        {"training_seq_len": 8208},
+        ["2 * cp * tp = 32 must divide seq_len = 8208"],
+    ),
+    ({"dp_replicate": 8, "cp": 2}, {"model_num_encoder_layers": 32}, ["decoder-only"]),
+    (
+        {"dp_replicate": 1, "cp": 16},
+        {"stack_context_parallel": "ulysses", "model_num_attention_heads": 24},
+        ["tp(1) * cp(16) must divide num_attention_heads = 24"],
+    ),
+    ({"dp_replicate": 8, "cp": 2}, {"model_mamba_num_heads": 8}, ["scan of Mamba blocks"]),
+    ({"dp_replicate": 16}, {"model_mamba_num_heads": 8, "stack_elementwise": {}}, ["no kernels for Mamba"]),
+    (
+        {"dp_replicate": 2, "tp": 8},
+        {"model_mamba_num_heads": 64, "model_mamba_n_groups": 4},
+        ["tp = 8 must divide mamba_n_groups = 4"],
+    ),
+    ({"dp_replicate": 16, "ep": 2}, {}, ["ep = 2", "has no experts"]),
+    ({"dp_replicate": 16, "ep": 2}, EIGHT_EXPERTS | {"stack_expert_dispatch": ""}, ["no expert parallelism"]),
+    ({"dp_replicate": 16, "ep": 16}, EIGHT_EXPERTS, ["ep = 16 must divide num_experts = 8"]),
+    ({"dp_replicate": 2, "tp": 8, "ep": 2}, EIGHT_EXPERTS, ["ep = 2", "needs sequence_parallel"]),
+    (
+        {"dp_replicate": 2, "tp": 8, "ep": 4, "sequence_parallel": True},
+        EIGHT_EXPERTS | {"stack_expert_tensor_parallel": True},
+        ["ep = 4 times tp must divide dp_replicate(2) * cp(1) * tp(8) = 16"],
+    ),
+    (
+        {"dp_replicate": 8, "dp_shard": 2, "ep": 4, "zero_stage": 1},
+        EIGHT_EXPERTS,
+        ["ep = 4 must divide dp_shard(2) * cp(1) * tp(1) = 2"],
+    ),
     (
         {"dp_replicate": 16, "micro_batch_size": 3},
         {},

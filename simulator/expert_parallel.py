@@ -1,0 +1,110 @@
+"""Expert parallelism: which ranks hold which routed experts, and the seconds of sending tokens to them and back.
+
+Experts regroup the ranks of a pipeline stage: `tp` neighbours split one expert, `ep` groups of them hold different
+experts, and the rest hold the same ones and reduce their gradients among themselves (expert data parallelism).
+
+    8 ranks, tp = 1, ep = 4      rank     0 1 2 3 4 5 6 7
+                                 experts  a b c d a b c d
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simulator.cluster import GroupShape
+from simulator.collectives import collective_seconds
+from simulator.kernels import Cut
+from simulator.model import ModelSpec
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+    from simulator.layout import Layout
+    from simulator.stack import Stack
+
+
+@dataclass(frozen=True)
+class ExpertGrid:
+    """The ranks of a pipeline stage as routed experts see them; the product is all of them.
+
+    shards are the ranks that share the state of the same experts, replicas the copies of such a group.
+    """
+
+    tp: int
+    ep: int
+    shards: int
+    replicas: int
+
+
+def expert_tp(layout: Layout, stack: Stack) -> int:
+    """Ranks that split one routed expert. Without expert parallelism tp splits experts like all matrices; with it
+    most stacks keep experts whole and let every tensor-parallel rank work on its part of the tokens."""
+    return layout.tp if layout.ep == 1 or stack.expert_tensor_parallel else 1
+
+
+def expert_grid(layout: Layout, stack: Stack) -> ExpertGrid:
+    """How a legal layout spreads routed experts (NVIDIA/Megatron-LM@d98e8a64, parallel_state.py: the expert ranks are
+    tp, ep, dp from the inside out; torchtitan shards experts over dp_shard · cp · tp / ep ranks)."""
+    tp = expert_tp(layout, stack)
+    sharding = layout.dp_shard * layout.cp * layout.tp if layout.zero_stage else tp * layout.ep
+    shards = sharding // (tp * layout.ep)
+    ranks = layout.dp * layout.cp * layout.tp
+    return ExpertGrid(tp, layout.ep, shards, ranks // (tp * layout.ep * shards))
+
+
+def expert_groups(layout: Layout, grid: ExpertGrid, pp_rank: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks of the first ep group of a pipeline stage, of its first shard group, and of its first replicas."""
+    ranks = layout.group("tp", "cp", "dp_shard", "dp_replicate", pp_rank=pp_rank)
+    whole = grid.tp * grid.ep
+    return ranks[: whole : grid.tp], ranks[: whole * grid.shards : whole], ranks[:: whole * grid.shards]
+
+
+def per_shard(layout: Layout, stack: Stack, parameters: float, experts: float) -> float:
+    """Parameters that one rank keeps of what zero_stage shards; `experts` of them are routed experts'."""
+    return (parameters - experts) / layout.shards + experts / expert_grid(layout, stack).shards
+
+
+def copies_per_token(model: ModelSpec, groups: int) -> float:
+    """How many of n groups of experts the chosen experts of a token lie in, all choices being equally likely:
+    n · (1 - C(E - E/n, k) / C(E, k)) for k of E experts.
+
+    Ignored: routing that limits the groups (DeepSeek-V3: at most 4 nodes).
+    """
+    missed, experts = 1.0, model.num_experts
+    for chosen in range(model.num_experts_per_tok):
+        missed *= max(0.0, experts - experts / groups - chosen) / (experts - chosen)
+    return groups * (1 - missed)
+
+
+def dispatch_bytes(job: Job, cut: Cut, shape: GroupShape, width: float) -> float:
+    """Bytes of a rank's tokens on their way to the experts, in elements of this width: topk copies of each, or one
+    for each rank (between domains: for each domain) with a chosen expert, where the stack sends no token twice."""
+    model = job.model
+    copies = float(model.num_experts_per_tok)
+    if job.stack.expert_dispatch == "deduplicated":
+        copies = copies_per_token(model, shape.domains if shape.domains > 1 else shape.ranks)
+    return width * cut.tokens / cut.tp * copies * model.hidden_size
+
+
+def expert_seconds(job: Job, cut: Cut, ep: GroupShape, tp: GroupShape) -> tuple[float, float]:
+    """Seconds of a mixture's communication, forward and backward: dispatch and combine, each an all-to-all.
+
+    Where tp splits the experts, what arrived is gathered over tp before them and scattered behind. In the backward
+    the gradients go the same ways in the width of activations.
+    Reference: NVIDIA/Megatron-LM@d98e8a64, token dispatchers; volumes e·topk·T·h per all-to-all.
+    Ignored: imbalance, the counts that are exchanged ahead, the fast path inside a node of hierarchical kernels.
+    """
+    if cut.ep == 1:
+        return 0.0, 0.0
+    recipe, cluster = job.stack.recipes[job.training.precision], job.cluster
+    sent = recipe.compute if recipe.dispatch is None else recipe.dispatch
+    out, back = (
+        collective_seconds("all_to_all", dispatch_bytes(job, cut, ep, width), ep, cluster)
+        for width in (sent, recipe.compute)
+    )
+    split = 0.0
+    if cut.expert_tp > 1:
+        size = recipe.compute * cut.tokens * job.model.num_experts_per_tok * job.model.hidden_size
+        split = collective_seconds("all_gather", size, tp, cluster)
+        split += collective_seconds("reduce_scatter", size, tp, cluster)
+    return out + back + split, 2 * back + split
