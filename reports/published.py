@@ -23,9 +23,9 @@ from typing import Any
 from simulator import presets
 from simulator.cluster import ClusterSpec
 from simulator.errors import UserError, nearest
-from simulator.files import read_text
+from simulator.files import read_text, to_dataclass
 from simulator.job import Job, Training
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import MULTI_STAGE, SCHEDULES, Layout
 from simulator.model import ModelSpec
 from simulator.stack import Stack
 
@@ -179,15 +179,18 @@ class _Interpreter:
 
     def _model(self) -> ModelSpec:
         row, arch = self.row, self.row.text("arch")
-        if arch not in ("gpt", "llama"):
+        for entry in _table("models")["model"]:
+            if re.search(entry["match"], row.text("model_name"), re.I):
+                return self._known_model(_model(entry["preset"]))
+        if arch not in ("gpt", "llama", "moe"):
             raise SkippedError(f"arch '{arch}' is not known")
         hidden, heads = self._need("hidden"), self._need("heads")
-        llama = arch == "llama"
+        llama = arch != "gpt"
         vocab = row.count("vocab") or self._assume("vocab", self.rules.get("vocab", 51200))
         ffn = row.count("ffn") or self._assume("ffn", 4 * hidden)
         model = ModelSpec(
             name=row.text("model_name"),
-            family="llama" if llama else "gpt",
+            family=arch,
             num_hidden_layers=self._need("layers"),
             hidden_size=hidden,
             num_attention_heads=heads,
@@ -204,8 +207,21 @@ class _Interpreter:
             qkv_bias=not llama,
             attention_out_bias=not llama,
             mlp_bias=not llama,
+            num_experts=self._need("experts") if arch == "moe" else 0,
+            num_experts_per_tok=self._need("topk") if arch == "moe" else 0,
+            moe_intermediate_size=ffn if arch == "moe" else 0,
         )
         return self._of_stated_size(model)
+
+    def _known_model(self, model: ModelSpec) -> ModelSpec:
+        """A preset with what the row states of it."""
+        row = self.row
+        return dataclasses.replace(
+            model,
+            num_hidden_layers=row.count("layers") or model.num_hidden_layers,
+            vocab_size=row.count("vocab") or model.vocab_size,
+            max_position_embeddings=max(self._need("seq_len"), model.max_position_embeddings),
+        )
 
     def _of_stated_size(self, model: ModelSpec) -> ModelSpec:
         """The head length, and whether embedding and head are one, that meet the stated number of parameters best.
@@ -239,6 +255,10 @@ class _Interpreter:
             raise SkippedError(f"gpu '{gpu}' is not known")
         gpus = self._need("n_gpus")
         spec = _cluster(known["cluster"], known["gpu"])
+        block = known.get("racks_of", 0)
+        if block and gpus % block == 0:
+            self._assume("GPUs used of each rack", block)
+            spec = dataclasses.replace(spec, scale_up_domain=block)
         per_node = math.gcd(gpus, self.row.count("gpus_per_node") or spec.gpus_per_node)
         if gpus > spec.gpus_per_node and gpus % spec.gpus_per_node:
             raise SkippedError(f"n_gpus = {gpus} does not fill nodes of {spec.gpus_per_node}")
@@ -255,25 +275,33 @@ class _Interpreter:
             attention=wanted or stack.attention,
             zero_stages=(1, 2, 3),
             pipeline_zero_stages=(1, 2, 3),
-            schedules=_SCHEDULES,
+            schedules=SCHEDULES,
             sequence_parallel="optional",
             hybrid_shard=True,
             recompute=("none", "selective", "full"),
+            selective_recompute=self._selective(stack),
+            context_parallel=stack.context_parallel or "ring",
+            expert_dispatch=stack.expert_dispatch or "all_to_all",
             model_families=(),
             pads_vocabulary=True,
             ties_across_stages=True,
         )
+
+    def _selective(self, stack: Stack) -> dict[str, float]:
+        """What selective recomputation means in this row; what it does not say is the stack's own."""
+        found: dict[str, float] = {}
+        for word, kernels in _SELECTIVE.items():
+            if word in self.row.text("recompute_detail"):
+                found |= kernels
+        return found or stack.selective_recompute
 
     def _training(self) -> Training:
         precision = self.row.text("precision") or self._assume("precision", self.rules.get("precision", "bf16"))
         gbs = self.row.count("gbs")
         if gbs is None:
             gbs = self._assume("gbs", self._need("dp") * self._need("mbs"))
-        return Training(
-            global_batch_size=gbs,
-            seq_len=self._need("seq_len"),
-            precision={"fp16": "bf16", "mxfp8": "fp8", "nvfp4": "fp8"}.get(precision, precision),
-        )
+        values = {"global_batch_size": gbs, "seq_len": self._need("seq_len"), "precision": precision}
+        return to_dataclass(Training, values, "row")
 
     def _layouts(self, job: Job) -> Iterable[Layout]:
         row, gpus = self.row, job.world_size
@@ -306,10 +334,15 @@ class _Interpreter:
         few = schedule == "1F1B" and job.training.global_batch_size // (data * min(micro)) < pp
         schedule = "GPipe" if few else schedule
         return tuple(
-            Layout(
-                dp_replicate=data // shard, dp_shard=shard, zero_stage=zero if shard > 1 else 0, cp=cp, tp=tp, pp=pp,
-                ep=ep, micro_batch_size=b, schedule=schedule, virtual_stages=v, recompute=recompute,
-                sequence_parallel=sp and tp > 1, stage_layers=self._stage_layers(job.model, pp * v),
+            to_dataclass(
+                Layout,
+                {
+                    "dp_replicate": data // shard, "dp_shard": shard, "zero_stage": zero if shard * cp > 1 else 0,
+                    "cp": cp, "tp": tp, "pp": pp, "ep": ep, "micro_batch_size": b, "schedule": schedule,
+                    "virtual_stages": v, "recompute": recompute, "sequence_parallel": sp and tp > 1,
+                    "stage_layers": self._stage_layers(job.model, pp * v),
+                },
+                "row",
             )
             for b, v in itertools.product(micro, chunks)
         )  # fmt: skip
@@ -346,19 +379,31 @@ def _by_cost(model: ModelSpec, stages: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+# What is recomputed, by the words of a row.
+_SELECTIVE = {
+    "core_attn": {"attention": 1.0}, "mla_up_proj": {"q_b": 1.0, "kv_b": 1.0},
+    "layernorm": {"layernorm": 1.0, "rmsnorm": 1.0}, "moe_act": {"gated_activation": 1.0},
+    "every-2nd-layer": {"matmul": 0.5, "attention": 0.5, "pointwise": 0.5},
+}  # fmt: skip
+
 # Kernels by the word of a row, with what stands in for one that has no rate on the device.
 _ATTENTION = {
     "unfused": ("unfused",), "eager": ("eager",), "flash1": ("flash1", "flash2"), "flash2": ("flash2", "sdpa"),
     "flash3": ("flash3", "flash2"), "flash4": ("flash4", "cudnn", "flash3", "flash2"),
     "cudnn": ("cudnn", "flash3", "flash2"), "triton": ("triton", "flash1", "flash2"),
 }  # fmt: skip
-_SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
-_SCHEDULE_NAMES = {"ZB-2p": "1F1B", "InterleavedZeroBubble": "1F1B"}
+# Schedules that are not torch's, with the nearest of torch's.
+_SCHEDULE_NAMES = {"ZB-2p": "ZBVZeroBubble", "V-Half": "ZBVZeroBubble", "V-Min": "ZBVZeroBubble"}
 
 
 @functools.cache
 def _table(name: str) -> dict[str, Any]:
     return tomllib.loads(read_text(DATA / f"{name}.toml", name))
+
+
+@functools.cache
+def _model(name: str) -> ModelSpec:
+    return presets.find_model(name)
 
 
 @functools.cache
