@@ -301,6 +301,8 @@ class _Interpreter:
         if gbs is None:
             gbs = self._assume("gbs", self._need("dp") * self._need("mbs"))
         values = {"global_batch_size": gbs, "seq_len": self._need("seq_len"), "precision": precision}
+        if re.search(r"\bLoRA\b", self.row.text("model_name")):
+            values["peft"] = "lora"
         return to_dataclass(Training, values, "row")
 
     def _layouts(self, job: Job) -> Iterable[Layout]:

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MatmulFit:
     """Constants of `compute.matmul_seconds`: rate reached on a large product, depth lost to filling the pipeline of
-    a tile (k0, elements), and the time below which no product goes."""
+    a tile (k0, elements), the time below which no product goes, and the share of that speed that a training load
+    sustains (the Gpu's own if it is not given)."""
 
     rate: Annotated[float, FLOPS]
     k0: float = 0.0
     overhead: Annotated[float, SECONDS] = 0.0
+    sustained: float | None = None
 
     __pydantic_config__ = STRICT
 
@@ -114,6 +116,11 @@ class Gpu:
     overlap_slowdown: float = 0.0
 
     __pydantic_config__ = STRICT
+
+    def clock(self, precision: str) -> float:
+        """Speed of matmuls of a precision under a training load, relative to one kernel alone."""
+        found = self.matmul[self.arithmetic(precision)].sustained
+        return self.sustained if found is None else found
 
     def hiding_cost(self, hidden: float) -> float:
         """Seconds by which compute that hides this much communication runs longer: both want the same memory

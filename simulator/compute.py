@@ -6,6 +6,7 @@ data (`simulator/data/gpus.toml` or a measured profile). Every function says wha
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -152,6 +153,16 @@ class KernelTime:
     weights: float = 0.0
     host_weights: float = 0.0
 
+    def without_weights(self) -> KernelTime:
+        """The same for frozen weights, which have no gradient."""
+        return dataclasses.replace(
+            self,
+            backward=self.backward - self.weights,
+            host_backward=self.host_backward - self.host_weights,
+            weights=0.0,
+            host_weights=0.0,
+        )
+
     def __add__(self, other: KernelTime) -> KernelTime:
         return KernelTime(
             self.forward + other.forward,
@@ -173,9 +184,9 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
             used = matmul_precision(kernel, precision)
-            forward += matmul_seconds(gpu, used, m, n, k, kernel.copies) / gpu.sustained
-            backward += matmul_seconds(gpu, used, m, k, n, kernel.copies) / gpu.sustained
-            weight = matmul_seconds(gpu, used, k, n, m, kernel.copies) / gpu.sustained
+            forward += matmul_seconds(gpu, used, m, n, k, kernel.copies) / gpu.clock(used)
+            backward += matmul_seconds(gpu, used, m, k, n, kernel.copies) / gpu.clock(used)
+            weight = matmul_seconds(gpu, used, k, n, m, kernel.copies) / gpu.clock(used)
             backward += weight
             weights += weight
             forward += quantise_seconds(gpu, stack, precision, kernel, backward=False)
@@ -236,6 +247,13 @@ def optimizer_seconds(gpu: Gpu, stack: Stack, optimizer: str, parameters: float)
     Ignored: kernels per tensor (multi-tensor kernels are assumed on GPUs).
     """
     return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * gpu.memory_efficiency)
+
+
+def host_optimizer_seconds(bandwidth: float, parameters: float) -> float:
+    """Seconds of an optimizer step on the host of a node with these parameters: 28 bytes each for AdamW in fp32 (weight
+    and two moments read and written, gradient read) at what the host's memory and cores reach (stack).
+    Ignored: the way of gradients and weights over PCIe, which runs beside it."""
+    return parameters * 28 / bandwidth
 
 
 def accumulation_seconds(gpu: Gpu, parameters: float) -> float:

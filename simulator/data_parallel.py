@@ -65,13 +65,17 @@ class DataParallel:
         return dense + self._in_pieces("all_gather", experts * width, self.expert_shard, units)
 
     def scatter_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
-        """Reduce-scatter the gradients of this many units over the shards."""
+        """Reduce-scatter the gradients of this many units over the shards; frozen weights have none."""
+        if self.job.training.peft != "none":
+            return 0.0
         size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
         dense = self._in_pieces("reduce_scatter", size, self.shard, units)
         return dense + self._in_pieces("reduce_scatter", routed, self.expert_shard, units)
 
     def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
+        if self.job.training.peft != "none":
+            return 0.0
         size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
         grid = expert_grid(self.layout, self.job.stack)
         replicas = self._in_pieces("all_reduce", size, self.replicate, units, self.layout.shards)
@@ -80,7 +84,8 @@ class DataParallel:
 
     def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""
-        if self.gathers_every_microbatch or not self.layout.zero_stage:
+        changed = self.job.training.peft == "none" or self.layout.zero_stage >= 2
+        if self.gathers_every_microbatch or not self.layout.zero_stage or not changed:
             return 0.0
         return self.gather_seconds(parameters, experts, units)
 
@@ -130,5 +135,5 @@ class DataParallel:
     def _pieces(self, size: float, units: int) -> int:
         """Collectives that a transfer of this size is cut into: FSDP's units, or DDP's buckets."""
         if self.layout.zero_stage >= 2:
-            return units
+            return units * self.job.stack.gathers_per_unit
         return max(1, round(size / self.job.stack.bucket_bytes))

@@ -28,7 +28,7 @@ from simpy.core import EmptySchedule
 
 from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds
-from simulator.compute import optimizer_seconds
+from simulator.compute import host_optimizer_seconds, optimizer_seconds
 from simulator.errors import UserError
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
@@ -425,8 +425,13 @@ class _Engine:
     def _update_seconds(self, rank: Rank) -> float:
         """The update of this rank's share of the parameters."""
         job, layout = self.job, self.layout
+        if job.training.peft != "none":
+            return 0.0
         held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
         share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
+        if job.stack.host_optimizer_bandwidth:
+            ranks = min(job.cluster.gpus_per_node, layout.world_size)
+            return host_optimizer_seconds(job.stack.host_optimizer_bandwidth, share * ranks)
         return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
 
     @functools.cached_property

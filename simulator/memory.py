@@ -66,6 +66,8 @@ def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[
     def held(width: float, sharded: bool) -> float:
         return per_shard(layout, job.stack, parameters * width, experts * width) if sharded else parameters * width
 
+    if job.training.peft != "none":
+        return {"parameters": held(recipe.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2
     return {

@@ -261,6 +261,10 @@ class ModelSpec:
         """
         return 6.0 * self.active_matmul_parameters() + 3.0 * self._attention_flops_per_token(seq_len)
 
+    def frozen_flops_per_token(self) -> float:
+        """The part of `flops_per_token` that weights without gradients do not need."""
+        return 2.0 * self.active_matmul_parameters()
+
     def recomputed_flops_per_token(self, seq_len: int, recompute: str) -> float:
         """FLOPs that recomputation adds per token: the blocks' forward if full, their attention cores if selective."""
         attention = self._attention_flops_per_token(seq_len)

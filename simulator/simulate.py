@@ -34,6 +34,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     gpu, seq_len = job.cluster.gpu, job.training.seq_len
     peak = gpu.peak[gpu.arithmetic(job.training.precision)]
     flops = job.model.flops_per_token(seq_len)
+    if job.training.peft != "none":
+        flops -= job.model.frozen_flops_per_token()
     recomputed = job.model.recomputed_flops_per_token(seq_len, layout.recompute)
     return Prediction(
         layout=layout,

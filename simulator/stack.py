@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from simulator.cluster import HostFit
 from simulator.files import STRICT
+from simulator.units import BANDWIDTH
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Stack:
     overlap_tp: pieces into which tensor-parallel collectives are cut so that all but one run beside the matmul that
     makes or takes their data; 0 if they wait for each other.
 
+    gathers_per_unit: collectives in which ZeRO-3 gathers a block and scatters its gradients: 1 if it is one flat tensor.
+
+    host_optimizer_bandwidth: where the optimizer's state lies in host memory, what its update moves there per second and
+    node.
+
     recompute_stops_early: a recomputed block ends where everything that its backward needs is there, so before its last
     matmul (torch's non-reentrant checkpoint).
 
@@ -92,6 +98,8 @@ class Stack:
     fused_projections: bool
     regathers_inputs: bool
     fused_accumulation: bool
+    gathers_per_unit: int = 1
+    host_optimizer_bandwidth: Annotated[float, BANDWIDTH] | None = None
     reduces_every_projection: bool = False
     recompute_stops_early: bool = False
     overlaps_in_pair: tuple[Literal["tp", "cp", "ep", "dp"], ...] = ()

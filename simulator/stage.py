@@ -309,6 +309,8 @@ class StageCosts:
         tp_forward, tp_backward = tensor_seconds(job, self.layout, groups.tp, size, columns, rows)
         host = job.cluster.gpu.host or job.stack.host
         launches = columns + rows if self.layout.tp > 1 and job.cluster.gpu.kind == "gpu" else 0
+        if job.training.peft != "none":
+            times = times.without_weights()
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
         ep_forward = ep_backward = 0.0
         if experts:
@@ -372,7 +374,7 @@ class StageCosts:
     def _accumulation_seconds(self, parameters: float, experts: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""
         count = self.layout.microbatches(self.job.training.global_batch_size)
-        if count == 1 or self.job.stack.fused_accumulation:
+        if count == 1 or self.job.stack.fused_accumulation or self.job.training.peft != "none":
             return 0.0
         share = parameters
         if self.layout.shards_gradients:

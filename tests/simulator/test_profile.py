@@ -128,7 +128,7 @@ def test_a_fit_without_noise_is_exact_and_never_negative(known: list[float], see
     seconds = features @ np.array(known) + 1e-12
     found = non_negative_fit(features, seconds)
     assert (found >= 0).all()
-    assert features @ found == pytest.approx(seconds, rel=1e-6)
+    assert features @ found == pytest.approx(seconds, rel=1e-6, abs=1e-11)
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -38,7 +38,7 @@ def test_weight_gradients_are_one_matmul_each() -> None:
     task = job()
     gpu, stack = task.cluster.gpu, task.stack
     times = kernel_time([Matmul("up", 4096, 14336, 4096), Pointwise("add", 1e6)], gpu, stack, "bf16", tp=1)
-    assert times.weights == pytest.approx(matmul_seconds(gpu, "bf16", 4096, 14336, 4096) / gpu.sustained)
+    assert times.weights == pytest.approx(matmul_seconds(gpu, "bf16", 4096, 14336, 4096) / gpu.clock("bf16"))
     assert times.host_weights == stack.host.backward
 
 
