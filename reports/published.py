@@ -1,7 +1,7 @@
 """Published training runs: read the rows, and say of each which job and layout it ran, and what that leaves open.
 
 A row is what a source states; cells that it leaves empty are filled by rules that hold for all rows of one software
-(data/frameworks.toml). What the source's author will have tuned (micro batch, chunks, recomputation) is left to the
+(data/framework.toml). What the source's author will have tuned (micro batch, chunks, recomputation) is left to the
 simulator: `Case.layouts` holds the choices.
 """
 
@@ -158,12 +158,15 @@ class _Interpreter:
         return Case(self.row, job, legal, tuple(self.assumptions))
 
     def _rules(self) -> dict[str, Any]:
-        framework = self.row.text("framework")
-        for entry in _table("frameworks")["framework"]:
-            where = {"framework": entry["match"], **entry.get("where", {})}
-            if all(re.search(pattern, self.row.text(column), re.I) for column, pattern in where.items()):
+        return self._entry("framework", "framework")
+
+    def _entry(self, kind: str, column: str) -> dict[str, Any]:
+        """The first entry of a table whose patterns are found in the row."""
+        for entry in _table(kind)[kind]:
+            where = {column: entry["match"], **entry.get("where", {})}
+            if all(re.search(pattern, self.row.text(name), re.I) for name, pattern in where.items()):
                 return dict(entry)
-        raise SkippedError(f"framework '{framework}' is not known")
+        raise SkippedError(f"{column} '{self.row.text(column)}' is not known")
 
     def _need(self, column: str) -> int:
         value = self.row.count(column)
@@ -179,7 +182,7 @@ class _Interpreter:
 
     def _model(self) -> ModelSpec:
         row, arch = self.row, self.row.text("arch")
-        for entry in _table("models")["model"]:
+        for entry in _table("model")["model"]:
             if re.search(entry["match"], row.text("model_name"), re.I):
                 return self._known_model(_model(entry["preset"]))
         if arch not in ("gpt", "llama", "moe"):
@@ -249,10 +252,7 @@ class _Interpreter:
         return chosen
 
     def _cluster(self) -> tuple[ClusterSpec, int]:
-        gpu = self.row.text("gpu")
-        known = next((e for e in _table("hardware")["hardware"] if re.search(e["match"], gpu, re.I)), None)
-        if known is None:
-            raise SkippedError(f"gpu '{gpu}' is not known")
+        known = self._entry("hardware", "gpu")
         gpus = self._need("n_gpus")
         spec = _cluster(known["cluster"], known["gpu"])
         block = known.get("racks_of", 0)
@@ -324,8 +324,8 @@ class _Interpreter:
             schedule = "1F1B"
         chunks = [row.count("vpp") or 0] if schedule in MULTI_STAGE else [1]
         if chunks == [0]:
-            chunks = [v for v in range(2, 9) if job.model.num_hidden_layers % (pp * v) == 0] or [2]
-            self._assume("vpp", "the fastest")
+            even = (v for v in range(2, 9) if job.model.num_hidden_layers % (pp * v) == 0)
+            chunks = [self._assume("vpp", next(even, 2))]
         micro = [row.count("mbs") or 0]
         if micro == [0]:
             share = job.training.global_batch_size // data

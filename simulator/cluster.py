@@ -144,6 +144,8 @@ class Link:
     do on it. `latency_per_doubling` is added to a tree for every doubling of the number of domains; `ring_hops` is what
     each step of a ring over several domains costs on this tier, under NCCL's Simple and its LL128 protocol.
 
+    `tree_over_two` says that two domains all-reduce with a tree, whose cards carry half of a ring's bytes.
+
     `topology` is how the devices of a domain meet: over links of their own (switched or not), over a switch that adds
     up ("multicast": NVLink SHARP), or in the host ("pcie"). `devices_per_root` of them share a root (a PCIe switch, a
     socket) whose way to the other roots has `root_bandwidth`; 0 where all meet in one place that blocks nobody.
@@ -154,6 +156,7 @@ class Link:
     latency: Annotated[float, SECONDS]
     collectives: dict[str, tuple[CollectiveFit, ...]]
     latency_per_doubling: Annotated[float, SECONDS] = 0.0
+    tree_over_two: bool = True
     ring_hops: tuple[Annotated[float, SECONDS], ...] = ()
     topology: Literal["links", "multicast", "pcie"] = "links"
     devices_per_root: int = 0

@@ -77,13 +77,14 @@ def _estimated_seconds(collective: Collective, size: float, shape: GroupShape, s
     alone = min(choice.seconds(size) for choice in nccl.choices(collective, shape, nccl.node_of(spec)))
     if shape.domains == 1 and not shape.ranks_per_leaf:
         return alone
-    shared = bus_bytes(collective, shape.ranks, size) / (_tree_gain(collective, shape) * shape.slowest)
+    shared = bus_bytes(collective, shape.ranks, size) / (_tree_gain(collective, shape, spec) * shape.slowest)
     return max(alone, shared)
 
 
-def _tree_gain(collective: Collective, shape: GroupShape) -> float:
+def _tree_gain(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> float:
     """Bytes of a ring over those of a tree of two domains, whose root and only child send the buffer once."""
-    return 2 * (shape.ranks - 1) / shape.ranks if collective == "all_reduce" and shape.domains == 2 else 1.0
+    tree = spec.scale_out is not None and spec.scale_out.tree_over_two and shape.domains == 2
+    return 2 * (shape.ranks - 1) / shape.ranks if collective == "all_reduce" and tree else 1.0
 
 
 def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -104,7 +105,7 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
     # latency of a ring's steps, two with that of a tree.
     several_racks = shape.domains > 2 and spec.domain > spec.gpus_per_node
     if not rings or (collective == "all_reduce" and not several_racks):
-        bandwidth = min(_tree_gain(collective, shape) * cards, _domain_bandwidth(collective, shape, spec))
+        bandwidth = min(_tree_gain(collective, shape, spec) * cards, _domain_bandwidth(collective, shape, spec))
         rings = [spec.scale_out.latency_per_doubling * math.log2(shape.domains) + x / bandwidth]
     return outside.latency + min(rings) + outside.ramp * math.sqrt(x)
 

@@ -105,7 +105,7 @@ def _unfused_attention_seconds(gpu: Gpu, stack: Stack, precision: str, core: Att
     scores = batches * core.queries * core.keys
     one = matmul_seconds(gpu, precision, core.queries, core.keys, core.qk_dim, batches)
     two = matmul_seconds(gpu, precision, core.queries, core.v_dim, core.keys, batches)
-    products = (one + two) * (2 if backward else 1)
+    products = (one + two) * (2 if backward else 1) / gpu.clock(precision)
     softmax = UNFUSED[attention_kernel(gpu, stack)]
     return products + pointwise_seconds(gpu, stack, precision, Pointwise(softmax, scores), backward)
 
@@ -175,8 +175,8 @@ class KernelTime:
 
 
 def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: str, tp: int) -> KernelTime:
-    """Forward and backward seconds of kernels that run one after another on one device. What keeps the arithmetic
-    units busy runs at the clock that a training load sustains; memory-bound operations do not feel it."""
+    """Forward and backward seconds of kernels that run one after another on one device. Matmuls run at the
+    clock that a training load sustains; kernels that keep the arithmetic units less busy do not feel it."""
     host = gpu.host or stack.host
     forward = backward = weights = 0.0
     launches_forward = launches_backward = launches_weights = 0.0
@@ -184,9 +184,10 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
         if isinstance(kernel, Matmul):
             m, n, k = kernel.m, kernel.n, kernel.k
             used = matmul_precision(kernel, precision)
-            forward += matmul_seconds(gpu, used, m, n, k, kernel.copies) / gpu.clock(used)
-            backward += matmul_seconds(gpu, used, m, k, n, kernel.copies) / gpu.clock(used)
-            weight = matmul_seconds(gpu, used, k, n, m, kernel.copies) / gpu.clock(used)
+            wide = stack.recipes[precision].kept_wide if used == precision else 0.0
+            forward += _sustained_seconds(gpu, used, wide, m, n, k, kernel.copies)
+            backward += _sustained_seconds(gpu, used, wide, m, k, n, kernel.copies)
+            weight = _sustained_seconds(gpu, used, wide, k, n, m, kernel.copies)
             backward += weight
             weights += weight
             forward += quantise_seconds(gpu, stack, precision, kernel, backward=False)
@@ -197,8 +198,8 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
             launches_backward += 2 * calls + casts
             launches_weights += calls
         elif isinstance(kernel, Attention):
-            forward += attention_seconds(gpu, stack, precision, kernel, backward=False) / gpu.sustained
-            backward += attention_seconds(gpu, stack, precision, kernel, backward=True) / gpu.sustained
+            forward += attention_seconds(gpu, stack, precision, kernel, backward=False)
+            backward += attention_seconds(gpu, stack, precision, kernel, backward=True)
             on_forward, on_backward = _attention_launches(gpu, stack)
             launches_forward += on_forward
             launches_backward += on_backward
@@ -209,6 +210,14 @@ def kernel_time(kernels: Iterable[Kernel], gpu: Gpu, stack: Stack, precision: st
             launches_backward += stack.elementwise[kernel.name].kernels_backward
     launches = (launches_forward, launches_backward)
     return _with_host(host, tp, KernelTime(forward, backward, *launches, weights, launches_weights))
+
+
+def _sustained_seconds(gpu: Gpu, precision: str, wide: float, m: float, n: float, k: float, batch: float) -> float:
+    """Seconds of a matmul within a step, `wide` of it in 16 bits (Recipe.kept_wide)."""
+    seconds = matmul_seconds(gpu, precision, m, n, k, batch) / gpu.clock(precision)
+    if not wide:
+        return seconds
+    return (1 - wide) * seconds + wide * matmul_seconds(gpu, "bf16", m, n, k, batch) / gpu.clock("bf16")
 
 
 def recomputed_share(kernel: Kernel, stack: Stack) -> float:

@@ -14,6 +14,8 @@ from simulator.units import BANDWIDTH
 class Recipe:
     """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read.
 
+    kept_wide is the share of the matmuls that the recipe leaves in 16 bits.
+
     dispatch is the width in which tokens go to their experts, matmul_inputs that in which the input of a quantised
     matmul is kept for the backward; without them it is the activations' own.
     """
@@ -23,6 +25,7 @@ class Recipe:
     gradients: float
     optimizer: dict[str, float]
     gradient_reduce: float
+    kept_wide: float = 0.0
     dispatch: float | None = None
     matmul_inputs: float | None = None
 
