@@ -193,7 +193,7 @@ class _Interpreter:
         ffn = row.count("ffn") or self._assume("ffn", 4 * hidden)
         model = ModelSpec(
             name=row.text("model_name"),
-            family=arch,
+            family="moe" if arch == "moe" else "llama" if llama else "gpt",
             num_hidden_layers=self._need("layers"),
             hidden_size=hidden,
             num_attention_heads=heads,
@@ -410,7 +410,7 @@ def _model(name: str) -> ModelSpec:
 
 @functools.cache
 def _stack(name: str) -> Stack:
-    return presets.find_stack(name)
+    return presets.find_stack(name, DATA / "stacks")
 
 
 @functools.cache

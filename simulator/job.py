@@ -108,7 +108,7 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     model = presets.find_model(data["model"], folder)
     cluster = presets.find_cluster(data["cluster"], folder, data.get("profile"))
     settings = dict(data.get("training", {}))
-    stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)), cluster)
+    stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)))
     training = _training(settings, model, cluster, nodes, where)
     job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where))
     check_job(job, where)

@@ -350,6 +350,8 @@ class Layout:
             found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
         elif job.model.mamba_num_heads and "ssd" not in stack.elementwise:
             found.append(f"stack {stack.name} has no kernels for Mamba blocks")
+        if job.training.peft != "none" and not stack.peft:
+            found.append(f"stack {stack.name} cannot train with peft = '{job.training.peft}' yet")
         if self.zero_stage not in (0, *stack.zero_stages):
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
         elif self.pp > 1 and self.zero_stage not in (0, *stack.pipeline_zero_stages):

@@ -56,8 +56,10 @@ def find_cluster(name: str, folder: Path | None = None, profile: str | None = No
     return spec
 
 
-def find_stack(name: Any, cluster: ClusterSpec | None = None) -> Stack:
-    """A stack by preset name."""
+def find_stack(name: Any, folder: Path | None = None) -> Stack:
+    """A stack by preset name, or by that of a file in `folder`."""
+    if isinstance(name, str) and folder is not None and (folder / f"{name}.toml").exists():
+        return to_dataclass(Stack, {"name": name} | _stack_table(name, folder), f"stack '{name}'")
     if not isinstance(name, str) or name not in names("stacks"):
         raise UserError(f"stack '{name}' is not known{nearest(str(name), names('stacks'))}")
     return to_dataclass(Stack, {"name": name} | _stack_table(name), f"stack '{name}'")
@@ -74,11 +76,12 @@ def user_profile() -> Path:
     return Path(cache) / "layoutwise" / "this-machine.json"
 
 
-def _stack_table(name: str) -> dict[str, Any]:
+def _stack_table(name: str, folder: Path | None = None) -> dict[str, Any]:
     """A stack's file over that of the stack which it `extends`: tables are merged, other keys replaced."""
-    data = dict(read_toml(DATA / "stacks" / f"{name}.toml", "stack"))
+    own = folder / f"{name}.toml" if folder is not None else None
+    data = dict(read_toml(own if own is not None and own.exists() else DATA / "stacks" / f"{name}.toml", "stack"))
     parent = data.pop("extends", None)
-    return data if parent is None else _merged(_stack_table(parent), data)
+    return data if parent is None else _merged(_stack_table(parent, folder), data)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

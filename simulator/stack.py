@@ -62,10 +62,11 @@ class Stack:
     overlap_tp: pieces into which tensor-parallel collectives are cut so that all but one run beside the matmul that
     makes or takes their data; 0 if they wait for each other.
 
-    gathers_per_unit: collectives in which ZeRO-3 gathers a block and scatters its gradients: 1 if it is one flat tensor.
+    gathers_per_unit: collectives in which ZeRO-3 gathers a block and scatters its gradients, 1 if it is one flat
+    tensor.
 
-    host_optimizer_bandwidth: where the optimizer's state lies in host memory, what its update moves there per second and
-    node.
+    host_optimizer_bandwidth: where the optimizer's state lies in host memory, what its update moves there per second
+    and node.
 
     recompute_stops_early: a recomputed block ends where everything that its backward needs is there, so before its last
     matmul (torch's non-reentrant checkpoint).
@@ -118,6 +119,7 @@ class Stack:
     expert_tensor_parallel: bool = False
     overlap_ep: bool = False
     grouped_experts: bool = True
+    peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
 
     __pydantic_config__ = STRICT

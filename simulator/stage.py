@@ -307,8 +307,6 @@ class StageCosts:
         saved = saved_bytes(kernels, job.stack, precision)
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = tensor_seconds(job, self.layout, groups.tp, size, columns, rows)
-        host = job.cluster.gpu.host or job.stack.host
-        launches = columns + rows if self.layout.tp > 1 and job.cluster.gpu.kind == "gpu" else 0
         if job.training.peft != "none":
             times = times.without_weights()
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
@@ -318,11 +316,10 @@ class StageCosts:
         cp_forward, cp_backward = self._context_seconds(kernels, groups)
         beside_forward = Work(tp=exposed_seconds(job, tp_forward, times.forward), cp=cp_forward, ep=ep_forward)
         beside_backward = Work(tp=exposed_seconds(job, tp_backward, times.backward), cp=cp_backward, ep=ep_backward)
-        forward = self._work(times.forward, times.host_forward + launches * host.forward, beside_forward)
-        host_backward = times.host_backward + launches * host.backward
-        backward = self._work(device_backward, host_backward, beside_backward)
+        forward = self._work(times.forward, times.host_forward, beside_forward)
+        backward = self._work(device_backward, times.host_backward, beside_backward)
         # The host's launches that the device does not hide are spread over the backward.
-        late = times.host_weights / host_backward if host_backward else 0.0
+        late = times.host_weights / times.host_backward if times.host_backward else 0.0
         weights = Work(compute=times.weights + device_backward - times.backward, host=backward.host * late)
         # The embedding has no column-parallel input, the head no row-parallel output.
         is_block = (columns > 0) == (rows > 0)

@@ -60,7 +60,7 @@ def tiny_plan(layout: Layout, model: ModelSpec = LLAMA, stack: str = "layoutwise
     """A plan with this layout, as if the planner had made it; `training` overrides fields of the recipe."""
     cluster = ClusterSpec("test", _CPU, layout.world_size, _NOWHERE, source="test")
     recipe = {"global_batch_size": 8, "seq_len": 32, "precision": "fp32", "learning_rate": 1e-2, "seed": 1}
-    job = Job(model, cluster, 1, Training(**recipe | training), presets.find_stack(stack, cluster))
+    job = Job(model, cluster, 1, Training(**recipe | training), presets.find_stack(stack))
     memory = MemoryBreakdown(0, 0, 0, 0, 0, 0, 0)
     prediction = Prediction(layout, True, (), 1, 1, 1, 0, 0, Breakdown(compute=1), memory, (memory,))
     return Plan(job, prediction, (), prediction, Certificate(1, 0, 0, 0, 1, 0, 0), {})
