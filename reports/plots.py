@@ -48,7 +48,7 @@ def predicted_vs_measured(comparisons: Sequence[Comparison], path: Path | str, t
 
 
 def parity(points: Mapping[str, Sequence[tuple[float, float]]], path: Path | str, title: str) -> Path:
-    """Measured (x) against predicted (y), one color for each group of points; the lines are equality and 20 % off it."""
+    """Measured (x) against predicted (y), a color for each group of points, with lines at equality and 20 % off it."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
