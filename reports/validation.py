@@ -18,6 +18,7 @@ from typing import Any
 
 from reports.published import Case, Row, SkippedError, interpret, read_rows
 from reports.scores import Errors, errors, kendall_tau, precision_recall, quantile, regret
+from simulator.checks import MOST_DEVICES, MOST_LAYERS, MOST_SAMPLES, check_job
 from simulator.errors import UserError
 from simulator.files import plain
 from simulator.results import Prediction
@@ -28,6 +29,11 @@ GIB = 2**30
 COUNTED = ("high", "medium")
 # Measured layouts that a job must have before their order is an exam.
 LEAST_LAYOUTS = 4
+# No public run has more; what is larger is a slip of whoever wrote the row.
+LARGEST = {"n_gpus": MOST_DEVICES, "layers": MOST_LAYERS, "gbs": MOST_SAMPLES}
+LARGEST_SIZE = 10**8
+MAY_BE_ZERO = ("zero_stage", "experts", "topk")
+MOST_OPS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,9 @@ def predict(row: Row, known: dict[str, Prediction] | None = None) -> Result:
     """Predict one row. `known` keeps predictions by what they depend on, for rows that mean the same."""
     known = {} if known is None else known
     try:
+        _check_cells(row)
         case = interpret(row)
+        check_job(case.job, "row")
         same = repr((case.job, case.layouts))
         if same not in known:
             known[same] = _fastest(case)
@@ -231,7 +239,20 @@ def predict(row: Row, known: dict[str, Prediction] | None = None) -> Result:
     return Result(row, known[same], case)
 
 
+def _check_cells(row: Row) -> None:
+    """Numbers that no run has: what interprets and simulates rows divides by them and counts up to them."""
+    for column, value in row.counts.items():
+        most = LARGEST.get(column, LARGEST_SIZE)
+        if (value is not None and not (column in MAY_BE_ZERO or value)) or (value or 0) > most:
+            raise SkippedError(f"{column} = {value:g} must be from 1 to {most}")
+    if row.number("params_b") == 0:
+        raise SkippedError("params_b = 0 must be above zero")
+
+
 def _fastest(case: Case) -> Prediction:
+    ops = max(2 * p.stages * p.microbatches(case.job.training.global_batch_size) for p in case.layouts)
+    if ops > MOST_OPS:
+        raise SkippedError(f"a step of {ops} forwards and backwards is too long to simulate")
     predictions = [simulate(case.job, layout) for layout in case.layouts]
     fitting = [p for p in predictions if p.fits] or predictions
     return max(fitting, key=lambda p: p.tokens_per_second)
