@@ -11,7 +11,7 @@ import csv
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from reports.scores import Errors, errors, kendall_tau, precision_recall, quanti
 from simulator.checks import MOST_DEVICES, MOST_LAYERS, MOST_SAMPLES, check_job
 from simulator.errors import UserError
 from simulator.files import plain
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.simulate import simulate
 
@@ -97,6 +101,14 @@ class Result:
         """Predicted over measured peak memory, minus 1."""
         predicted, measured = self.predicted_memory, self.measured_memory
         return predicted / measured - 1 if predicted is not None and measured else None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What rows share: predictions by job and layouts, graphs by cluster."""
+
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    graphs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -215,7 +227,7 @@ def validate(rows: Sequence[Row], progress: Callable[[str, float], None] | None 
     A row that cannot be predicted is skipped with its reason. `progress` is told what is done, and how much of all.
     """
     start = time.perf_counter()
-    known: dict[str, Prediction] = {}
+    known = Known()
     results = []
     for place, row in enumerate(rows):
         if progress:
@@ -224,19 +236,24 @@ def validate(rows: Sequence[Row], progress: Callable[[str, float], None] | None 
     return Validation(tuple(results), time.perf_counter() - start)
 
 
-def predict(row: Row, known: dict[str, Prediction] | None = None) -> Result:
-    """Predict one row. `known` keeps predictions by what they depend on, for rows that mean the same."""
-    known = {} if known is None else known
+def predict(row: Row, known: Known | None = None) -> Result:
+    """Predict one row, with what is known from others."""
+    known = known or Known()
     try:
         _check_cells(row)
         case = interpret(row)
         check_job(case.job, "row")
+        # The graph of a large cluster takes longer to build than most steps to simulate.
+        cluster = repr((case.job.cluster, case.job.nodes))
+        if cluster in known.graphs:
+            vars(case.job)["graph"] = known.graphs[cluster]
+        known.graphs[cluster] = case.job.graph
         same = repr((case.job, case.layouts))
-        if same not in known:
-            known[same] = _fastest(case)
+        if same not in known.predictions:
+            known.predictions[same] = _fastest(case)
     except (SkippedError, UserError) as reason:
         return Result(row, None, None, " ".join(str(reason).split()))
-    return Result(row, known[same], case)
+    return Result(row, known.predictions[same], case)
 
 
 def _check_cells(row: Row) -> None:
@@ -253,9 +270,14 @@ def _fastest(case: Case) -> Prediction:
     ops = max(2 * p.stages * p.microbatches(case.job.training.global_batch_size) for p in case.layouts)
     if ops > MOST_OPS:
         raise SkippedError(f"a step of {ops} forwards and backwards is too long to simulate")
-    predictions = [simulate(case.job, layout) for layout in case.layouts]
-    fitting = [p for p in predictions if p.fits] or predictions
-    return max(fitting, key=lambda p: p.tokens_per_second)
+    fitting = [layout for layout in case.layouts if _fits(case.job, layout)] if len(case.layouts) > 1 else []
+    predictions = [simulate(case.job, layout) for layout in fitting or case.layouts]
+    return max(predictions, key=lambda p: p.tokens_per_second)
+
+
+def _fits(job: Job, layout: Layout) -> bool:
+    """What `simulate` says too, but without the simulation."""
+    return not shortfall(job, layout, fullest(memory_per_rank(job, layout, stage_costs(job, layout))))
 
 
 def _error(result: Result) -> float:
