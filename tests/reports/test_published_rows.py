@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from reports.published import Case, Row, SkippedError, interpret, published_rows
+from reports.published import COLUMNS, Case, Row, SkippedError, interpret, published_rows
 from simulator.errors import UserError
 from simulator.job import Training
 from simulator.layout import Layout
@@ -137,6 +139,11 @@ def test_every_shipped_row_has_a_source_and_says_how_it_ended(shipped: dict[str,
         assert row.text("source") and row.text("confidence") in ("high", "medium", "low")
         assert row.text("status") in ("ok", "OOM")
         assert row.ran or row.tokens_per_second_per_gpu is None
+
+
+def test_every_column_is_documented() -> None:
+    words = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")))
+    assert set(COLUMNS) <= words
 
 
 def test_few_rows_are_skipped(cases: list[Case | tuple[Row, str]]) -> None:
