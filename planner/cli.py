@@ -26,9 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-validate = typer.Typer(
-    help="Predict runs whose measurements are known, and say how far the predictions are off.", no_args_is_help=True
-)
+validate = typer.Typer(help="Predict runs whose measurements are known, and say how far the predictions are off.")
 app.add_typer(validate, name="validate")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Model, cluster, nodes and recipe.")]

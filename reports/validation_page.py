@@ -36,6 +36,8 @@ class PageTable:
     texts: int = 1
 
     def markdown(self) -> str:
+        if not self.rows:
+            return "None."
         lines = [self.columns, tuple("---" if i < self.texts else "---:" for i in range(len(self.columns)))]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (*lines, *self.rows)]
         return "\n".join(f"| {' | '.join(row)} |" for row in cells)
@@ -207,7 +209,7 @@ def page(validation: Validation, ours: bool) -> str:
     compared = len(validation.compared)
     shipped = "that the project ships (`reports/data/published`)" if ours else "of the file"
     command = "make validation" if ours else "layoutwise validate published --rows FILE -o DIR"
-    words = ("GPU", "model family", "stack: the software as the simulator knows it", "framework, as the row names it")
+    words = ("GPU", "model family", "stack, the software as the simulator knows it", "framework, as the row names it")
     jobs = job_table(validation)
     parts = [
         "# Predictions of published runs",
@@ -251,7 +253,7 @@ def page(validation: Validation, ours: bool) -> str:
         "parameters, the usual head length or embedding that meets it holds.",
         assumptions_table(validation).markdown(),
         "## What is skipped",
-        skipped_table(validation).markdown() if any(r.skipped for r in validation.results) else "Nothing.",
+        skipped_table(validation).markdown(),
         "## Who measured",
         "`source` of each row names the file, log, table or figure.",
         sources_table(validation).markdown(),

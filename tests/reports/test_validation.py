@@ -244,6 +244,17 @@ def test_command_prints_one_document(
     assert shown.err == ""
 
 
+def test_rows_without_throughput(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to compare is no error: the page says None where it has no rows."""
+    assert call(monkeypatch, "validate", "published", "--rows", write_rows({"status": "OOM"}), "-o", tmp_path) == 0
+    assert "None." in (tmp_path / "validation.md").read_text()
+
+
+def test_a_command_is_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "validate") == 2
+    assert capsys.readouterr().err == "error: Missing command.\n"
+
+
 def test_files_of_other_programs_are_read(write_rows: WriteRows, tmp_path: Path) -> None:
     """A byte-order mark and Windows line ends, as spreadsheets write them; columns in another order."""
     text = write_rows({}).read_bytes()
