@@ -36,7 +36,8 @@ LEAST_LAYOUTS = 4
 # No public run has more; what is larger is a slip of whoever wrote the row.
 LARGEST = {"n_gpus": MOST_DEVICES, "layers": MOST_LAYERS, "gbs": MOST_SAMPLES}
 LARGEST_SIZE = 10**8
-MAY_BE_ZERO = ("zero_stage", "experts", "topk")
+# Zero in other columns is read as not stated.
+ABOVE_ZERO = ("n_gpus", "layers", "hidden", "heads", "seq_len", "gbs")
 MOST_OPS = 4_000_000
 
 
@@ -260,8 +261,8 @@ def _check_cells(row: Row) -> None:
     """Numbers that no run has: what interprets and simulates rows divides by them and counts up to them."""
     for column, value in row.counts.items():
         most = LARGEST.get(column, LARGEST_SIZE)
-        if (value is not None and not (column in MAY_BE_ZERO or value)) or (value or 0) > most:
-            raise SkippedError(f"{column} = {value:g} must be from 1 to {most}")
+        if value is not None and not (column in ABOVE_ZERO) <= value <= most:
+            raise SkippedError(f"{column} = {value:g} must be from {int(column in ABOVE_ZERO)} to {most}")
     if row.number("params_b") == 0:
         raise SkippedError("params_b = 0 must be above zero")
 
