@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench validation clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -23,6 +23,9 @@ check: $(READY)  ## lint, format, types
 bench: $(READY)  ## how fast the simulator is, and how fast the tool answers
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/answer_time.py
+
+validation: $(READY)  ## predict all published runs anew: docs/validation.md and its figure
+	$(BIN)/layoutwise validate published -o docs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+validate = typer.Typer(help="Predict runs whose measurements are known, and say how far the predictions are off.")
+app.add_typer(validate, name="validate")
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Model, cluster, nodes and recipe.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `layoutwise plan` wrote.")]
 Overrides = Annotated[
@@ -193,6 +196,45 @@ def measure(
         return
     show.print_profile(profile)
     typer.echo(f"written to {path}")
+
+
+@validate.command("published")
+def validate_published(
+    rows: Annotated[
+        Path | None, typer.Option("--rows", metavar="FILE.csv", help="Your rows, in the columns of docs/files.md.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write validation.md with its figure here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict training runs that others published: how fast, which layout, does it fit."""
+    from planner import show
+    from reports.published import published_rows
+    from reports.validation import read, validation_json
+    from reports.validation import validate as examine
+    from simulator.files import check_writable
+
+    given = published_rows() if rows is None else read(rows)
+    if output is not None:
+        check_writable(output / "validation.md")
+    with _progress("predicting", quiet=as_json, lines=True) as report:
+        found = examine(given, report)
+    written = []
+    if output is not None:
+        from reports.validation_page import write_page
+
+        written = write_page(found, output, ours=rows is None)
+    if as_json:
+        _print_json(validation_json(found))
+        return
+    from reports.validation_page import terminal_tables
+
+    for table in terminal_tables(found):
+        show.print_texts(table.title, table.columns, table.rows, table.texts)
+    typer.echo(f"{len(found.results)} rows in {found.seconds:.0f} s")
+    for path in written:
+        typer.echo(f"written to {path}")
 
 
 @app.command()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from planner.explain import memory_rows, time_rows
@@ -60,7 +62,7 @@ def print_plan(plan: Plan) -> None:
     if not plan.baseline.fits:
         console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
     elif plan.baseline.step_seconds < best.step_seconds:
-        console.print("plain data parallelism is faster, but [search] leaves it out")
+        console.print(escape("plain data parallelism is faster, but [search] leaves it out"))
     console.print("+SP sequence parallel, VP stages per rank, DP replicas x shards, MBS micro-batch size")
     console.print(f"recommended: {best.layout.short()}")
     c = plan.certificate
@@ -134,6 +136,17 @@ def print_profile(profile: Profile) -> None:
             rate = known.efficiency * profile.link_bandwidth / 1e9
             table.add_row(f"{name}, {known.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(known.latency)}")
     console.print(table)
+
+
+def print_texts(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+    """A table of texts as they are; all columns but the first `texts` are numbers."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE)
+    for place, name in enumerate(columns):
+        # A reason or a layout may be longer than a terminal is wide.
+        table.add_column(escape(name), justify="left" if place < texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    _console().print(table)
 
 
 def _dollars(prediction: Prediction, job: Job) -> float:

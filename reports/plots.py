@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -43,6 +44,35 @@ def predicted_vs_measured(comparisons: Sequence[Comparison], path: Path | str, t
     figure.suptitle(f"{title}\nabove the bars: error of the predicted speedup", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return _write(figure, path)
+
+
+def parity(points: Mapping[str, Sequence[tuple[float, float]]], path: Path | str, title: str) -> Path:
+    """Measured (x) against predicted (y), a color for each group of points, with lines at equality and 20 % off it."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
+    values = [value for group in points.values() for pair in group for value in pair] or [1.0]
+    ends = [min(values) / 1.3, max(values) * 1.3]
+    axes.plot(ends, ends, color="#444444", linewidth=1)
+    for factor in (0.8, 1.2):
+        axes.plot(ends, [factor * end for end in ends], color="#888888", linewidth=0.8, linestyle=":")
+    colors = plt.get_cmap("tab10")
+    for place, name in enumerate(sorted(points, key=lambda name: (-len(points[name]), name))):
+        x, y = zip(*points[name], strict=True)
+        axes.scatter(x, y, s=10, alpha=0.6, color=colors(place % 10), linewidths=0, label=f"{name} ({len(x)})")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
+    axes.set_aspect("equal")
+    axes.set_title(f"{title}\ndotted: 20 % off", fontsize=11)
+    if points:
+        axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _write(figure, path)
+
+
+def _write(figure: Any, path: Path | str) -> Path:
+    from matplotlib import pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)

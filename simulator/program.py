@@ -61,45 +61,61 @@ def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[Stag
     Two stages on one rank, as at the turn of a V, hand over without a message. A receive stands right before the op
     that needs it: torch posts it earlier, but waits for it here.
     """
+    # A large step has millions of ops: what is the same for all of a kind and stage is looked up.
     final_gradient = {leaf.stage: i for i, op in enumerate(order) for leaf in op.leaves if leaf.kind in ("B", "W")}
-    unsharding = _unsharding(order, layout)
+    final, messages, unsharding = set(final_gradient.values()), _messages(layout), _unsharding(order, layout)
     ops: list[Op] = []
     for i, op in enumerate(order):
-        ops += [move for move in unsharding[i] if move.stage is not None and stages[move.stage].gather]
-        ops += [message for leaf in op.leaves for message in _messages("RECV", leaf, layout)]
+        if i in unsharding:
+            ops += [move for move in unsharding[i] if move.stage is not None and stages[move.stage].gather]
+        leaves = op.parts or (op,)
+        for kind, stage, microbatch, _ in leaves:
+            if received := messages[kind, stage][0]:
+                ops.append(Op(received, stage, microbatch))
         ops.append(op)
-        ops += [message for leaf in op.leaves for message in _messages("SEND", leaf, layout)]
-        for stage in dict.fromkeys(leaf.stage for leaf in op.leaves):
-            if stage is not None and final_gradient.get(stage) == i and stages[stage].reduce:
-                ops.append(Op("REDUCE_GRAD", stage))
-    ops += [move for move in unsharding[-1] if move.stage is not None and stages[move.stage].gather]
-    return [*ops, OPTIMIZER]
+        for kind, stage, microbatch, _ in leaves:
+            if sent := messages[kind, stage][1]:
+                ops.append(Op(sent, stage, microbatch))
+        if i in final:
+            for stage in dict.fromkeys(leaf.stage for leaf in leaves):
+                if stage is not None and final_gradient.get(stage) == i and stages[stage].reduce:
+                    ops.append(Op("REDUCE_GRAD", stage))
+    dropped = unsharding.get(len(order), [])
+    return [*ops, *(move for move in dropped if move.stage is not None and stages[move.stage].gather), OPTIMIZER]
 
 
-def _messages(way: str, op: Op, layout: Layout) -> list[Op]:
-    """The message that a forward or an input gradient receives first or sends afterwards, if there is one."""
-    if op.kind == "W" or op.stage is None:
-        return []
-    forward = op.kind == "F"
-    neighbour = op.stage + (1 if forward == (way == "SEND") else -1)
-    if not 0 <= neighbour < layout.stages or layout.rank_of_stage(neighbour) == layout.rank_of_stage(op.stage):
-        return []
-    return [Op(f"{way}_{'F' if forward else 'B'}", op.stage, op.microbatch)]
+def _messages(layout: Layout) -> dict[tuple[str, int | None], tuple[str, str]]:
+    """The kinds of the messages that a forward or a backward receives first and sends afterwards, by its kind and
+    stage; empty where there is none. The gradients of weights move nothing."""
+    found: dict[tuple[str, int | None], tuple[str, str]] = {}
+    ranks = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
+    for stage, rank in enumerate(ranks):
+        before = stage > 0 and ranks[stage - 1] != rank
+        after = stage + 1 < layout.stages and ranks[stage + 1] != rank
+        found["F", stage] = "RECV_F" if before else "", "SEND_F" if after else ""
+        found["B", stage] = found["I", stage] = "RECV_B" if after else "", "SEND_B" if before else ""
+        found["W", stage] = "", ""
+    return found
 
 
-def _unsharding(order: tuple[Op, ...], layout: Layout) -> list[list[Op]]:
-    """What is gathered and dropped ahead of each op of a rank, and after the last: a stage's parameters at first use.
+def _unsharding(order: tuple[Op, ...], layout: Layout) -> dict[int, list[Op]]:
+    """What is gathered and dropped ahead of each op of a rank (by its place), and after the last: a stage's parameters
+    at first use.
 
     Torch's schedules of several stages gather those that the next ops need ahead of time and keep at most three, so a
     rank with more stages gathers them again and again (_add_unshard_reshard in torch.distributed.pipelining; FSDP
     alone follows these ops).
     """
-    used = [[leaf.stage for leaf in op.leaves if leaf.stage is not None] for op in order]
+    moves: dict[int, list[Op]] = {}
     if layout.zero_stage < 2 or layout.schedule not in MULTI_STAGE:
-        first = {stage: i for i, stages in reversed(list(enumerate(used))) for stage in stages}
-        moves = [[Op("UNSHARD", stage) for stage in stages if first[stage] == i] for i, stages in enumerate(used)]
-        return [*moves, []]
-    moves = []
+        seen = set()
+        for i, op in enumerate(order):
+            for leaf in op.leaves:
+                if leaf.stage is not None and leaf.stage not in seen:
+                    seen.add(leaf.stage)
+                    moves.setdefault(i, []).append(Op("UNSHARD", leaf.stage))
+        return moves
+    used = [[leaf.stage for leaf in op.leaves if leaf.stage is not None] for op in order]
     active: list[int] = []
     # Which stages come next changes slowly: walking backwards, each op's own stages move to the front.
     coming: list[list[int]] = []
@@ -107,9 +123,10 @@ def _unsharding(order: tuple[Op, ...], layout: Layout) -> list[list[Op]]:
     for stages in reversed(used):
         ahead = list(dict.fromkeys([*stages, *ahead]))
         coming.append(ahead[: max(MOST_UNSHARDED, len(stages))])
-    for upcoming in reversed(coming):
+    for i, upcoming in enumerate(reversed(coming)):
         dropped = [stage for stage in active if stage not in upcoming]
         fetched = [stage for stage in upcoming if stage not in active]
-        moves.append([*(Op("RESHARD", stage) for stage in dropped), *(Op("UNSHARD", stage) for stage in fetched)])
+        if dropped or fetched:
+            moves[i] = [*(Op("RESHARD", stage) for stage in dropped), *(Op("UNSHARD", stage) for stage in fetched)]
         active = [stage for stage in active if stage in upcoming] + fetched
-    return [*moves, [Op("RESHARD", stage) for stage in active]]
+    return moves | {len(order): [Op("RESHARD", stage) for stage in active]}

@@ -53,6 +53,14 @@ def test_plan_writes_and_prints(
     assert json.loads((folder / "out" / "plan.json").read_text())["version"] == 1
 
 
+def test_words_in_brackets_are_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich would take [search] for markup. Plain data parallelism is the fastest for GPT-2, and is left out here."""
+    assert call(monkeypatch, "plan", "job.toml", "--set", "search.pp=8") == 0
+    assert "plain data parallelism is faster, but [search] leaves it out" in capsys.readouterr().out
+
+
 def test_plan_json_is_the_contract(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
