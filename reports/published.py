@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import math
 import re
@@ -100,7 +101,7 @@ def read_rows(path: Path | str) -> list[Row]:
     Raises:
         UserError: a missing or unknown column, a cell that is not the number it should be, an id twice.
     """
-    lines = csv.DictReader(read_text(path, "rows").splitlines())
+    lines = csv.DictReader(io.StringIO(read_text(path, "rows"), newline=""))
     given = list(lines.fieldnames or ())
     for column in given:
         if column not in COLUMNS:
@@ -266,7 +267,9 @@ class _Interpreter:
 
     def _stack(self, cluster: ClusterSpec) -> Stack:
         stack = _stack(self._assume("stack", self.rules["stack"]))
-        attention = self.row.text("attention") or self.rules.get("attention", "")
+        attention = self.row.text("attention")
+        if not attention and "attention" in self.rules:
+            attention = self._assume("attention", self.rules["attention"])
         attention = self.rules.get("kernels", {}).get(attention, attention)
         wanted = _ATTENTION.get(attention, ())
         # The run is there: what the stack is able to do is no question.
@@ -325,7 +328,15 @@ class _Interpreter:
         chunks = [row.count("vpp") or 0] if schedule in MULTI_STAGE else [1]
         if chunks == [0]:
             even = (v for v in range(2, 9) if job.model.num_hidden_layers % (pp * v) == 0)
-            chunks = [self._assume("vpp", next(even, 2))]
+            self.assumptions.append("vpp = the fewest that divide the layers")
+            chunks = [next(even, 2)]
+        # A chunk of embedding or head alone, as Megatron-Core may cut them, is no stage here.
+        if pp * chunks[0] > job.model.num_hidden_layers:
+            self.assumptions.append("vpp = the largest divisor of what is stated with a block in every chunk")
+            chunks = [
+                max(v for v in range(1, chunks[0]) if not chunks[0] % v and pp * v <= job.model.num_hidden_layers)
+            ]
+        schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == [1] else schedule
         micro = [row.count("mbs") or 0]
         if micro == [0]:
             share = job.training.global_batch_size // data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -163,13 +164,15 @@ class Validation:
 
     @cached_property
     def jobs(self) -> list[JobScore]:
-        """Jobs of which at least four rows were measured and predicted. A row is a candidate of its own, even where
-        another has the same layout: their predictions tie."""
+        """Jobs of which at least four layouts were measured and predicted. Rows with the same layout and the same
+        prediction (the same run under another release, or of another submitter) are one layout, measured as their
+        median: between them there is nothing to choose."""
         by_job: dict[str, list[Result]] = {}
         for result in self.compared:
             if result.row.text("job"):
                 by_job.setdefault(result.row.text("job"), []).append(result)
-        return [_score(job, rows) for job, rows in by_job.items() if len(rows) >= LEAST_LAYOUTS]
+        scores = (_score(job, rows) for job, rows in by_job.items())
+        return [score for score in scores if score.layouts >= LEAST_LAYOUTS]
 
     def errors_by(self, key: Callable[[Result], str]) -> dict[str, Errors]:
         """Errors of the rows that count, by a word of theirs; the largest group first."""
@@ -287,9 +290,14 @@ def _error(result: Result) -> float:
 
 
 def _score(job: str, rows: Iterable[Result]) -> JobScore:
-    pairs = [(r.prediction.tokens_per_second_per_gpu, r.measured) for r in rows if r.prediction and r.measured]
-    predicted, measured = zip(*pairs, strict=True)
-    return JobScore(job, len(pairs), regret(predicted, measured), kendall_tau(predicted, measured))
+    candidates: dict[tuple[float, Layout], list[float]] = {}
+    for r in rows:
+        if r.prediction and r.measured:
+            key = (r.prediction.tokens_per_second_per_gpu, r.prediction.layout)
+            candidates.setdefault(key, []).append(r.measured)
+    predicted = [throughput for throughput, _ in candidates]
+    measured = [statistics.median(found) for found in candidates.values()]
+    return JobScore(job, len(candidates), regret(predicted, measured), kendall_tau(predicted, measured))
 
 
 def validation_json(validation: Validation) -> dict[str, Any]:
