@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import functools
 import io
-import itertools
 import math
 import re
 import tomllib
@@ -325,18 +324,8 @@ class _Interpreter:
         schedule = _SCHEDULE_NAMES.get(schedule, schedule)
         if pp == 1:
             schedule = "1F1B"
-        chunks = [row.count("vpp") or 0] if schedule in MULTI_STAGE else [1]
-        if chunks == [0]:
-            even = (v for v in range(2, 9) if job.model.num_hidden_layers % (pp * v) == 0)
-            self.assumptions.append("vpp = the fewest that divide the layers")
-            chunks = [next(even, 2)]
-        # A chunk of embedding or head alone, as Megatron-Core may cut them, is no stage here.
-        if pp * chunks[0] > job.model.num_hidden_layers:
-            self.assumptions.append("vpp = the largest divisor of what is stated with a block in every chunk")
-            chunks = [
-                max(v for v in range(1, chunks[0]) if not chunks[0] % v and pp * v <= job.model.num_hidden_layers)
-            ]
-        schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == [1] else schedule
+        chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE else 1
+        schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == 1 else schedule
         micro = [row.count("mbs") or 0]
         if micro == [0]:
             share = job.training.global_batch_size // data
@@ -352,13 +341,25 @@ class _Interpreter:
                 {
                     "dp_replicate": data // shard, "dp_shard": shard, "zero_stage": zero if shard * cp > 1 else 0,
                     "cp": cp, "tp": tp, "pp": pp, "ep": ep, "micro_batch_size": b, "schedule": schedule,
-                    "virtual_stages": v, "recompute": recompute, "sequence_parallel": sp and tp > 1,
-                    "stage_layers": self._stage_layers(job.model, pp * v),
+                    "virtual_stages": chunks, "recompute": recompute, "sequence_parallel": sp and tp > 1,
+                    "stage_layers": self._stage_layers(job.model, pp * chunks),
                 },
                 "row",
             )
-            for b, v in itertools.product(micro, chunks)
+            for b in micro
         )  # fmt: skip
+
+    def _chunks(self, model: ModelSpec, pp: int) -> int:
+        """Stages of each pipeline rank. Megatron-Core may cut chunks of the embedding or the head alone, which are no
+        stages here: then chunks are put together."""
+        layers, stated = model.num_hidden_layers, self.row.count("vpp")
+        if stated is None:
+            self.assumptions.append("vpp = the fewest that divide the layers, where it is not stated")
+            return next((v for v in range(2, 9) if layers % (pp * v) == 0), 2)
+        if pp * stated <= layers:
+            return stated
+        self.assumptions.append("vpp = its largest divisor that leaves a block to every stage")
+        return max((v for v in range(1, stated) if not stated % v and pp * v <= layers), default=1)
 
     def _stage_layers(self, model: ModelSpec, stages: int) -> tuple[int, ...] | None:
         """Blocks of each stage. Where they do not divide, embedding and head count as a block each (Llama 3, arXiv

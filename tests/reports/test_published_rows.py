@@ -71,11 +71,38 @@ def test_a_micro_batch_that_is_not_stated_is_left_open(make_row: MakeRow) -> Non
     assert "mbs = the fastest that fits" in case.assumptions
 
 
-def test_chunks_that_are_not_stated_are_left_open(make_row: MakeRow) -> None:
-    """40 layers on 2 ranks: 2, 4 and 5 chunks divide 20."""
+def test_chunks_that_are_not_stated_are_the_fewest(make_row: MakeRow) -> None:
+    """40 layers on 2 ranks: 2 is the smallest number of chunks that divides 20."""
     case = interpret(make_row(schedule="Interleaved1F1B"))
-    assert [layout.virtual_stages for layout in case.layouts] == [2, 4, 5]
-    assert "vpp = the fastest" in case.assumptions
+    assert [layout.virtual_stages for layout in case.layouts] == [2]
+    assert "vpp = the fewest that divide the layers, where it is not stated" in case.assumptions
+
+
+def test_chunks_without_a_block_are_put_together(make_row: MakeRow) -> None:
+    """8 chunks on 16 ranks are 128 for 126 blocks, so that two would hold embedding and head alone: 4 are cut, 64 of
+    which embedding and head count as a block each: 1, 2 ... 2, 1."""
+    case = interpret(make_row(layers="126", n_gpus="128", pp="16", vpp="8", gbs="64", schedule="Interleaved1F1B"))
+    (layout,) = case.layouts
+    assert (layout.virtual_stages, layout.stage_layers) == (4, (1, *[2] * 62, 1))
+
+
+def test_a_framework_may_balance_its_stages(make_row: MakeRow) -> None:
+    """nanotron counts the head by its weights: the last stage has fewer blocks than the first."""
+    (layout,) = interpret(make_row(framework="nanotron", vocab="128256")).layouts
+    assert layout.stage_layers is not None and layout.stage_layers[0] > layout.stage_layers[1]
+    assert sum(layout.stage_layers) == 40
+
+
+def test_the_stated_size_decides_what_no_column_says(make_row: MakeRow) -> None:
+    """Qwen3-32B: heads of 128 on 5120 / 64 = 80, which only its 32.76 billion parameters tell."""
+    cells = {"arch": "llama", "layers": "64", "hidden": "5120", "heads": "64", "kv_heads": "8", "ffn": "25600", "vocab": "151936"}
+    assert interpret(make_row(**cells, params_b="32.76")).job.model.head_dim == 128
+    assert interpret(make_row(**cells, params_b="")).job.model.head_dim == 80
+
+
+def test_lora_freezes_the_weights(make_row: MakeRow) -> None:
+    assert interpret(make_row(model_name="Llama 2 70B LoRA")).job.training.peft == "lora"
+    assert interpret(make_row()).job.training.peft == "none"
 
 
 def test_layers_that_do_not_divide(make_row: MakeRow) -> None:
@@ -87,7 +114,9 @@ def test_layers_that_do_not_divide(make_row: MakeRow) -> None:
 def test_the_stack_follows_the_framework(make_row: MakeRow) -> None:
     stacks = {
         "Megatron-LM 2021": "megatron-2021",
-        "NeMo/Megatron-Core (MLPerf v5.1)": "megatron-bridge",
+        "NeMo/Megatron-Core (MLPerf v5.1)": "mlperf",
+        "Megatron-Bridge/Megatron-Core (NeMo 25.09)": "megatron-bridge-2025",
+        "Megatron-Bridge/Megatron-Core (NeMo 26.06)": "megatron-bridge",
         "torchtitan FSDP2": "torchtitan",
         "llm-foundry/Composer FSDP1": "composer",
     }
@@ -156,7 +185,7 @@ def test_few_rows_are_skipped(cases: list[Case | tuple[Row, str]]) -> None:
 
 def test_rows_of_a_stack_assume_the_same(cases: list[Case | tuple[Row, str]]) -> None:
     """But for what is derived from other cells of the row, and for how full the racks are."""
-    derived = {"gbs", "head_dim", "ffn", "tie_word_embeddings", "GPUs used of each rack"}
+    derived = {"gbs", "vpp", "head_dim", "ffn", "tie_word_embeddings", "GPUs used of each rack"}
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for case in cases:
         if isinstance(case, Case):

@@ -143,30 +143,31 @@ def validation(write_rows: WriteRows) -> Validation:
     """Two jobs of four measured layouts, one of three, a row of low confidence, one that is skipped, three that did
     not fit."""
     job = [{"job": "one", "tokens_per_s_per_gpu": str(speed)} for speed in (100, 200, 300, 400)]
-    job += [{"job": "two", "tokens_per_s_per_gpu": str(speed)} for speed in (100, 100, 50, 80)]
+    job += [{"job": "two", "tokens_per_s_per_gpu": str(speed)} for speed in (100, 120, 50, 80, 60)]
     job += [{"job": "three", "tokens_per_s_per_gpu": "100"}] * 3
     rows = read_rows(write_rows(*job, {"confidence": "low", "job": "one"}, {"gpu": "abacus"}, *[{"status": "OOM"}] * 3))
     like = predict(rows[0])
-    speeds = [110, 180, 330, 320, 90, 90, 45, 88, 100, 100, 100, 9999]
-    fits = [True] * 10 + [False, True]
+    speeds = [110, 180, 330, 320, 90, 90, 45, 88, 70, 100, 100, 100, 9999]
+    fits = [True] * 11 + [False, True]
     results = [result(row, like, speed, fit) for row, speed, fit in zip(rows, speeds, fits, strict=False)]
-    results.append(predict(rows[12]))
-    results += [result(row, like, 1, fits=i == 0) for i, row in enumerate(rows[13:])]
+    results.append(predict(rows[13]))
+    results += [result(row, like, 1, fits=i == 0) for i, row in enumerate(rows[14:])]
     return Validation(tuple(results), 1.5)
 
 
 def test_summary_by_hand(validation: Validation) -> None:
-    """Errors: +10, -10, +10, -20 %, then -10, -10, -10, +10 %, then three times 0. Job one picks the third: 300 of 400
-    is a regret of 25 %, tau (5 - 1) / 6; job two picks one of two that are the fastest: no regret."""
+    """Errors: +10, -10, +10, -20 %, then -10, -25, -10, +10, +16.7 %, then three times 0. Job one picks the third: 300
+    of 400 is a regret of 25 %, tau (5 - 1) / 6. Two rows of job two are one layout, measured as 110: its pick and its
+    best."""
     s = validation.summary
-    assert (s.count, s.skipped, s.jobs) == (15, 1, 2)
+    assert (s.count, s.skipped, s.jobs) == (16, 1, 2)
     assert s.median_abs_error == pytest.approx(0.1)
-    assert s.mean_abs_error == pytest.approx(0.9 / 11)
-    assert s.p90_abs_error == pytest.approx(0.1)
-    assert s.bias == pytest.approx((0.3 - 0.6) / 11)
+    assert s.mean_abs_error == pytest.approx((0.6 + 1 / 6 + 0.2 + 0.25) / 12)
+    # Of 12 sizes in order, between the tenth (1/6) and the eleventh (0.2): 0.9 · 11 = 9.9.
+    assert s.p90_abs_error == pytest.approx(1 / 6 + 0.9 * (0.2 - 1 / 6))
+    assert s.bias == pytest.approx((-0.45 + 1 / 6) / 12)
     assert {job.job: job.regret for job in validation.jobs} == pytest.approx({"one": 0.25, "two": 0.0})
     assert (s.regret_median, s.regret_p90) == pytest.approx((0.125, 0.225))
-    # Job two: of 6 pairs one is tied in both, 5 agree.
     assert s.kendall_tau_median == pytest.approx((4 / 6 + 1) / 2)
     # Said of three rows not to fit, of which two did not; three did not.
     assert (s.fit_precision, s.fit_recall) == pytest.approx((2 / 3, 2 / 3))
