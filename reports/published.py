@@ -28,6 +28,7 @@ from simulator.job import Job, Training
 from simulator.layout import MULTI_STAGE, SCHEDULES, Layout
 from simulator.model import ModelSpec
 from simulator.stack import Stack
+from simulator.units import BANDWIDTH
 
 DATA = Path(str(resources.files("reports"))) / "data"
 LARGEST_ASSUMED_MICRO_BATCH = 16
@@ -255,6 +256,9 @@ class _Interpreter:
         known = self._entry("hardware", "gpu")
         gpus = self._need("n_gpus")
         spec = _cluster(known["cluster"], known["gpu"])
+        if "scale_up" in known:
+            link = dataclasses.replace(spec.scale_up, bandwidth=BANDWIDTH.parse(known["scale_up"]))
+            spec = dataclasses.replace(spec, scale_up=link)
         block = known.get("racks_of", 0)
         if block and gpus % block == 0:
             self._assume("GPUs used of each rack", block)

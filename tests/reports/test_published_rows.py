@@ -95,9 +95,22 @@ def test_a_framework_may_balance_its_stages(make_row: MakeRow) -> None:
 
 def test_the_stated_size_decides_what_no_column_says(make_row: MakeRow) -> None:
     """Qwen3-32B: heads of 128 on 5120 / 64 = 80, which only its 32.76 billion parameters tell."""
-    cells = {"arch": "llama", "layers": "64", "hidden": "5120", "heads": "64", "kv_heads": "8", "ffn": "25600", "vocab": "151936"}
+    cells = {
+        "arch": "llama",
+        "layers": "64",
+        "hidden": "5120",
+        "heads": "64",
+        "kv_heads": "8",
+        "ffn": "25600",
+        "vocab": "151936",
+    }
     assert interpret(make_row(**cells, params_b="32.76")).job.model.head_dim == 128
     assert interpret(make_row(**cells, params_b="")).job.model.head_dim == 80
+
+
+def test_export_cards_have_a_slower_nvlink(make_row: MakeRow) -> None:
+    assert interpret(make_row(gpu="H800-SXM-80GB")).job.cluster.scale_up.bandwidth == 200e9
+    assert interpret(make_row(gpu="H100-SXM-80GB")).job.cluster.scale_up.bandwidth == 450e9
 
 
 def test_lora_freezes_the_weights(make_row: MakeRow) -> None:
