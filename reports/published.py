@@ -1,7 +1,7 @@
 """Published training runs: read the rows, and say of each which job and layout it ran, and what that leaves open.
 
 A row is what a source states; cells that it leaves empty are filled by rules that hold for all rows of one software
-(data/framework.toml). What the source's author will have tuned (micro batch, chunks, recomputation) is left to the
+(data/framework.toml). What the source's author will have tuned (the micro batch) is left to the
 simulator: `Case.layouts` holds the choices.
 """
 

@@ -247,9 +247,9 @@ def page(validation: Validation, ours: bool) -> str:
         "where the notes say GB.",
         memory_table(validation).markdown(),
         "## What is assumed",
-        "Cells that a source leaves empty are filled by the rules of its software (`reports/data/frameworks.toml`), "
-        "the same for all rows of a stack. A micro batch or a number of chunks that is not stated is the fastest that "
-        "fits: its author will have tuned it. Where hidden / heads and the usual embedding miss the stated number of "
+        "Cells that a source leaves empty are filled by the rules of its software (`reports/data/framework.toml`), "
+        "the same for all rows of a stack. A micro batch that is not stated is the fastest that fits: its author will "
+        "have tuned it. Where hidden / heads and the usual embedding miss the stated number of "
         "parameters, the usual head length or embedding that meets it holds.",
         assumptions_table(validation).markdown(),
         "## What is skipped",
