@@ -263,9 +263,12 @@ class _Interpreter:
         if block and gpus % block == 0:
             self._assume("GPUs used of each rack", block)
             spec = dataclasses.replace(spec, scale_up_domain=block)
-        per_node = math.gcd(gpus, self.row.count("gpus_per_node") or spec.gpus_per_node)
-        if gpus > spec.gpus_per_node and gpus % spec.gpus_per_node:
-            raise SkippedError(f"n_gpus = {gpus} does not fill nodes of {spec.gpus_per_node}")
+        stated = self.row.count("gpus_per_node") or spec.gpus_per_node
+        per_node = min(gpus, stated)
+        if gpus % per_node:
+            raise SkippedError(f"n_gpus = {gpus} does not fill nodes of {per_node}")
+        if per_node > spec.gpus_per_node:
+            raise SkippedError(f"gpus_per_node = {stated}, but {spec.name} has {spec.gpus_per_node}")
         return _with_cards(spec, per_node, _cards(self.row.text("inter_node"))), gpus // per_node
 
     def _stack(self, cluster: ClusterSpec) -> Stack:
@@ -325,7 +328,8 @@ class _Interpreter:
         if not row.text("sp") and tp > 1:
             sp = self._assume("sp", bool(self.rules.get("sp", True)))
         schedule = row.text("schedule") or ("Interleaved1F1B" if (row.count("vpp") or 1) > 1 else "1F1B")
-        schedule = _SCHEDULE_NAMES.get(schedule, schedule)
+        if schedule in _SCHEDULE_NAMES:
+            schedule = self._assume("schedule", _SCHEDULE_NAMES[schedule])
         if pp == 1:
             schedule = "1F1B"
         chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE else 1
@@ -338,7 +342,8 @@ class _Interpreter:
         recompute = row.text("recompute") or self._assume("recompute", self.rules.get("recompute", "none"))
         # With fewer microbatches than ranks 1F1B, which torch then refuses, is GPipe.
         few = schedule == "1F1B" and job.training.global_batch_size // (data * min(micro)) < pp
-        schedule = "GPipe" if few else schedule
+        if few:
+            schedule = self._assume("schedule", "GPipe")
         return tuple(
             to_dataclass(
                 Layout,
@@ -457,7 +462,9 @@ def _with_cards(spec: ClusterSpec, per_node: int, cards: tuple[int, float] | Non
             spec, nics_per_node=number, scale_out=dataclasses.replace(spec.scale_out, bandwidth=bandwidth)
         )
     if per_node < spec.gpus_per_node:
-        spec = dataclasses.replace(spec, gpus_per_node=per_node, scale_up_domain=spec.domain)
+        # A rack's NVLink joins its nodes; a box's ends with the box.
+        domain = spec.domain if spec.domain > spec.gpus_per_node else per_node
+        spec = dataclasses.replace(spec, gpus_per_node=per_node, scale_up_domain=domain)
     return spec
 
 

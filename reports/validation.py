@@ -83,20 +83,21 @@ class Result:
         peak = self.row.number("peak_mem_gib")
         if not peak or not self.row.ran:
             return None
-        return peak * 1e9 / GIB if re.search(r"memory \(?(in )?GB\b", self.row.text("notes"), re.I) else peak
+        return peak * 1e9 / GIB if re.search(r"memory.{0,40}\bGB\b", self.row.text("notes"), re.I) else peak
 
     @property
     def predicted_memory(self) -> float | None:
-        """Predicted peak in GiB, of what the source counts: notes that say `smi` mean all of the device's memory,
-        `allocated` what torch has given out, and others are taken to be what torch has reserved."""
+        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi` mean all of the device's memory,
+        `allocated`, and MLPerf's rows, what torch has given out, and others are taken to be what torch has reserved."""
         if self.prediction is None or self.case is None:
             return None
         memory, notes = self.prediction.memory, self.row.text("notes")
-        if "smi" in notes:
+        if "nvidia-smi" in notes:
             return memory.peak / GIB
         allocated = memory.peak - memory.overhead
         reserved = allocated * (1 + self.case.job.cluster.gpu.fragmentation)
-        return (allocated if "allocated" in notes else reserved) / GIB
+        given_out = "allocated" in notes or "MLPerf" in self.row.text("framework")
+        return (allocated if given_out else reserved) / GIB
 
     @property
     def memory_error(self) -> float | None:

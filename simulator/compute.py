@@ -30,6 +30,11 @@ def activation_width(precision: str) -> int:
 _QUANTISED = {"fp8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5}
 
 
+def matmul_input_width(precision: str) -> float:
+    """Bytes of one element of what the matmuls of blocks read."""
+    return _QUANTISED.get(precision, activation_width(precision))
+
+
 def matmul_precision(kernel: Matmul, precision: str) -> str:
     """What a matmul of a recipe computes in: those that are not quantised stay in 16 bits."""
     return "bf16" if precision in _QUANTISED and not kernel.quantised else precision
@@ -251,8 +256,8 @@ def optimizer_seconds(gpu: Gpu, stack: Stack, optimizer: str, parameters: float)
     """Seconds of one optimizer step with gradient clipping over this rank's parameters.
 
     Rule: bytes read and written per parameter (stack) over the bandwidth that fused elementwise kernels reach.
-    Reference: AdamW with fp32 master weights moves 30 bytes; 8.03e9 parameters took 46.6 ms on a B200
-    (stas00/ml-engineering@744d01e1), this rule gives 35 ms + clipping.
+    Reference: AdamW with fp32 master weights moves 30 bytes, its gradient norm 4 more; 8.03e9 parameters took 46.6 ms
+    on a B200 (stas00/ml-engineering@744d01e1), this rule gives 45 ms.
     Ignored: kernels per tensor (multi-tensor kernels are assumed on GPUs).
     """
     return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * gpu.memory_efficiency)

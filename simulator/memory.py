@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from simulator.compute import matmul_input_width
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.program import MOST_UNSHARDED
@@ -67,6 +68,10 @@ def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[
         return per_shard(layout, job.stack, parameters * width, experts * width) if sharded else parameters * width
 
     if job.training.peft != "none":
+        width = matmul_input_width(job.training.precision)
+        return {"parameters": held(width, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
+    if job.stack.host_optimizer_bandwidth:
+        # Gradients leave for the host as they come; what kernels read is all that stays.
         return {"parameters": held(recipe.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2

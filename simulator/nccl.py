@@ -205,16 +205,23 @@ def _bus_factor(collective: str, ranks: int) -> float:
     return ranks / ((2 if collective == "all_reduce" else 1) * (ranks - 1))
 
 
+def _most_by_ll(shape: GroupShape, node: Node) -> float:
+    """Bytes per second that the LL protocol reaches: inside a node the device's, between nodes the processor's."""
+    between = _tables()["ll_between"]
+    cap = node.row["ll"] if shape.domains == 1 else between["two"] if shape.domains == 2 else between["more"]
+    return float(cap) * 1e9
+
+
 def _ring(collective: str, protocol: Protocol, shape: GroupShape, node: Node) -> Choice:
     row, graph = node.row, ring_graph(shape, node)
     bus = graph.channels * (graph.inside if shape.domains <= 2 else graph.between)
     if protocol == "LL":
-        between = _tables()["ll_between"]
-        cap = row["ll"] if shape.domains == 1 else between["two"] if shape.domains == 2 else between["more"]
-        bus = min(cap * 1e9, 0.5 * bus)
+        bus = min(_most_by_ll(shape, node), 0.5 * bus)
     elif protocol == "LL128":
         bus = min(LL128_SHARE * bus, graph.channels * row["ring_ll128"][_scale(shape)] * 1e9)
     base, inside, between_nodes = _steps("ring", protocol, node)
+    if shape.ranks_per_domain == 1:
+        between_nodes = _latencies("network", "tree", protocol)
     rounds = 2 if collective == "all_reduce" else 1
     network = rounds * (shape.domains - 1)
     post = post_seconds(protocol) if shape.domains > 1 else 0.0
@@ -227,7 +234,7 @@ def _tree(protocol: Protocol, shape: GroupShape, node: Node) -> Choice:
     row, graph = node.row, ring_graph(shape, node)
     bus = graph.channels * (graph.inside if shape.domains <= 2 else graph.between)
     if protocol == "LL":
-        bus = min(bus / 3.8, row["ll"] * 1e9)
+        bus = min(bus / 3.8, _most_by_ll(shape, node))
     elif protocol == "LL128":
         share = 7 / 9 if shape.domains == 1 else 120 / 128
         bus = min(share * bus, graph.channels * row["tree_ll128"][_scale(shape)] * 1e9)

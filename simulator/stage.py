@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import (
+    KernelTime,
     accumulation_seconds,
     deferred_bytes,
     kernel_time,
@@ -36,7 +37,7 @@ from simulator.kernels import (
 )
 from simulator.layout import Layout
 from simulator.model import BlockKind
-from simulator.tensor_parallel import exposed_seconds, tensor_seconds
+from simulator.tensor_parallel import exposed_seconds, hidden_seconds, tensor_seconds
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -286,7 +287,8 @@ class StageCosts:
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
         # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
         logits = self.cut.tokens * model.vocab_size / self.layout.tp
-        kept, passing = 4.0 * logits, (self.job.stack.logits_bytes - 4.0) * logits
+        kept = min(4.0, self.job.stack.logits_bytes) * logits
+        passing = self.job.stack.logits_bytes * logits - kept
         # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
         loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
         return dataclasses.replace(
@@ -312,7 +314,12 @@ class StageCosts:
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
         ep_forward = ep_backward = 0.0
         if experts:
-            ep_forward, ep_backward = self._expert_seconds(groups, times.forward, device_backward)
+            # What kernels hide of tensor parallelism they cannot hide of experts too.
+            ep_forward, ep_backward = self._expert_seconds(
+                groups,
+                times.forward - hidden_seconds(job, tp_forward, times.forward),
+                device_backward - hidden_seconds(job, tp_backward, times.backward),
+            )
         cp_forward, cp_backward = self._context_seconds(kernels, groups)
         beside_forward = Work(tp=exposed_seconds(job, tp_forward, times.forward), cp=cp_forward, ep=ep_forward)
         beside_backward = Work(tp=exposed_seconds(job, tp_backward, times.backward), cp=cp_backward, ep=ep_backward)
@@ -326,47 +333,51 @@ class StageCosts:
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
         if recompute == "full":
-            again = self._again(kernels) if job.stack.recompute_stops_early else forward
-            backward += dataclasses.replace(forward, compute=0.0, recompute=again.compute, host=again.host)
+            backward += self._again(kernels, times, beside_forward, columns + rows)
             boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
         elif recompute == "selective":
-            again, dropped = self._selected(kernels)
+            again, dropped = self._selected(kernels, cp_forward)
             backward += again
-            if job.stack.selective_recompute.get("attention"):
-                backward += Work(cp=cp_forward)
             saved, working = saved - dropped, working + dropped
         deferred = deferred_bytes(kernels, precision)
         return UnitCost(
             forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
         )
 
-    def _again(self, kernels: list[Kernel]) -> Work:
-        """The forward up to its last matmul, whose output no backward needs."""
+    def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work, collectives: int) -> Work:
+        """The forward, run again. Where it stops early, its last matmul and what is communicated behind that are left
+        out: one of the tensor-parallel collectives, and the way back from the experts."""
         job = self.job
+        if not job.stack.recompute_stops_early:
+            return self._work(forward.forward, forward.host_forward, beside, recompute=True)
         last = max((i for i, kernel in enumerate(kernels) if isinstance(kernel, Matmul)), default=len(kernels))
         times = kernel_time(kernels[:last], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
-        return self._work(times.forward, times.host_forward)
+        behind = 0.0 if job.model.num_shared_experts else beside.ep / 2
+        kept = dataclasses.replace(beside, tp=beside.tp * (1 - 1 / max(1, collectives)), ep=beside.ep - behind)
+        return self._work(times.forward, times.host_forward, kept, recompute=True)
 
-    def _selected(self, kernels: list[Kernel]) -> tuple[Work, float]:
-        """What selective recomputation adds to a backward, and the bytes that it does not keep.
+    def _selected(self, kernels: list[Kernel], context: float) -> tuple[Work, float]:
+        """What selective recomputation adds to a backward, and the bytes that it does not keep; `context` is the
+        forward's seconds of context parallelism, which an attention core needs again.
 
         An attention core keeps Q, K, V and its output, and drops its scores (arXiv 2205.05198); other kernels drop
         what they had saved.
         """
         job, precision = self.job, self.job.training.precision
-        work, dropped = Work(), 0.0
+        device, host, dropped = 0.0, 0.0, 0.0
         for kernel in kernels:
             share = recomputed_share(kernel, job.stack)
             if not share:
                 continue
             again = kernel_time([kernel], job.cluster.gpu, job.stack, precision, self.layout.tp)
-            work += self._work(share * again.forward, share * again.host_forward, recompute=True)
+            device, host = device + share * again.forward, host + share * again.host_forward
             if isinstance(kernel, Attention):
                 dropped += share * score_bytes(kernel, job.stack, precision)
             else:
                 dropped += share * saved_bytes([kernel], job.stack, precision)
-        return work, dropped
+        beside = Work(cp=context * job.stack.selective_recompute.get("attention", 0.0))
+        return self._work(device, host, beside, recompute=True), dropped
 
     def _accumulation_seconds(self, parameters: float, experts: float) -> float:
         """Adding up gradients over microbatches, spread over all of them; sharded gradients are added as shards."""

@@ -32,15 +32,18 @@ def tensor_seconds(
     return columns * gather + rows * scatter, columns * scatter + rows * gather
 
 
-def exposed_seconds(job: Job, collectives: float, work: float) -> float:
-    """Seconds that the collectives of a unit add to its kernels, beside which a stack may run them.
+def hidden_seconds(job: Job, collectives: float, work: float) -> float:
+    """Seconds of the collectives of a unit that run beside its kernels, where the stack cuts them into pieces.
 
     Rule: of the pieces into which each collective is cut one waits for the matmul, or the matmul for it; the rest is
-    hidden as far as the kernels reach, which that slows (Gpu.hiding_cost). Reference: Transformer Engine's
-    userbuffers, and asynchronous tensor parallelism in torch. Ignored: that smaller pieces have lower bandwidth.
+    hidden as far as the kernels reach. Reference: Transformer Engine's userbuffers, and asynchronous tensor parallelism
+    in torch. Ignored: that smaller pieces have lower bandwidth.
     """
     pieces = job.stack.overlap_tp
-    if not pieces:
-        return collectives
-    hidden = min(collectives * (1 - 1 / pieces), work)
+    return min(collectives * (1 - 1 / pieces), work) if pieces else 0.0
+
+
+def exposed_seconds(job: Job, collectives: float, work: float) -> float:
+    """What collectives beside this work add to it: what is not hidden, and what hiding the rest costs."""
+    hidden = hidden_seconds(job, collectives, work)
     return collectives - hidden + job.cluster.gpu.hiding_cost(hidden)

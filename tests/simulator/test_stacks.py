@@ -44,7 +44,11 @@ def test_a_stack_extends_another() -> None:
     """What it names replaces, tables are merged, the rest is the other's."""
     below, above = find_stack("megatron-core"), find_stack("megatron-bridge")
     assert (above.overlap_tp, below.overlap_tp) == (4, 0)
-    assert above.elementwise == below.elementwise and above.recipes == below.recipes
+    assert above.elementwise == below.elementwise and above.recipes["fp32"] == below.recipes["fp32"]
+    # A table's other keys stay.
+    assert above.recipes["fp8"] == dataclasses.replace(
+        below.recipes["fp8"], parameters=2.0, gradients=2.0, gradient_reduce=2.0
+    )
 
 
 def test_an_unknown_stack_is_named() -> None:
