@@ -87,7 +87,7 @@ class Result:
 
     @property
     def predicted_memory(self) -> float | None:
-        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi` mean all of the device's memory,
+        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi` mean all memory of the device,
         `allocated`, and MLPerf's rows, what torch has given out, and others are taken to be what torch has reserved."""
         if self.prediction is None or self.case is None:
             return None
