@@ -109,6 +109,7 @@ def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
         "recompute": _values(job, "recompute", _recomputes(job)),
         "sequence_parallel": _values(job, "sequence_parallel", sequence) if tp > 1 else [False],
         "stage_layers": _values(job, "stage_layers", [None]),
+        "rank_order": _values(job, "rank_order", [Layout.rank_order]),
         "schedule_and_chunks": list(_schedules(job, pp)),
     }
     for combination in itertools.product(*fields.values()):
@@ -126,7 +127,11 @@ def _recomputes(job: Job) -> list[str]:
 
 
 def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
-    names = _values(job, "schedule", list(job.stack.schedules))
+    # LoopedBFS has the bubble of Interleaved1F1B and keeps all microbatches alive: tried where it is named.
+    tried = [
+        name for name in job.stack.schedules if name != "LoopedBFS" or "Interleaved1F1B" not in job.stack.schedules
+    ]
+    names = _values(job, "schedule", tried)
     if pp == 1:
         # Without a pipeline every schedule is the same loop over microbatches.
         yield "1F1B", 1

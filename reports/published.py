@@ -82,7 +82,7 @@ class Row:
     @property
     def ran(self) -> bool:
         """Whether the run fitted into memory."""
-        return self.texts["status"] != "OOM"
+        return self.texts["status"].upper() != "OOM"
 
 
 @dataclass(frozen=True)
@@ -324,12 +324,14 @@ class _Interpreter:
         if zero is None:
             zero = self._assume("zero_stage", self.rules.get("zero_stage", 0))
         shard = min(row.count("shard_size") or data, data) if zero else 1
-        sp = row.text("sp") == "yes"
+        sp = row.text("sp").lower() in ("yes", "true")
         if not row.text("sp") and tp > 1:
             sp = self._assume("sp", bool(self.rules.get("sp", True)))
         schedule = row.text("schedule") or ("Interleaved1F1B" if (row.count("vpp") or 1) > 1 else "1F1B")
         if schedule in _SCHEDULE_NAMES:
             schedule = self._assume("schedule", _SCHEDULE_NAMES[schedule])
+        if schedule not in SCHEDULES:
+            raise SkippedError(f"schedule '{schedule}' is not known{nearest(schedule, SCHEDULES)}")
         if pp == 1:
             schedule = "1F1B"
         chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE else 1
@@ -449,7 +451,7 @@ def _cards(text: str) -> tuple[int, float] | None:
     ]
     if found:
         return max(found, key=lambda cards: cards[0] * cards[1])
-    node = re.search(r"([\d.]+) ?([GT])bps/node", text)
+    node = re.search(r"(?<![\d.])(\d+(?:\.\d+)?) ?([GT])bps/node", text)
     if node:
         return 0, float(node[1]) * {"G": 1e9, "T": 1e12}[node[2]] / 8
     return None

@@ -75,8 +75,8 @@ def _arrows(events: list[Event]) -> Iterator[Event]:
 
 
 def _memory(prediction: Prediction) -> Iterator[Event]:
-    """Bytes of each rank over time. At its peak a rank holds what `memory_per_stage` says; all but the activations is
-    there from the first moment."""
+    """Bytes of each rank over time. At its peak a rank with one stage holds what `memory_per_stage` says, with several
+    stages at most that; all but the activations is there from the first moment."""
     for sample in prediction.timeline.memory:
         memory = prediction.memory_per_stage[sample.rank]
         held = {"static": memory.peak - memory.activations, "activations": sample.activations}

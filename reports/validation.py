@@ -37,6 +37,7 @@ LEAST_LAYOUTS = 4
 # No public run has more; what is larger is a slip of whoever wrote the row.
 LARGEST = {"n_gpus": MOST_DEVICES, "layers": MOST_LAYERS, "gbs": MOST_SAMPLES}
 LARGEST_SIZE = 10**8
+LEAST_NUMBER, MOST_NUMBER = 1e-6, 1e12
 # Zero in other columns is read as not stated.
 ABOVE_ZERO = ("n_gpus", "layers", "hidden", "heads", "seq_len", "gbs")
 MOST_OPS = 4_000_000
@@ -267,8 +268,9 @@ def _check_cells(row: Row) -> None:
         most = LARGEST.get(column, LARGEST_SIZE)
         if value is not None and not (column in ABOVE_ZERO) <= value <= most:
             raise SkippedError(f"{column} = {value:g} must be from {int(column in ABOVE_ZERO)} to {most}")
-    if row.number("params_b") == 0:
-        raise SkippedError("params_b = 0 must be above zero")
+    for name, number in row.numbers.items():
+        if number is not None and not LEAST_NUMBER <= number <= MOST_NUMBER:
+            raise SkippedError(f"{name} = {number:g} must be from {LEAST_NUMBER:g} to {MOST_NUMBER:g}")
 
 
 def _fastest(case: Case) -> Prediction:

@@ -44,6 +44,10 @@ def check_model(model: ModelSpec, where: str) -> None:
         )
 
 
+# A modem: below it nothing is a network, and times have no digits left.
+LEAST_BANDWIDTH = 1e3
+
+
 def check_cluster(spec: ClusterSpec) -> None:
     """A node with devices, and links that reach the others."""
     where = f"cluster '{spec.name}'"
@@ -82,9 +86,11 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
         if link is None:
             continue
         _above_zero(where, f"{tier}.bandwidth", [link.bandwidth])
+        _at_least(where, f"{tier}.bandwidth in bytes per second", link.bandwidth, LEAST_BANDWIDTH)
         _at_least(where, f"{tier}.devices_per_root", link.devices_per_root, 0)
         if link.devices_per_root:
             _above_zero(where, f"{tier}.root_bandwidth (which devices_per_root needs)", [link.root_bandwidth])
+            _at_least(where, f"{tier}.root_bandwidth in bytes per second", link.root_bandwidth, LEAST_BANDWIDTH)
         times = (link.latency, link.latency_per_doubling, *link.ring_hops)
         _at_least(where, f"{tier}'s latencies", min(times), 0)
         for collective in get_args(Collective):

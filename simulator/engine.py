@@ -172,7 +172,9 @@ class _Engine:
         least = min(rank.spent.get("bubble", 0.0) for rank in self.ranks)
         critical = next(rank for rank in self.ranks if rank.spent.get("bubble", 0.0) <= least + 1e-9 * now)
         # It may be done with its own update before the rank with the most parameters is.
-        critical.spend("bubble", now - sum(critical.spent.values()))
+        waited = critical.spent.get("bubble", 0.0) + now - sum(critical.spent.values())
+        # Rounding is no bubble, and none is negative.
+        critical.spent["bubble"] = waited if waited > 1e-9 * now else 0.0
         return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
 
     def _make_rank(self, number: int) -> Rank:

@@ -185,3 +185,10 @@ def test_a_mixture_is_planned_with_its_experts_spread() -> None:
 def test_a_runtime_without_the_axes_is_not_asked_for_them() -> None:
     task = job("llama-3.1-8b", seq_len=65536, stack="layoutwise-cuda")
     assert {layout.cp for layout in candidates(task)} == {1}
+
+
+def test_a_named_rank_order_is_searched() -> None:
+    """[search] pins any field of the layout; without it the stack's own order holds."""
+    named = {layout.rank_order for layout in candidates(job(search={"rank_order": ["tp-cp-ep-pp-dp"]}))}
+    assert named == {"tp-cp-ep-pp-dp"}
+    assert {layout.rank_order for layout in candidates(job())} == {Layout.rank_order}

@@ -206,3 +206,11 @@ def test_rows_of_a_stack_assume_the_same(cases: list[Case | tuple[Row, str]]) ->
                 column, value = assumption.split(" = ", 1)
                 values[case.job.stack.name, column].add(value)
     assert {at: found for at, found in values.items() if len(found) > 1 and at[1] not in derived} == {}
+
+
+def test_nodes_are_those_of_the_row(make_row: MakeRow) -> None:
+    """Four GPUs of a DGX's eight: NVLink ends with them, and 16 GPUs are four nodes. More than it has is no node."""
+    job = interpret(make_row(gpus_per_node="4")).job
+    assert (job.cluster.gpus_per_node, job.cluster.domain, job.nodes, job.world_size) == (4, 4, 4, 16)
+    with pytest.raises(SkippedError, match="gpus_per_node = 16, but dgx-a100 has 8"):
+        interpret(make_row(gpus_per_node="16"))
