@@ -186,6 +186,8 @@ class _Interpreter:
         for entry in _table("model")["model"]:
             if re.search(entry["match"], row.text("model_name"), re.I):
                 return self._known_model(_model(entry["preset"]))
+        if arch in ("bert", "t5", "bart"):
+            return self._of_family(_model(f"{arch}-large"))
         if arch not in ("gpt", "llama", "moe"):
             raise SkippedError(f"arch '{arch}' is not known")
         hidden, heads = self._need("hidden"), self._need("heads")
@@ -225,6 +227,21 @@ class _Interpreter:
             num_hidden_layers=row.count("layers") or model.num_hidden_layers,
             vocab_size=row.count("vocab") or model.vocab_size,
             max_position_embeddings=max(self._need("seq_len"), model.max_position_embeddings),
+        )
+
+    def _of_family(self, model: ModelSpec) -> ModelSpec:
+        """An encoder, or encoder and decoder, with the row's dimensions and the preset's modules and proportions."""
+        row, hidden, heads, layers = self.row, self._need("hidden"), self._need("heads"), self._need("layers")
+        encoders = round(layers * model.num_encoder_layers / model.num_hidden_layers)
+        return dataclasses.replace(
+            self._known_model(model),
+            name=row.text("model_name"),
+            num_encoder_layers=encoders,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_key_value_heads=row.count("kv_heads") or heads,
+            head_dim=hidden // heads,
+            intermediate_size=row.count("ffn") or self._assume("ffn", 4 * hidden),
         )
 
     def _of_stated_size(self, model: ModelSpec) -> ModelSpec:

@@ -214,3 +214,11 @@ def test_nodes_are_those_of_the_row(make_row: MakeRow) -> None:
     assert (job.cluster.gpus_per_node, job.cluster.domain, job.nodes, job.world_size) == (4, 4, 4, 16)
     with pytest.raises(SkippedError, match="gpus_per_node = 16, but dgx-a100 has 8"):
         interpret(make_row(gpus_per_node="16"))
+
+
+def test_encoders_have_the_dimensions_of_the_row(make_row: MakeRow) -> None:
+    """A BERT of 24 blocks, all of them encoders that no mask makes causal; a T5 of 24, half of them."""
+    bert = interpret(make_row(arch="bert", layers="24", hidden="1024", heads="16", ffn="4096", vocab="30522")).job.model
+    assert (bert.family, bert.num_encoder_layers, bert.causal, bert.hidden_size) == ("bert", 24, False, 1024)
+    t5 = interpret(make_row(arch="t5", layers="24", hidden="512", heads="8", ffn="2048")).job.model
+    assert (t5.num_encoder_layers, t5.head_dim) == (12, 64)
