@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reports.published import Case, Row, SkippedError, interpret, read_rows
+from reports.cases import Case, SkippedError, interpret
+from reports.published import Row, read_rows
 from reports.scores import Errors, errors, kendall_tau, precision_recall, quantile, regret
 from simulator.checks import MOST_DEVICES, MOST_LAYERS, MOST_SAMPLES, check_job
 from simulator.errors import UserError

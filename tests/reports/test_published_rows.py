@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reports.published import COLUMNS, Case, Row, SkippedError, interpret, published_rows
+from reports.cases import Case, SkippedError, interpret
+from reports.published import COLUMNS, Row, published_rows
 from simulator.errors import UserError
 from simulator.job import Training
 from simulator.layout import Layout
