@@ -53,12 +53,12 @@ def interpret(row: Row) -> Case:
 class _Interpreter:
     def __init__(self, row: Row) -> None:
         self.row, self.assumptions = row, []  # type: tuple[Row, list[str]]
-        self.rules = self._rules()
+        self.rules = self._entry("framework", "framework")
 
     def case(self) -> Case:
         model = self._model()
         cluster, nodes = self._cluster()
-        stack = self._stack(cluster)
+        stack = self._stack()
         job = Job(model, cluster, nodes, self._training(), stack)
         layouts = self._layouts(job)
         reasons = [layout.problems(job) for layout in layouts]
@@ -66,9 +66,6 @@ class _Interpreter:
         if not legal:
             raise SkippedError(f"no legal layout: {'; '.join(reasons[0])}" if reasons else "no layout")
         return Case(self.row, job, legal, tuple(self.assumptions))
-
-    def _rules(self) -> dict[str, Any]:
-        return self._entry("framework", "framework")
 
     def _entry(self, kind: str, column: str) -> dict[str, Any]:
         """The first entry of a table whose patterns are found in the row."""
@@ -197,7 +194,7 @@ class _Interpreter:
             raise SkippedError(f"gpus_per_node = {stated}, but {spec.name} has {spec.gpus_per_node}")
         return _with_cards(spec, per_node, _cards(self.row.text("inter_node"))), gpus // per_node
 
-    def _stack(self, cluster: ClusterSpec) -> Stack:
+    def _stack(self) -> Stack:
         stack = _stack(self._assume("stack", self.rules["stack"]))
         attention = self.row.text("attention")
         if not attention and "attention" in self.rules:

@@ -52,7 +52,7 @@ def matmul_seconds(gpu: Gpu, precision: str, m: float, n: float, k: float, batch
     Ignored: split-K and stream-K, alignment of the sizes, power throttling (Gpu.sustained).
     """
     fit = gpu.matmul[gpu.arithmetic(precision)]
-    width = _QUANTISED.get(precision, activation_width(precision))
+    width = matmul_input_width(precision)
     bytes_moved = batch * ((m * k + k * n) * width + m * n * max(width, 2))
     memory = bytes_moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
     if not gpu.tiles:
@@ -132,10 +132,9 @@ def quantise_seconds(gpu: Gpu, stack: Stack, precision: str, kernel: Matmul, bac
     """Seconds of casting what a matmul of an 8- or 4-bit recipe multiplies: its input forward, its output's gradient
     backward.
 
-    Rule: a memory-bound kernel; the passes are the stack's "quantise": read 2 bytes, write 1, and 1 more for the
-    transposed copy that the other two matmuls read.
-    Ignored: casts fused into the norm or activation before (so predicted slow by up to that read), casts of weights
-    (once a step), the passes that find the scales.
+    Rule: a memory-bound kernel; its passes are the stack's "quantise", which says what of the cast is done by the norm
+    or activation before, and whether the scale is looked for first.
+    Ignored: casts of weights.
     """
     if precision not in _QUANTISED or not kernel.quantised:
         return 0.0
@@ -242,13 +241,11 @@ def _attention_launches(gpu: Gpu, stack: Stack) -> tuple[int, int]:
 def _with_host(host: HostFit, tp: int, work: KernelTime) -> KernelTime:
     """Turn launches into seconds. DTensor costs where tp cuts ops."""
     dtensor = host.dtensor if tp > 1 else 0.0
-    return KernelTime(
-        work.forward,
-        work.backward,
-        work.host_forward * (host.forward + dtensor),
-        work.host_backward * (host.backward + dtensor),
-        work.weights,
-        work.host_weights * (host.backward + dtensor),
+    return dataclasses.replace(
+        work,
+        host_forward=work.host_forward * (host.forward + dtensor),
+        host_backward=work.host_backward * (host.backward + dtensor),
+        host_weights=work.host_weights * (host.backward + dtensor),
     )
 
 

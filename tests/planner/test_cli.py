@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import call
 
-from planner import cli
 from simulator.cluster import AttentionFit, AttentionKernel, CollectiveFit, HostFit, MatmulFit
 from simulator.files import write_json
 from simulator.profile import Profile
@@ -25,16 +25,6 @@ nodes = 1
 global_batch_size = 64
 seq_len = 1024
 """
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; the exit code."""
-    monkeypatch.setattr(sys, "argv", ["layoutwise", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import call
 
-from planner import cli
 from reports.published import COLUMNS, Row, published_rows, read_rows
 from reports.scores import errors, kendall_tau, precision_recall, quantile, regret
 from reports.validation import Result, Summary, Validation, predict, read, validate, validation_json
@@ -21,16 +20,6 @@ from simulator.files import plain
 
 WriteRows = Callable[..., Path]
 MakeRow = Callable[..., Row]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; the exit code."""
-    monkeypatch.setattr(sys, "argv", ["layoutwise", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def result(row: Row, like: Result, speed: float, fits: bool = True) -> Result:
