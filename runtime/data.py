@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,37 @@ VOCABULARY = 256
 MOST_BYTES = 64 * 2**20
 # Not somebody's text: installed packages below the standard library, caches, version control.
 _SKIPPED = ("site-packages", "dist-packages", "__pycache__")
+
+
+class Batch(NamedTuple):
+    """What a rank trains on in one step: samples are the first dim of every tensor.
+
+    inputs are what the first stage takes: token ids (samples, T). targets are int64 of shape (samples, T).
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Microbatches of `size` samples, in order."""
+        parts = zip(*(tensor.split(size) for tensor in (*self.inputs, self.targets)), strict=True)
+        return (Batch(tuple(inputs), targets) for *inputs, targets in parts)
+
+
+class Batches:
+    """The batches of one rank: `load(step)` is its share of the global batch of a step, a function of (seed, step)
+    alone, so that every layout sees the same samples, and a run can be continued at any step."""
+
+    def __init__(self, job: Job, layout: Layout, rank: int, device: torch.device) -> None:
+        self.training, self.device = job.training, device
+        self.tokens = read_tokens(job.training.data)
+        self.share = share_of(layout, rank, job.training.global_batch_size)
+
+    def load(self, step: int) -> Batch:
+        training = self.training
+        offsets = sample_offsets(len(self.tokens), training.seed, step, training.global_batch_size, training.seq_len)
+        inputs, targets = load_batch(self.tokens, offsets[self.share], training.seq_len, self.device)
+        return Batch((inputs,), targets)
 
 
 def read_tokens(folder: str, most: int = MOST_BYTES) -> np.ndarray:

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.model import Stage, init_weights
+from runtime.optimizer import build_optimizer, clip_gradients, squared_norm
 from runtime.parallelize import apply_tensor_parallel
-from runtime.trainer import build_optimizer, clip_gradients, squared_norm
 from simulator.cluster import AttentionFit, AttentionKernel, Gpu, HostFit, MatmulFit
 from simulator.compute import kernel_time
 from simulator.job import Training

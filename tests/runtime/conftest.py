@@ -26,7 +26,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def parity_runs(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Losses and gradient norms of every case in parity_worker.CASES and of its reference, by name."""
+    """Losses and gradient norms of every case in parity_cases.CASES and of its reference, by name."""
     folder = tmp_path_factory.mktemp("parity")
     results: dict[str, dict[str, Any]] = {}
     for world_size in (1, 2, 4):

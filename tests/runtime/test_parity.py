@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from parity_worker import CASES, STEPS, Case
+from parity_cases import CASES, STEPS, Case
 
 pytestmark = pytest.mark.xdist_group("distributed")
 

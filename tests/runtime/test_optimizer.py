@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from runtime.optimizer import clip_gradients, squared_norm
 from runtime.record import quantiles
-from runtime.trainer import clip_gradients, squared_norm
 
 
 def parameters_with_gradients() -> list[nn.Parameter]:
