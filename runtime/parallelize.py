@@ -7,6 +7,9 @@ Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`,
     any           > 1       any     fully_shard; with dp_replicate over a two-dimensional mesh (HSDP)
     > 1           1         > 1     fully_shard over (dp_replicate, 1): DDP refuses models that mix DTensors and plain
                                     tensors, and HSDP with a shard of one is replication by public API
+
+A split backward (zero-bubble schedules) writes the gradients of weights itself, past autograd's hooks. DDP reduces in
+those hooks, so that replicas would drift apart: there too it is fully_shard over (dp_replicate, 1).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.model import Attention, FeedForward, Stage, init_weights
 from simulator.job import Training
-from simulator.layout import AXES, Layout
+from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 
 MESH_AXES = tuple(axis for axis in reversed(AXES) if axis != "cp")
 
@@ -49,7 +52,8 @@ def uses_ddp(layout: Layout, training: Training) -> bool:
 def uses_fsdp(layout: Layout, training: Training) -> bool:
     """Whether stages are FSDP modules. bf16 is always FSDP's mixed precision, over a shard of one where nothing is
     sharded: so every layout computes in the same precision, and the residual stream is bf16 in all of them."""
-    return training.precision == "bf16" or layout.dp_shard > 1 or (layout.tp > 1 and layout.dp_replicate > 1)
+    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
+    return training.precision == "bf16" or layout.dp_shard > 1 or (layout.dp_replicate > 1 and without_ddp)
 
 
 def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
@@ -135,7 +139,11 @@ def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMes
     """Shard each block, and embedding, final norm and head as one group with the root (they may share a weight).
 
     zero_stage 3 frees a block's parameters after its forward and gathers them again for the backward; the root is
-    needed first in the backward, so it stays. zero_stage 2 keeps all of them until the step's last backward.
+    needed first in the backward, so it stays. zero_stage 1 and 2 keep all of them until the step's last backward.
+
+    With a split backward parameters must stay, so zero_stage is not 3 there: torch looks for the weights of a graph
+    among the parameters that the stage has when its input gradient begins (stage_backward_input), and where they have
+    been freed since the forward those are the shards, which are in no graph. Their gradients would be lost silently.
     """
     bf16 = training.precision == "bf16"
     # The rotary table is float32 on purpose, and the stream between blocks is bf16 already: nothing to cast.
@@ -160,15 +168,16 @@ def apply_ddp(stage: Stage, mesh: DeviceMesh) -> DistributedDataParallel:
 def gradient_sync(stage: nn.Module, layout: Layout, last: bool) -> Any:
     """Around forward and backward of one microbatch without a pipeline: what is reduced after it.
 
-    Sharded gradients are reduce-scattered after every microbatch, so that they stay sharded; replicas agree once, after
-    the last one. zero_stage 2 keeps the gathered parameters from one microbatch to the next.
+    From zero_stage 2 on gradients are reduce-scattered after every microbatch, so that they stay sharded; replicas
+    agree once, after the last one. zero_stage 1 adds whole gradients up and reduces them once. Both keep the gathered
+    parameters from one microbatch to the next.
     """
     if isinstance(stage, DistributedDataParallel):
         with contextlib.nullcontext() if last else stage.no_sync():
             yield
         return
     if isinstance(stage, FSDPModule):
-        if layout.dp_shard > 1:
+        if layout.shards_gradients:
             stage.set_requires_all_reduce(last)
         else:
             stage.set_requires_gradient_sync(last)

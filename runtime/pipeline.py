@@ -1,4 +1,4 @@
-"""Pipeline stages of a rank, and torch's own schedule over them."""
+"""Pipeline stages of a rank, and the simulator's program over them, run by torch's schedule runtime."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _PipelineScheduleRuntime
 
 from runtime.model import Stage
 from runtime.parallelize import activation_dtype
 from simulator.job import Training
 from simulator.layout import Layout
 from simulator.model import ModelSpec
+from simulator.program import sharded_order
+from simulator.schedules import compute_order
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,7 +45,8 @@ def build_schedule(
     device: torch.device,
     loss: LossFunction,
 ) -> Any:
-    """Torch's schedule over this rank's stages, in the order of `Layout.stages_of`.
+    """Torch's schedule runtime over this rank's stages (in the order of `Layout.stages_of`), with the simulator's
+    program.
 
     The loss is per microbatch and divided by their number already, so torch must not scale gradients again.
     """
@@ -52,10 +56,26 @@ def build_schedule(
         for module, number in zip(modules, numbers, strict=True)
     ]
     count = layout.microbatches(training.global_batch_size)
-    if layout.schedule == "Interleaved1F1B":
-        return ScheduleInterleaved1F1B(stages, count, loss_fn=loss, scale_grads=False)
-    kind = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[layout.schedule]
-    return kind(stages[0], count, loss_fn=loss, scale_grads=False)
+    schedule = _PipelineScheduleRuntime(stages, count, loss_fn=loss, scale_grads=False)
+    schedule._prepare_schedule_with_comms(torch_program(layout, count), format="compute_comms")
+    return schedule
+
+
+def torch_program(layout: Layout, microbatches: int) -> dict[int, list[_Action]]:
+    """The actions of every pipeline rank: the simulator's order of forwards, backwards, gathers and reductions, with
+    torch's own sends and receives between them. Both write an action the same way, so that text carries it over.
+
+    Torch posts a receive where the sender sends, early enough to overlap, and in an order in which nobody waits for
+    each other; the simulator's program says only where it must have arrived.
+    """
+    shape = (layout.pp, layout.virtual_stages, microbatches)
+    orders = {
+        rank: [
+            _Action.from_str(str(op)) for op in sharded_order(compute_order(layout.schedule, rank, *shape), layout)
+        ]
+        for rank in range(layout.pp)
+    }
+    return _add_send_recv(orders, layout.rank_of_stage, layout.stages)
 
 
 def _pipeline_stage(

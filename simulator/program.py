@@ -84,6 +84,20 @@ def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[Stag
     return [*ops, *(move for move in dropped if move.stage is not None and stages[move.stage].gather), OPTIMIZER]
 
 
+def sharded_order(order: tuple[Op, ...], layout: Layout) -> list[Op]:
+    """The forwards and backwards of a rank with what is gathered, dropped and reduced between them, for every stage:
+    what the runtime hands to torch, which adds the messages itself and leaves out what a stage without shards does not
+    need."""
+    moves = _unsharding(order, layout)
+    final_gradient = {leaf.stage: i for i, op in enumerate(order) for leaf in op.leaves if leaf.kind in ("B", "W")}
+    ops: list[Op] = []
+    for i, op in enumerate(order):
+        ops += [*moves.get(i, []), op]
+        ops += [Op("REDUCE_GRAD", stage) for stage, final in final_gradient.items() if final == i]
+    # What was gathered once for the whole step is dropped after it.
+    return ops + moves.get(len(order), [Op("RESHARD", stage) for stage in final_gradient])
+
+
 def _messages(layout: Layout) -> dict[tuple[str, int | None], tuple[str, str]]:
     """The kinds of the messages that a forward or a backward receives first and sends afterwards, by its kind and
     stage; empty where there is none. The gradients of weights move nothing."""
