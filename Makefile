@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation clean
+.PHONY: demo test test-all check bench validation parity clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -26,6 +26,9 @@ bench: $(READY)  ## how fast the simulator is, and how fast the tool answers
 
 validation: $(READY)  ## predict all published runs anew: docs/validation.md and its figure
 	$(BIN)/layoutwise validate published -o docs
+
+parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
+	$(BIN)/python tests/runtime/parity_table.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

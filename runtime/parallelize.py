@@ -1,6 +1,6 @@
-"""Cut a stage as the layout says: tensor parallelism, then recompute, then data parallelism.
+"""Cut a stage as the layout says: tensor parallelism, then recompute, compilation, and data parallelism.
 
-Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`, FSDP2's `fully_shard`, DDP.
+Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`, `compile`, FSDP2's `fully_shard`, DDP.
 
     dp_replicate  dp_shard  tp      data parallelism
     > 1           1         1       DistributedDataParallel in fp32, fully_shard over (dp_replicate, 1) in bf16
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
@@ -34,6 +33,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.model import Attention, FeedForward, Stage, init_weights
+from runtime.recompute import apply_recompute
 from simulator.job import Training
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 
@@ -61,12 +61,16 @@ def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
     return torch.bfloat16 if training.precision == "bf16" else torch.float32
 
 
-def parallelize(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+def parallelize(
+    stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device, compiled: bool = False
+) -> nn.Module:
     """The stage, built on the meta device, as this rank runs it: cut, with memory and with its initial weights."""
     if layout.tp > 1:
         apply_tensor_parallel(stage, mesh["tp"], layout.sequence_parallel)
-    if layout.recompute == "full":
-        apply_recompute(stage)
+    if layout.recompute != "none":
+        apply_recompute(stage, layout.recompute)
+    if compiled:
+        apply_compile(stage)
     if uses_fsdp(layout, training):
         apply_fsdp(stage, layout, training, mesh)
     init_weights(stage, training.seed, device)
@@ -129,10 +133,11 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
     return plan
 
 
-def apply_recompute(stage: Stage) -> None:
-    """Keep only each block's input for the backward. There is no dropout, so no random state to restore."""
-    for name, block in stage.layers.items():
-        stage.layers[name] = checkpoint_wrapper(block, preserve_rng_state=False)
+def apply_compile(stage: Stage) -> None:
+    """Compile each block for itself, before FSDP puts its hooks around it: blocks are alike, so that one compilation
+    serves all of a stage, and what FSDP gathers stays outside of the graphs."""
+    for block in stage.layers.values():
+        block.compile()
 
 
 def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh) -> None:

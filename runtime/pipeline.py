@@ -70,9 +70,7 @@ def torch_program(layout: Layout, microbatches: int) -> dict[int, list[_Action]]
     """
     shape = (layout.pp, layout.virtual_stages, microbatches)
     orders = {
-        rank: [
-            _Action.from_str(str(op)) for op in sharded_order(compute_order(layout.schedule, rank, *shape), layout)
-        ]
+        rank: [_Action.from_str(str(op)) for op in sharded_order(compute_order(layout.schedule, rank, *shape), layout)]
         for rank in range(layout.pp)
     }
     return _add_send_recv(orders, layout.rank_of_stage, layout.stages)

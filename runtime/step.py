@@ -98,7 +98,9 @@ def build_run(job: Job, layout: Layout, device: torch.device) -> Run:
     mesh = build_mesh(layout, device.type)
     numbers = layout.stages_of(mesh["pp"].get_local_rank())
     stages = [
-        parallelize(build_stage(job.model, layout, training.seq_len, number), layout, training, mesh, device)
+        parallelize(
+            build_stage(job.model, layout, training.seq_len, number), layout, training, mesh, device, job.stack.compile
+        )
         for number in numbers
     ]
     optimizer = build_optimizer([p for stage in stages for p in stage.parameters()], training)

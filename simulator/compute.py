@@ -230,6 +230,25 @@ def recomputed_share(kernel: Kernel, stack: Stack) -> float:
     return stack.selective_recompute.get(kernel.name, stack.selective_recompute.get(kind, 0.0))
 
 
+def kept_outputs(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes of the outputs of the kernels that selective recomputation does not run again, with the fp32 row sums of
+    attention cores: what torch's selective checkpoint keeps beside the input of a block.
+
+    Ignored: partial outputs of attention under context parallelism.
+    """
+    width, total = activation_width(precision), 0.0
+    for kernel in kernels:
+        share = 1 - recomputed_share(kernel, stack)
+        if isinstance(kernel, Matmul):
+            total += share * kernel.copies * kernel.m * kernel.n * width
+        elif isinstance(kernel, Attention):
+            rows = kernel.batch * kernel.heads * kernel.queries
+            total += share * rows * (kernel.v_dim * width + 4)
+        else:
+            total += share * kernel.elements * width
+    return total
+
+
 def _attention_launches(gpu: Gpu, stack: Stack) -> tuple[int, int]:
     """Kernels of one attention core, forward and backward: unfused, two products and those of the softmax."""
     softmax = UNFUSED.get(attention_kernel(gpu, stack))

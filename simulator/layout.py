@@ -356,6 +356,12 @@ class Layout:
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage}; it has {list(stack.zero_stages)}")
         elif self.pp > 1 and self.zero_stage not in (0, *stack.pipeline_zero_stages):
             found.append(f"stack {stack.name} has no zero_stage {self.zero_stage} under a pipeline (pp = {self.pp})")
+        elif self.schedule in SPLIT_BACKWARD and self.zero_stage not in (0, *stack.split_backward_zero_stages):
+            found.append(
+                f"stack {stack.name} has no zero_stage {self.zero_stage} with {self.schedule}, but "
+                f"{list(stack.split_backward_zero_stages)}: torch loses gradients where a backward is split and "
+                f"parameters are dropped before it"
+            )
         if self.recompute not in stack.recompute:
             found.append(f"stack {stack.name} has no recompute = '{self.recompute}'; it has {list(stack.recompute)}")
         if self.schedule not in stack.schedules:

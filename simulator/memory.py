@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulator.compute import matmul_input_width
 from simulator.expert_parallel import per_shard
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.program import MOST_UNSHARDED
 from simulator.results import MemoryBreakdown
 from simulator.schedules import peak_in_flight
@@ -73,8 +73,8 @@ def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[
     if job.stack.host_optimizer_bandwidth:
         # Gradients leave for the host as they come; what kernels read is all that stays.
         return {"parameters": held(recipe.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
-    # FSDP2 keeps ZeRO-2's master parameters sharded; the gathered copy for the kernels is a buffer.
-    shards_parameters = zero >= 2
+    # FSDP2 keeps master parameters sharded, in ZeRO-1 too; the gathered copy for the kernels is a buffer.
+    shards_parameters = zero >= 2 or (zero == 1 and job.stack.replicates_by_fsdp)
     return {
         "parameters": held(recipe.parameters, shards_parameters),
         "gradients": held(recipe.gradients, layout.shards_gradients),
@@ -87,7 +87,9 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
     reduction, tensors to and from neighbours."""
     stack, recipe = job.stack, job.stack.recipes[job.training.precision]
     total = 0.0
-    whole_stage = layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
+    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
+    keeps_all = layout.zero_stage == 1 and stack.replicates_by_fsdp
+    whole_stage = keeps_all or layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
     if layout.zero_stage == 3 and not whole_stage:
         unit = max(s.largest_unit for s in stages)
         # The unit in use and the one being fetched, and a gradient on its way to the reduction.
@@ -96,9 +98,9 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
         # Under a pipeline torch does not reshard a stage after a backward, so zero_stage 3 holds all of it too; of more
         # than three stages it drops those that are needed last.
         gathered = sorted(s.parameters for s in stages)
-        total += sum(gathered[-MOST_UNSHARDED:]) * recipe.compute
+        total += sum(gathered if keeps_all else gathered[-MOST_UNSHARDED:]) * recipe.compute
         total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
-    elif stack.replicates_by_fsdp and (job.training.precision == "bf16" or (layout.dp > 1 and layout.tp > 1)):
+    elif stack.replicates_by_fsdp and (job.training.precision == "bf16" or (layout.dp > 1 and without_ddp)):
         # FSDP over a shard group of one still copies what it gathers.
         total += sum(s.parameters for s in stages) * recipe.compute
     if layout.pp > 1:

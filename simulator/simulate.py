@@ -37,6 +37,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     if job.training.peft != "none":
         flops -= job.model.frozen_flops_per_token()
     recomputed = job.model.recomputed_flops_per_token(seq_len, layout.recompute)
+    if layout.recompute == "selective":
+        recomputed *= job.stack.selective_recompute.get("attention", 0.0)
     return Prediction(
         layout=layout,
         fits=not reason,

@@ -75,7 +75,16 @@ class Stack:
     others have one for their common input.
 
     selective_recompute says what recompute = "selective" runs again: the share of the kernels of a name ("q_b",
-    "rmsnorm") or of a kind ("attention", "matmul", "pointwise").
+    "rmsnorm") or of a kind ("attention", "matmul", "pointwise"). What is kept are the inputs of the rest, or with
+    selective_keeps_outputs (torch's selective checkpoint) the block's input, the outputs of the rest and those of
+    tensor-parallel reductions; gathers and exchanges are then done again.
+
+    replicates_by_fsdp: where nothing or only the optimizer's state is sharded, FSDP2 holds parameters too: sharded over
+    the group, which may be one rank, and gathered for the length of a step.
+
+    split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
+
+    compile: blocks run through torch.compile.
     """
 
     name: str
@@ -114,6 +123,9 @@ class Stack:
     dropout: bool = False
     logits_bytes: float = 8.0
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
+    selective_keeps_outputs: bool = False
+    split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)
+    compile: bool = False
     context_parallel: Literal["", "ring", "all_gather", "ulysses"] = ""
     expert_dispatch: Literal["", "all_to_all", "deduplicated"] = ""
     expert_tensor_parallel: bool = False

@@ -17,6 +17,7 @@ from simulator.compute import (
     KernelTime,
     accumulation_seconds,
     deferred_bytes,
+    kept_outputs,
     kernel_time,
     passing_bytes,
     recomputed_share,
@@ -332,10 +333,17 @@ class StageCosts:
         is_block = (columns > 0) == (rows > 0)
         recompute = self.layout.recompute if is_block else "none"
         working = passing_bytes(kernels, precision) if is_block else 0.0
+        boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
         if recompute == "full":
             backward += self._again(kernels, times, beside_forward, columns + rows)
-            boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
             saved, working = boundary, working + saved
+        elif recompute == "selective" and job.stack.selective_keeps_outputs:
+            gathers = columns if self.layout.sequence_parallel else 0
+            gathered = tensor_seconds(job, self.layout, groups.tp, size, gathers, 0)[0]
+            backward += self._selected(kernels, cp_forward)[0] + Work(tp=gathered, ep=ep_forward)
+            # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
+            kept = boundary * (1 + (rows if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
+            saved, working = kept, working + max(0.0, saved - kept)
         elif recompute == "selective":
             again, dropped = self._selected(kernels, cp_forward)
             backward += again

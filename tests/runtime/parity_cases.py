@@ -1,7 +1,12 @@
-"""The layouts whose losses and gradient norms must be those of one process. A section for each kind; add yours."""
+"""The layouts whose losses and gradient norms must be those of one process. A section for each kind; add yours.
+
+CASES run with every test; LONG_CASES, on up to 8 ranks, with the slow tests and `make parity`, which writes the
+differences of all of them down (docs/parity.md). A case may use any model of tiny_jobs.MODELS.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,18 +37,25 @@ _REPLICATE = {"dp_replicate": 2}
 _SHARD = {"dp_shard": 2, "zero_stage": 3}
 _TENSOR = {"tp": 2, "sequence_parallel": True}
 _INTERLEAVED = {"pp": 2, "schedule": "Interleaved1F1B", "virtual_stages": 2}
+_ZBV = {"pp": 2, "schedule": "ZBVZeroBubble", "virtual_stages": 2}
+_ZB1P = {"pp": 2, "schedule": "InterleavedZeroBubble", "virtual_stages": 2}
+_DUAL = {"pp": 2, "schedule": "DualPipeV", "virtual_stages": 2}
+_BREADTH = {"pp": 2, "schedule": "LoopedBFS", "virtual_stages": 2}
+_OPTIMIZER_STATE = {"dp_shard": 2, "zero_stage": 1}
 _SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 
 # One process: gradient accumulation and recompute.
 _ONE = [
     Case(Layout(micro_batch_size=2)),
     Case(Layout(micro_batch_size=2, recompute="full")),
+    Case(Layout(micro_batch_size=4, recompute="selective")),
 ]
 # Each axis alone, on two.
 _TWO = [
     Case(Layout(**_REPLICATE, micro_batch_size=4)),
     Case(Layout(**_REPLICATE, micro_batch_size=2)),
     Case(Layout(**_REPLICATE, micro_batch_size=4, recompute="full"), "tiny-gpt"),
+    Case(Layout(**_OPTIMIZER_STATE, micro_batch_size=1)),
     Case(Layout(dp_shard=2, zero_stage=2, micro_batch_size=2)),
     Case(Layout(**_SHARD, micro_batch_size=4)),
     Case(Layout(**_SHARD, micro_batch_size=2, recompute="full"), "tiny-gpt"),
@@ -60,6 +72,10 @@ _TWO = [
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2, recompute="full"), "tiny-gpt-untied"),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=1, stage_layers=(3, 1))),
     Case(Layout(**_INTERLEAVED, micro_batch_size=2)),
+    Case(Layout(**_BREADTH, micro_batch_size=2)),
+    Case(Layout(**_ZB1P, micro_batch_size=2)),
+    Case(Layout(**_ZBV, micro_batch_size=2)),
+    Case(Layout(**_DUAL, micro_batch_size=1), "tiny-gpt-untied"),
 ]
 # Two axes, on four.
 _FOUR = [
@@ -78,6 +94,10 @@ _FOUR = [
     Case(Layout(pp=2, tp=2, schedule="1F1B", micro_batch_size=4)),
     Case(Layout(pp=2, **_TENSOR, schedule="1F1B", micro_batch_size=4, recompute="full"), "tiny-gpt-untied"),
     Case(Layout(**_INTERLEAVED, **_TENSOR, micro_batch_size=4)),
+    # Gradients that a split backward finds: replicated without DDP, sharded, gathered once for the step.
+    Case(Layout(**_ZB1P, **_REPLICATE, micro_batch_size=1)),
+    Case(Layout(**_ZBV, dp_shard=2, zero_stage=2, micro_batch_size=1)),
+    Case(Layout(**_DUAL, **_OPTIMIZER_STATE, micro_batch_size=1)),
 ]
 # Half precision, where only the size of the difference is known.
 _HALF = [
@@ -88,4 +108,76 @@ _HALF = [
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), training={"precision": "bf16"}),
 ]
 CASES = [*_ONE, *_TWO, *_FOUR, *_HALF]
-REFERENCES = list({case.reference.name: case.reference for case in CASES}.values())
+
+_SELECTIVE = {"recompute": "selective"}
+_LONG_TWO = [
+    Case(Layout(**_REPLICATE, micro_batch_size=1, **_SELECTIVE), "tiny-gpt"),
+    Case(Layout(**_SHARD, micro_batch_size=2, **_SELECTIVE)),
+    Case(Layout(tp=2, micro_batch_size=4, **_SELECTIVE), "tiny-gpt"),
+    Case(Layout(**_TENSOR, micro_batch_size=4, **_SELECTIVE), "tiny-qwen"),
+    Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2, **_SELECTIVE)),
+    Case(Layout(**_OPTIMIZER_STATE, micro_batch_size=2), "tiny-gpt", _SGD),
+    Case(Layout(**_OPTIMIZER_STATE, micro_batch_size=2), training={"precision": "bf16"}),
+    Case(Layout(**_SHARD, micro_batch_size=2, **_SELECTIVE), training={"precision": "bf16"}),
+    Case(Layout(pp=2, schedule="GPipe", micro_batch_size=1, stage_layers=(5, 3)), "tiny-deep"),
+    Case(Layout(**_INTERLEAVED, micro_batch_size=2, stage_layers=(3, 2, 2, 1)), "tiny-deep"),
+    Case(Layout(**_BREADTH, micro_batch_size=2, stage_layers=(1, 3, 2, 2)), "tiny-deep"),
+    Case(Layout(**_ZB1P, micro_batch_size=2, stage_layers=(1, 2, 2, 3)), "tiny-deep"),
+    Case(Layout(**_ZBV, micro_batch_size=2, stage_layers=(2, 1, 3, 2)), "tiny-deep"),
+    Case(Layout(**_DUAL, micro_batch_size=1, stage_layers=(2, 3, 1, 2)), "tiny-deep"),
+    # Three microbatches, which no number of stages divides.
+    Case(Layout(**_ZBV, micro_batch_size=1), training={"global_batch_size": 3}),
+    Case(Layout(**_ZBV, micro_batch_size=2), training={"precision": "bf16"}),
+    Case(Layout(**_DUAL, micro_batch_size=1), training={"precision": "bf16"}),
+]
+_LONG_FOUR = [
+    Case(Layout(dp_replicate=2, **_OPTIMIZER_STATE, micro_batch_size=1)),
+    Case(Layout(**_TENSOR, **_OPTIMIZER_STATE, micro_batch_size=2)),
+    Case(Layout(pp=2, **_OPTIMIZER_STATE, schedule="1F1B", micro_batch_size=1)),
+    Case(Layout(**_BREADTH, **_SHARD, micro_batch_size=1)),
+    Case(Layout(**_ZBV, **_REPLICATE, micro_batch_size=1), "tiny-gpt-untied"),
+    Case(Layout(**_DUAL, **_REPLICATE, micro_batch_size=1)),
+    Case(Layout(**_ZB1P, dp_shard=2, zero_stage=2, micro_batch_size=1)),
+    Case(Layout(**_ZBV, **_TENSOR, micro_batch_size=2)),
+    Case(Layout(**_DUAL, tp=2, micro_batch_size=2), "tiny-gpt-untied"),
+    Case(Layout(pp=4, schedule="1F1B", micro_batch_size=1, stage_layers=(1, 3, 2, 2)), "tiny-deep"),
+    Case(Layout(pp=4, schedule="ZBVZeroBubble", virtual_stages=2, micro_batch_size=1), "tiny-deep"),
+    Case(Layout(pp=4, schedule="DualPipeV", virtual_stages=2, micro_batch_size=1), "tiny-deep"),
+    # Four stages on a rank: torch drops the parameters of those that are needed last.
+    Case(
+        Layout(pp=2, schedule="Interleaved1F1B", virtual_stages=4, dp_shard=2, zero_stage=2, micro_batch_size=1),
+        "tiny-deep",
+    ),
+    Case(
+        Layout(pp=2, schedule="InterleavedZeroBubble", virtual_stages=4, dp_shard=2, zero_stage=2, micro_batch_size=1),
+        "tiny-deep",
+    ),
+    Case(Layout(**_ZBV, **_REPLICATE, micro_batch_size=1), training={"precision": "bf16"}),
+    Case(Layout(**_ZB1P, dp_shard=2, zero_stage=2, micro_batch_size=1), training={"precision": "bf16"}),
+]
+_LONG_EIGHT = [
+    Case(Layout(dp_replicate=8, micro_batch_size=1)),
+    Case(Layout(dp_shard=8, zero_stage=1, micro_batch_size=1)),
+    Case(Layout(dp_shard=8, zero_stage=2, micro_batch_size=1), "tiny-gpt"),
+    Case(Layout(dp_shard=8, zero_stage=3, micro_batch_size=1)),
+    Case(Layout(dp_replicate=2, dp_shard=4, zero_stage=3, micro_batch_size=1), training={"global_batch_size": 16}),
+    Case(Layout(dp_replicate=4, dp_shard=2, zero_stage=1, micro_batch_size=1), training={"global_batch_size": 16}),
+    Case(Layout(tp=4, dp_replicate=2, sequence_parallel=True, micro_batch_size=2), "tiny-gpt"),
+    Case(Layout(**_TENSOR, dp_replicate=2, dp_shard=2, zero_stage=3, micro_batch_size=2)),
+    Case(Layout(pp=8, schedule="1F1B", micro_batch_size=1), "tiny-deep"),
+    Case(Layout(pp=4, dp_replicate=2, schedule="GPipe", micro_batch_size=1)),
+    Case(Layout(pp=4, dp_shard=2, zero_stage=3, schedule="Interleaved1F1B", virtual_stages=2), "tiny-deep"),
+    Case(Layout(**_ZBV, dp_replicate=2, dp_shard=2, zero_stage=2), training={"global_batch_size": 16}),
+    Case(Layout(pp=2, **_TENSOR, **_SHARD, schedule="1F1B", micro_batch_size=2, **_SELECTIVE)),
+    Case(Layout(**_BREADTH, **_TENSOR, **_REPLICATE, micro_batch_size=2)),
+    Case(Layout(**_ZB1P, **_TENSOR, **_REPLICATE, micro_batch_size=2)),
+    Case(Layout(**_ZBV, **_TENSOR, dp_shard=2, zero_stage=2, micro_batch_size=1)),
+    Case(Layout(**_DUAL, **_TENSOR, **_OPTIMIZER_STATE, micro_batch_size=1)),
+    Case(Layout(**_ZBV, **_TENSOR, dp_shard=2, zero_stage=2, micro_batch_size=1), training={"precision": "bf16"}),
+]
+LONG_CASES = [*_LONG_TWO, *_LONG_FOUR, *_LONG_EIGHT]
+
+
+def with_references(cases: Sequence[Case]) -> list[Case]:
+    """The cases and what each is held against, every one once."""
+    return list({case.name: case for case in (*cases, *(case.reference for case in cases))}.values())

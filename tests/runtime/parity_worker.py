@@ -1,6 +1,6 @@
 """Train every case of one world size, one after the other, and write losses and gradient norms as JSON.
 
-Run by the fixture `parity_runs`: `torchrun --nproc-per-node N parity_worker.py DATA OUTPUT`; one
+Run by `parity_table.run_cases`: `torchrun --nproc-per-node N parity_worker.py DATA OUTPUT fast|all`; one
 process needs no torchrun.
 """
 
@@ -13,12 +13,12 @@ import time
 import traceback
 from pathlib import Path
 
-from parity_cases import CASES, REFERENCES, STEPS
+from parity_cases import CASES, LONG_CASES, STEPS, with_references
 from tiny_jobs import MODELS, tiny_plan
 
 
 def main() -> None:
-    data, output = sys.argv[1:]
+    data, output, which = sys.argv[1:]
     import torch
     import torch.distributed as dist
 
@@ -29,7 +29,7 @@ def main() -> None:
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     results = {}
-    for case in CASES + REFERENCES:
+    for case in with_references(CASES if which == "fast" else CASES + LONG_CASES):
         if case.layout.world_size == dist.get_world_size():
             begin = time.perf_counter()
             plan = tiny_plan(case.layout, MODELS[case.model], data=data, **case.training)

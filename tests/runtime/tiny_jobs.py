@@ -48,7 +48,9 @@ GPT = ModelSpec(
 # Query-key norms and biases on the queries, keys and values, as Qwen has them.
 QWEN = dataclasses.replace(LLAMA, name="tiny-qwen", qk_norm=True, qkv_bias=True)
 GPT_UNTIED = dataclasses.replace(GPT, name="tiny-gpt-untied", tie_word_embeddings=False)
-MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED)}
+# Enough blocks for eight stages.
+DEEP = dataclasses.replace(LLAMA, name="tiny-deep", num_hidden_layers=8)
+MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED, DEEP)}
 
 _FITS = {name: (CollectiveFit(2, 1e-4, 1.0),) for name in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")}
 _NOWHERE = Link("memory", 1e9, 1e-6, _FITS)
