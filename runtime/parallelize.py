@@ -136,6 +136,10 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
 def apply_compile(stage: Stage) -> None:
     """Compile each block for itself, before FSDP puts its hooks around it: blocks are alike, so that one compilation
     serves all of a stage, and what FSDP gathers stays outside of the graphs."""
+    if stage.tok_embeddings is not None:
+        # DTensor returns a result that is still on its way. As the input of a compiled block that loses its gradient's
+        # placement (torch 2.13); a copy waits for it.
+        stage.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
     for block in stage.layers.values():
         block.compile()
 

@@ -30,7 +30,7 @@ class Case:
 
     @property
     def reference(self) -> Case:
-        return Case(Layout(micro_batch_size=8), self.model, self.training)
+        return Case(Layout(micro_batch_size=self.training.get("global_batch_size", 8)), self.model, self.training)
 
 
 _REPLICATE = {"dp_replicate": 2}

@@ -60,7 +60,11 @@ def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_pat
         (Layout(dp_replicate=2), {"nproc": 3}, "needs 2 processes, not 3"),
         (Layout(), {"steps": 5, "warmup": 5}, "less than steps = 5"),
         (Layout(tp=3), {}, "tp = 3 must divide"),
-        (Layout(dp_shard=2, zero_stage=1), {}, "zero_stage"),
+        (
+            Layout(pp=2, dp_shard=2, zero_stage=3, schedule="ZBVZeroBubble", virtual_stages=2),
+            {},
+            r"no zero_stage 3 with ZBVZeroBubble, but \[1, 2\]: torch loses gradients",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(

@@ -151,3 +151,25 @@ def test_peak_is_the_sum_of_its_items() -> None:
     (rank,) = memory(job(), Layout(dp_shard=8, zero_stage=1))
     items = [getattr(rank, f.name) for f in dataclasses.fields(rank) if f.name != "peak"]
     assert rank.peak == pytest.approx(sum(items))
+
+
+def test_zero_stage_1_of_fsdp_shards_parameters_and_holds_a_gathered_copy() -> None:
+    """4 + 8 bytes of weights and moments on one of 8 ranks, 2 gathered and 4 of gradients whole (bf16)."""
+    task = job("layoutwise-cuda")
+    (rank,) = memory(task, Layout(dp_shard=8, zero_stage=1))
+    n = task.model.parameters()
+    assert rank.parameters == pytest.approx(4 * n / 8)
+    assert rank.optimizer == pytest.approx(8 * n / 8)
+    assert rank.gradients == pytest.approx(4 * n)
+    # And the largest unit's gradient on its way: the embedding's or the head's.
+    assert rank.buffers == pytest.approx(2 * n + 4 * task.model.vocab_size * task.model.hidden_size, rel=1e-3)
+
+
+def test_replicas_of_a_split_backward_are_fsdps() -> None:
+    """Without sharding, DDP holds no copy in fp32; a split backward is replicated by FSDP, which does."""
+    task = job("layoutwise-cuda", precision="fp32")
+    chunks = {"pp": 2, "virtual_stages": 2, "dp_replicate": 4}
+    ddp, fsdp = (
+        memory(task, Layout(schedule=name, **chunks))[0] for name in ("Interleaved1F1B", "InterleavedZeroBubble")
+    )
+    assert fsdp.buffers - ddp.buffers == pytest.approx(fsdp.parameters)

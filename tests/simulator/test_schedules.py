@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.layout import MULTI_STAGE, SCHEDULES, SPLIT_BACKWARD, V_PLACEMENT, Layout
-from simulator.program import with_communication
+from simulator.program import sharded_order, with_communication
 from simulator.schedules import Op, compute_order, peak_in_flight
 from simulator.stage import StageCost, Work
 
@@ -259,3 +259,25 @@ def test_fullest_moments_cover_every_moment(shape: tuple[str, int, int, int]) ->
 def test_a_pair_prints_as_torch_prints_it() -> None:
     pair = Op("OVERLAP_F_B", parts=(Op("F", 0, 4), Op("B", 3, 1)))
     assert str(pair) == "(0F4;3B1)OVERLAP_F_B" == str(torch_schedules._Action.from_str(str(pair)))
+
+
+@pytest.mark.parametrize("name", MULTI_STAGE)
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_gathers_and_reductions_that_the_runtime_runs_are_torchs(name: str, chunks: int) -> None:
+    """zero_stage 2 and 3: gathered ahead, at most three stages at once; reduced behind the last gradient."""
+    if name in V_PLACEMENT and chunks != 2:
+        return
+    layout = Layout(pp=2, virtual_stages=chunks, schedule=name, dp_shard=2, zero_stage=2)
+    for rank, actions in torch_actions(name, 2, chunks, 8).items():
+        lowered = torch_schedules._add_reduce_grad(torch_schedules._add_unshard_reshard(actions), 8)
+        order = compute_order(name, rank, 2, chunks, 8)
+        assert list(map(str, sharded_order(order, layout))) == list(map(str, lowered))
+
+
+def test_zero_stage_1_gathers_once_and_drops_at_the_end() -> None:
+    layout = Layout(pp=2, virtual_stages=4, schedule="Interleaved1F1B", dp_shard=2, zero_stage=1)
+    ops = [str(op) for op in sharded_order(compute_order("Interleaved1F1B", 0, 2, 4, 8), layout)]
+    for kind in ("UNSHARD", "REDUCE_GRAD", "RESHARD"):
+        assert sorted(op for op in ops if op.endswith(kind)) == [f"{stage}{kind}" for stage in (0, 2, 4, 6)]
+    assert all(op.endswith("RESHARD") for op in ops[-4:])
+    assert all(ops.index(f"{stage}UNSHARD") + 1 == ops.index(f"{stage}F0") for stage in (0, 2, 4, 6))
