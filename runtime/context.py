@@ -1,8 +1,8 @@
 """Context parallelism: each rank keeps a part of every sequence, and keys and values go round to the queries.
 
-The attention is torch's own ring (`torch.distributed.tensor.experimental`, arXiv 2310.01889), called with the flash kernel
-of the device: torch's `context_parallel()` has no rule for the processor's kernel. A causal mask is balanced: of 2c chunks
-of a sequence rank r holds the r-th from the front and the r-th from the back.
+The attention is torch's own ring (`torch.distributed.tensor.experimental`, arXiv 2310.01889), called with the flash
+kernel of the device: torch's `context_parallel()` has no rule for the processor's kernel. A causal mask is balanced: of
+2c chunks of a sequence rank r holds the r-th from the front and the r-th from the back.
 
     cp = 2, sequence 0 1 2 3 4 5 6 7      rank 0 holds 0 1 6 7, rank 1 holds 2 3 4 5
 """
@@ -39,7 +39,7 @@ def apply_context_parallel(stage: Stage, mesh: DeviceMesh) -> None:
     """Let a stage work on this rank's positions, with the ring in place of each attention core."""
     stage.context_ranks, stage.context_place = mesh.size(), mesh.get_local_rank()
     for block in stage.layers.values():
-        block.attention.attend = RingAttention(mesh)
+        block.attention.ring = RingAttention(mesh)
 
 
 class RingAttention:
@@ -76,7 +76,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         gradient = gradient.contiguous()
         if q.is_cuda:

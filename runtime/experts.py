@@ -29,8 +29,8 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def local_part_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, for work on a share of the tokens or of the width: what a rank finds as the gradient
-    of something replicated is a share of it."""
+    """This rank's part of a DTensor, for work on a share of the tokens or of the width: what a rank finds as the
+    gradient of something replicated is a share of it."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in tensor.placements])

@@ -10,7 +10,6 @@ Shapes in comments: B microbatch, T sequence, h hidden_size, a heads (of this ra
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -62,11 +61,9 @@ class Attention(nn.Module):
         super().__init__()
         h, d = spec.hidden_size, spec.head_dim
         self.head_dim = d
-        grouped = spec.num_key_value_heads != spec.num_attention_heads
-        # Context parallelism puts its own in this place.
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(
-            F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped
-        )
+        self.grouped = spec.num_key_value_heads != spec.num_attention_heads
+        # What context parallelism puts in the place of the attention core.
+        self.ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.wq = nn.Linear(h, spec.num_attention_heads * d, bias=spec.qkv_bias)
         self.wk = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
         self.wv = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
@@ -82,7 +79,10 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = self.attend(q, k, v)
+        if self.ring is not None:
+            out = self.ring(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 
 

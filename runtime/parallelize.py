@@ -128,7 +128,7 @@ class ShardedPositions(ParallelStyle):
         return distribute_module(module, device_mesh, None, cut_input, to_local)
 
 
-def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool) -> None:
+def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool = True) -> None:
     """Heads, feed-forward width and vocabulary over the tensor axis (Megatron-LM, arXiv 1909.08053); with
     sequence_parallel the residual stream is cut along the sequence between them (arXiv 2205.05198).
 

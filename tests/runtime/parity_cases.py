@@ -87,5 +87,58 @@ _HALF = [
     Case(Layout(pp=2, **_SHARD, micro_batch_size=2), training={"precision": "bf16"}),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), training={"precision": "bf16"}),
 ]
-CASES = [*_ONE, *_TWO, *_FOUR, *_HALF]
+_SPREAD = {**_SHARD, "ep": 2}
+# Parts of a sequence: keys and values go round.
+_CONTEXT = [
+    Case(Layout(cp=2, micro_batch_size=4)),
+    Case(Layout(cp=2, zero_stage=3, micro_batch_size=2, recompute="full"), "tiny-gpt"),
+    Case(Layout(cp=2, **_TENSOR, zero_stage=2, micro_batch_size=4), "tiny-qwen"),
+]
+# Experts: every token on its rank, cut by width, spread over data parallel ranks, over a sequence.
+_EXPERTS = [
+    Case(Layout(micro_batch_size=2, recompute="full"), "tiny-shared-moe"),
+    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(**_SPREAD, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(**_TENSOR, ep=2, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(dp_shard=4, zero_stage=3, ep=2, micro_batch_size=1), "tiny-moe", _SGD),
+    Case(Layout(pp=2, **_REPLICATE, ep=2, schedule="1F1B", micro_batch_size=2), "tiny-shared-moe"),
+]
+CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_CONTEXT, *_EXPERTS]
+# Three axes and more: too slow for every test run.
+_LONG_CONTEXT = [
+    Case(Layout(cp=2, zero_stage=2, micro_batch_size=4)),
+    Case(Layout(cp=4, zero_stage=3, micro_batch_size=4)),
+    Case(Layout(cp=2, **_TENSOR, micro_batch_size=4)),
+    Case(Layout(cp=2, **_SHARD, micro_batch_size=2)),
+    Case(Layout(cp=2, **_REPLICATE, micro_batch_size=2), "tiny-gpt"),
+    Case(Layout(cp=2, **_REPLICATE, zero_stage=2, micro_batch_size=2)),
+    Case(Layout(pp=2, cp=2, schedule="1F1B", micro_batch_size=2)),
+    Case(Layout(**_INTERLEAVED, cp=2, zero_stage=3, micro_batch_size=2)),
+    Case(Layout(cp=2, **_SHARD, **_TENSOR, micro_batch_size=4)),
+    Case(Layout(pp=2, cp=2, **_TENSOR, schedule="1F1B", micro_batch_size=2)),
+    Case(Layout(cp=2, **_SHARD, micro_batch_size=4), training={"precision": "bf16"}),
+]
+_LONG_EXPERTS = [
+    Case(Layout(**_REPLICATE, ep=2, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(cp=2, ep=2, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(dp_shard=4, zero_stage=3, ep=4, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(dp_replicate=4, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_REPLICATE, **_SPREAD, micro_batch_size=1), "tiny-shared-moe"),
+    Case(Layout(**_SHARD, tp=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_SPREAD, **_TENSOR, micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(**_SHARD, **_TENSOR, ep=4, micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(**_REPLICATE, **_TENSOR, ep=2, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(cp=2, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(cp=2, **_SPREAD, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, **_SPREAD, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_INTERLEAVED, **_REPLICATE, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, **_TENSOR, ep=2, recompute="full", micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(pp=2, cp=2, ep=2, zero_stage=3, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, dp_shard=4, zero_stage=3, ep=2, micro_batch_size=1), "tiny-moe"),
+    Case(Layout(**_INTERLEAVED, **_TENSOR, dp_shard=2, zero_stage=2, ep=4, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_SHARD, cp=2, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe", _SGD),
+    Case(Layout(**_REPLICATE, **_SPREAD, **_TENSOR, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(**_SHARD, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe", {"precision": "bf16"}),
+]
+LONG_CASES = [*_LONG_CONTEXT, *_LONG_EXPERTS]
 REFERENCES = list({case.reference.name: case.reference for case in CASES}.values())
