@@ -43,6 +43,15 @@ class Batch(NamedTuple):
         parts = zip(*(tensor.split(size) for tensor in (*self.inputs, self.targets)), strict=True)
         return (Batch(tuple(inputs), targets) for *inputs, targets in parts)
 
+    def cut(self, seq_len: int, ranks: int, place: int) -> Batch:
+        """The part of every sequence that a rank of the context axis works on."""
+        if ranks == 1:
+            return self
+        from runtime.context import own_positions
+
+        own = own_positions(seq_len, ranks, place).to(self.targets.device)
+        return Batch(tuple(tensor.index_select(1, own) for tensor in self.inputs), self.targets.index_select(1, own))
+
 
 class Batches:
     """The batches of one rank: `load(step)` is its share of the global batch of a step, a function of (seed, step)
@@ -52,12 +61,13 @@ class Batches:
         self.training, self.device = job.training, device
         self.tokens = read_tokens(job.training.data)
         self.share = share_of(layout, rank, job.training.global_batch_size)
+        self.context = layout.cp, layout.coordinates(rank)["cp"]
 
     def load(self, step: int) -> Batch:
         training = self.training
         offsets = sample_offsets(len(self.tokens), training.seed, step, training.global_batch_size, training.seq_len)
         inputs, targets = load_batch(self.tokens, offsets[self.share], training.seq_len, self.device)
-        return Batch((inputs,), targets)
+        return Batch((inputs,), targets).cut(training.seq_len, *self.context)
 
 
 def read_tokens(folder: str, most: int = MOST_BYTES) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The reference transformer: a GPT- or Llama-like decoder from a ModelSpec, cut into pipeline stages.
+"""The reference transformer: a GPT- or Llama-like decoder from a ModelSpec, with or without experts, cut into stages.
 
 A `Stage` holds a range of blocks, and at the ends of the model the embedding and the head. One process holds one stage
 with everything in it. Names are torchtitan's (`tok_embeddings`, `layers.3.attention.wq`, `norm`, `output`), and a block
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from runtime.context import own_positions
+from runtime.experts import MixtureOfExperts
 from simulator.model import ModelSpec
 
 # Standard deviation of the initial matrices, as in GPT-2 and Llama.
@@ -60,6 +62,8 @@ class Attention(nn.Module):
         h, d = spec.hidden_size, spec.head_dim
         self.head_dim = d
         self.grouped = spec.num_key_value_heads != spec.num_attention_heads
+        # What context parallelism puts in the place of the attention core.
+        self.ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.wq = nn.Linear(h, spec.num_attention_heads * d, bias=spec.qkv_bias)
         self.wk = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
         self.wv = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
@@ -75,16 +79,19 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        if self.ring is not None:
+            out = self.ring(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class FeedForward(nn.Module):
     """w2(act(w1 x) · w3 x) if gated, else w2(act(w1 x))."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, width: int) -> None:
         super().__init__()
-        h, f = spec.hidden_size, spec.intermediate_size
+        h, f = spec.hidden_size, width
         self.activation = _ACTIVATIONS[spec.activation]
         self.w1 = nn.Linear(h, f, bias=spec.mlp_bias)
         self.w2 = nn.Linear(f, h, bias=spec.mlp_bias)
@@ -98,18 +105,27 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward on the residual stream, x (B, T, h)."""
+    """Pre-norm attention and feed-forward (or experts) on the residual stream, x (B, T, h)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         self.attention_norm = _norm(spec, spec.hidden_size)
         self.attention = Attention(spec)
         self.ffn_norm = _norm(spec, spec.hidden_size)
-        self.feed_forward = FeedForward(spec)
+        mixed = spec.block_kind(index) == "moe"
+        self.feed_forward = None if mixed else FeedForward(spec, spec.intermediate_size)
+        self.moe = _mixture(spec) if mixed else None
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope)
-        return x + self.feed_forward(self.ffn_norm(x))
+        feed_forward = self.moe or self.feed_forward
+        assert feed_forward is not None
+        return x + feed_forward(self.ffn_norm(x))
+
+
+def _mixture(spec: ModelSpec) -> MixtureOfExperts:
+    width = spec.num_shared_experts * spec.moe_intermediate_size
+    return MixtureOfExperts(spec, _ACTIVATIONS[spec.activation], FeedForward(spec, width) if width else None)
 
 
 class Stage(nn.Module):
@@ -117,7 +133,7 @@ class Stage(nn.Module):
 
     The first stage takes token ids (B, T), the others the residual stream (B, T, h), which is also what a stage
     returns, except for the last one: logits (B, T, V). With sequence parallelism T is a rank's share of the sequence
-    everywhere on the residual stream.
+    everywhere on the residual stream, with context parallelism T is a rank's share from the token ids on.
     """
 
     def __init__(self, spec: ModelSpec, seq_len: int, layers: Sequence[int], first: bool, last: bool) -> None:
@@ -126,10 +142,11 @@ class Stage(nn.Module):
         self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size) if first else None
         learned = first and spec.position == "learned"
         self.pos_embeddings = nn.Embedding(spec.max_position_embeddings, spec.hidden_size) if learned else None
-        self.layers = nn.ModuleDict({str(index): Block(spec) for index in layers})
+        self.layers = nn.ModuleDict({str(index): Block(spec, index) for index in layers})
         self.norm = _norm(spec, spec.hidden_size) if last else None
         self.output = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False) if last else None
         self.rope: Tensor | None = None
+        self.context_ranks, self.context_place = 1, 0
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -138,11 +155,15 @@ class Stage(nn.Module):
         if self.spec.tie_word_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
+    def positions(self, device: torch.device) -> Tensor:
+        """Where this rank's tokens stand in their sequence."""
+        return own_positions(self.seq_len, self.context_ranks, self.context_place).to(device)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.tok_embeddings is not None:
             tokens, x = x, self.tok_embeddings(x)
             if self.pos_embeddings is not None:
-                x = x + self.pos_embeddings(torch.arange(tokens.shape[1], device=tokens.device))
+                x = x + self.pos_embeddings(self.positions(tokens.device)[: tokens.shape[1]])
         for block in self.layers.values():
             x = block(x, self.rope)
         if self.norm is not None and self.output is not None:
@@ -165,11 +186,11 @@ def init_weights(stage: Stage, seed: int, device: torch.device) -> None:
     stage.to_empty(device=device)
     stage.tie_weights()
     if stage.spec.position == "rope":
-        stage.rope = rope_table(stage.spec, stage.seq_len, device)
+        stage.rope = rope_table(stage.spec, stage.seq_len, device)[:, stage.positions(device)]
     with torch.no_grad():
         for name, parameter in named_weights(stage):
             part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("bias"):
                 part.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 part.copy_(local_part(_draw(parameter.shape, seed, name, device), parameter))

@@ -1,4 +1,4 @@
-"""Cut a stage as the layout says: tensor parallelism, then recompute, compilation, and data parallelism.
+"""Cut a stage as the layout says: tensor, expert and context parallelism, recompute, compilation, data parallelism.
 
 Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`, `compile`, FSDP2's `fully_shard`, DDP.
 
@@ -10,6 +10,9 @@ Every step is torch's own: DTensor's `parallelize_module`, `checkpoint_wrapper`,
 
 A split backward (zero-bubble schedules) writes the gradients of weights itself, past autograd's hooks. DDP reduces in
 those hooks, so that replicas would drift apart: there too it is fully_shard over (dp_replicate, 1).
+
+The ranks of cp hold the same parameters: with zero_stage they are part of dp_shard here, without it of dp_replicate.
+Routed experts under expert parallelism are FSDP modules of their own, over the ranks that hold the same ones.
 """
 
 from __future__ import annotations
@@ -21,23 +24,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.model import Attention, FeedForward, Stage, init_weights
+from runtime.context import apply_context_parallel
+from runtime.experts import MixtureOfExperts, replicate_weights, split_experts, spread_experts
+from runtime.model import Attention, Block, FeedForward, Stage, init_weights
 from runtime.recompute import apply_recompute
-from simulator.job import Training
+from simulator.expert_parallel import expert_grid
+from simulator.job import Job, Training
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 
-MESH_AXES = tuple(axis for axis in reversed(AXES) if axis != "cp")
+MESH_AXES = tuple(reversed(AXES))
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
@@ -45,15 +52,40 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
 
 
+def build_expert_mesh(job: Job, layout: Layout, device_type: str) -> DeviceMesh | None:
+    """The same ranks as routed experts see them under expert parallelism, ep innermost; None without it."""
+    if layout.ep == 1:
+        return None
+    grid = expert_grid(layout, job.stack)
+    names = ("pp", "expert_replicate", "expert_shard", "ep")
+    return init_device_mesh(device_type, (layout.pp, grid.replicas, grid.shards, grid.ep), mesh_dim_names=names)
+
+
+def data_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same parameters, as FSDP takes them: (replicas, shards), or shards alone."""
+    if layout.cp == 1:
+        return mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
+    if not layout.zero_stage:
+        return DeviceMesh._concatenate([replica_mesh(layout, mesh), mesh["dp_shard"]])
+    shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if layout.dp_replicate > 1 else shards
+
+
+def replica_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same parameters where nothing is sharded."""
+    return mesh["dp_replicate"] if layout.cp == 1 else mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
+
+
 def uses_ddp(layout: Layout, training: Training) -> bool:
-    return layout.dp_replicate > 1 and not uses_fsdp(layout, training)
+    return layout.dp_replicate * layout.cp > 1 and not uses_fsdp(layout, training)
 
 
 def uses_fsdp(layout: Layout, training: Training) -> bool:
     """Whether stages are FSDP modules. bf16 is always FSDP's mixed precision, over a shard of one where nothing is
     sharded: so every layout computes in the same precision, and the residual stream is bf16 in all of them."""
     without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
-    return training.precision == "bf16" or layout.dp_shard > 1 or (layout.dp_replicate > 1 and without_ddp)
+    replicated = without_ddp and layout.dp_replicate * layout.cp > 1
+    return training.precision == "bf16" or layout.zero_stage > 0 or layout.ep > 1 or replicated
 
 
 def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
@@ -62,19 +94,29 @@ def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
 
 
 def parallelize(
-    stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device, compiled: bool = False
+    stage: Stage,
+    layout: Layout,
+    job: Job,
+    mesh: DeviceMesh,
+    experts: DeviceMesh | None,
+    device: torch.device,
 ) -> nn.Module:
     """The stage, built on the meta device, as this rank runs it: cut, with memory and with its initial weights."""
+    training = job.training
     if layout.tp > 1:
-        apply_tensor_parallel(stage, mesh["tp"], layout.sequence_parallel)
+        apply_tensor_parallel(stage, mesh["tp"], layout.sequence_parallel, layout.ep == 1)
+    if experts is not None:
+        apply_expert_parallel(stage, experts["ep"])
+    if layout.cp > 1:
+        apply_context_parallel(stage, mesh["cp"])
     if layout.recompute != "none":
         apply_recompute(stage, layout.recompute)
-    if compiled:
+    if job.stack.compile:
         apply_compile(stage)
     if uses_fsdp(layout, training):
-        apply_fsdp(stage, layout, training, mesh)
+        apply_fsdp(stage, layout, training, mesh, experts)
     init_weights(stage, training.seed, device)
-    return apply_ddp(stage, mesh) if uses_ddp(layout, training) else stage
+    return apply_ddp(stage, replica_mesh(layout, mesh)) if uses_ddp(layout, training) else stage
 
 
 class ShardedPositions(ParallelStyle):
@@ -93,12 +135,15 @@ class ShardedPositions(ParallelStyle):
         return distribute_module(module, device_mesh, None, cut_input, to_local)
 
 
-def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool = True) -> None:
     """Heads, feed-forward width and vocabulary over the tensor axis (Megatron-LM, arXiv 1909.08053); with
     sequence_parallel the residual stream is cut along the sequence between them (arXiv 2205.05198).
 
     PrepareModuleInput makes the gather before attention and feed-forward one collective, and its backward too: the
     partial gradients of wq, wk, wv (w1, w3) are added before they are reduced.
+
+    Args:
+        cut_experts: cut routed experts by their width too; else each rank routes its share of the sequence.
     """
     stream = Shard(1) if sequence_parallel else Replicate()
     plan: dict[str, ParallelStyle] = {
@@ -111,19 +156,48 @@ def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: boo
     stage.tie_weights()
     for block in stage.layers.values():
         parallelize_module(block, mesh, _block_plan(block, stream))
+        assert isinstance(block, Block)
+        if block.moe is not None:
+            _cut_mixture(block.moe, mesh, stream, cut_experts)
+        else:
+            assert block.feed_forward is not None
+            _cut_feed_forward(block.feed_forward, mesh, stream)
+
+
+def _cut_feed_forward(feed_forward: FeedForward, mesh: DeviceMesh, stream: Shard | Replicate) -> None:
+    columns = ["w1"] + ["w3"] * (feed_forward.w3 is not None)
+    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
+    plan["w2"] = RowwiseParallel(output_layouts=stream)
+    parallelize_module(feed_forward, mesh, plan)
+    PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))._apply(feed_forward, mesh)
+
+
+def _cut_mixture(mixture: MixtureOfExperts, mesh: DeviceMesh, stream: Shard | Replicate, split: bool) -> None:
+    """Experts that are split take the whole sequence, as a feed-forward does; the sum of routed and shared experts is
+    reduced at once. Experts that are spread over ep take the tokens from the stream as it is."""
+    shared = mixture.shared_experts
+    replicate_weights(mixture.router, mesh)
+    if not split:
+        if shared is not None:
+            _cut_feed_forward(shared, mesh, stream)
+        return
+    split_experts(mixture.experts, mesh)
+    if shared is not None:
+        columns = ["w1"] + ["w3"] * (shared.w3 is not None)
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
+        parallelize_module(shared, mesh, plan | {"w2": RowwiseParallel(output_layouts=Partial())})
+    PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))._apply(mixture, mesh)
+    PrepareModuleOutput(output_layouts=(Partial(),), desired_output_layouts=(stream,))._apply(mixture, mesh)
 
 
 def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, ParallelStyle]:
-    attention, feed_forward = block.attention, block.feed_forward
-    assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)
+    attention = block.attention
+    assert isinstance(attention, Attention)
     plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)),
-        "feed_forward": PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),)),
         "attention.wo": RowwiseParallel(output_layouts=stream),
-        "feed_forward.w2": RowwiseParallel(output_layouts=stream),
     }
-    columns = ["attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"]
-    plan |= {name: ColwiseParallel() for name in columns + ["feed_forward.w3"] * (feed_forward.w3 is not None)}
+    plan |= {name: ColwiseParallel() for name in ("attention.wq", "attention.wk", "attention.wv")}
     if stream.is_shard():
         plan |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
     if attention.q_norm is not None:
@@ -131,6 +205,13 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
         norm = SequenceParallel(sequence_dim=2, use_local_output=True)
         plan |= {"attention.q_norm": norm, "attention.k_norm": norm}
     return plan
+
+
+def apply_expert_parallel(stage: Stage, mesh: DeviceMesh) -> None:
+    """Routed experts over the ep axis (GShard, arXiv 2006.16668)."""
+    for block in stage.layers.values():
+        if block.moe is not None:
+            spread_experts(block.moe.experts, mesh)
 
 
 def apply_compile(stage: Stage) -> None:
@@ -144,7 +225,7 @@ def apply_compile(stage: Stage) -> None:
         block.compile()
 
 
-def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh) -> None:
+def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, experts: DeviceMesh | None) -> None:
     """Shard each block, and embedding, final norm and head as one group with the root (they may share a weight).
 
     zero_stage 3 frees a block's parameters after its forward and gathers them again for the backward; the root is
@@ -161,15 +242,23 @@ def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMes
         if bf16
         else MixedPrecisionPolicy()
     )
-    over = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
+    over = data_mesh(layout, mesh)
     for block in stage.layers.values():
+        if experts is not None and block.moe is not None:
+            same = experts["expert_replicate", "expert_shard"]
+            fully_shard(
+                block.moe.experts,
+                mesh=same if same.size(0) > 1 else experts["expert_shard"],
+                mp_policy=policy,
+                reshard_after_forward=layout.zero_stage == 3,
+            )
         fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3)
     fully_shard(stage, mesh=over, mp_policy=policy, reshard_after_forward=False)
 
 
 def apply_ddp(stage: Stage, mesh: DeviceMesh) -> DistributedDataParallel:
     """Replicate. Replicas are equal from the start, so nothing is broadcast; gradients live in DDP's buckets."""
-    group = mesh["dp_replicate"].get_group()
+    group = mesh.get_group()
     return DistributedDataParallel(stage, process_group=group, init_sync=False, gradient_as_bucket_view=True)
 
 

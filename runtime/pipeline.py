@@ -90,7 +90,7 @@ def _pipeline_stage(
     Without them torch finds the shapes by running a forward and a backward before the first step, which DDP does not
     survive with several stages on a rank (its reducer counts every parameter twice, torch 2.13).
     """
-    batch, length = layout.micro_batch_size, training.seq_len
+    batch, length = layout.micro_batch_size, training.seq_len // layout.cp
     share = length // (layout.tp if layout.sequence_parallel else 1)
     tokens = torch.empty(batch, length, dtype=torch.int64, device="meta")
     stream = torch.empty(

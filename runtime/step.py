@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from runtime.data import Batch
+from runtime.experts import scale_expert_gradients
 from runtime.optimizer import build_optimizer, clip_gradients, local_tensor, squared_norm, sum_partial_gradients
-from runtime.parallelize import build_mesh, gradient_sync, parallelize
+from runtime.parallelize import build_expert_mesh, build_mesh, gradient_sync, parallelize
 from runtime.pipeline import build_schedule, build_stage
 from simulator.job import Job, Training
 from simulator.layout import Layout
@@ -47,6 +48,8 @@ class Run:
             forward_backward = self._run_microbatches if self.schedule is None else self._run_schedule
             loss = forward_backward(batch)
         sum_partial_gradients(self._parameters(), self.mesh)
+        if self.layout.ep > 1:
+            scale_expert_gradients(self.stages, self.layout.tp, self.layout.ep)
         loss, norm = self._reduce(loss)
         clip_gradients(self._parameters(), norm)
         self.optimizer.step()
@@ -86,7 +89,7 @@ class Run:
 
     def _reduce(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm over all ranks, in one all-reduce of two numbers."""
-        per_stage = self.layout.dp * self.layout.tp
+        per_stage = self.layout.dp * self.layout.cp * self.layout.tp
         both = torch.stack((loss.double() / per_stage, squared_norm(self._parameters(), per_stage)))
         dist.all_reduce(both)
         return both[0], both[1].sqrt()
@@ -96,11 +99,10 @@ def build_run(job: Job, layout: Layout, device: torch.device) -> Run:
     """The rank's stages, cut and initialised, their schedule and optimizer."""
     training = job.training
     mesh = build_mesh(layout, device.type)
+    experts = build_expert_mesh(job, layout, device.type)
     numbers = layout.stages_of(mesh["pp"].get_local_rank())
     stages = [
-        parallelize(
-            build_stage(job.model, layout, training.seq_len, number), layout, training, mesh, device, job.stack.compile
-        )
+        parallelize(build_stage(job.model, layout, training.seq_len, number), layout, job, mesh, experts, device)
         for number in numbers
     ]
     optimizer = build_optimizer([p for stage in stages for p in stage.parameters()], training)

@@ -52,6 +52,8 @@ def context_seconds(job: Job, core: Attention, cp: GroupShape, forward: float, b
         gather = collective_seconds("all_gather", c * block, cp, cluster)
         return gather, gather + collective_seconds("reduce_scatter", c * block, cp, cluster)
     there, back = (sum(message_seconds(size, _neighbours(cp), cluster)) for size in (block, 2 * block))
+    if not job.stack.overlap_cp:
+        return (c - 1) * there, (c - 1) * back
     gpu = cluster.gpu
     return (c - 1) * gpu.exposed(there, forward / c), (c - 1) * gpu.exposed(back, backward / c)
 

@@ -230,6 +230,11 @@ class Layout:
         if seq_len % parts:
             shown = "2 * cp * tp" if self.sequence_parallel else "2 * cp"
             found.append(f"cp = {self.cp}: {shown} = {parts} must divide seq_len = {seq_len}")
+        if stack.context_precisions and job.training.precision not in stack.context_precisions:
+            found.append(
+                f"stack {stack.name} has no context parallelism in {job.training.precision}: cp = {self.cp} must be 1, "
+                f"or precision one of {list(stack.context_precisions)}"
+            )
         heads = job.model.num_attention_heads
         if stack.context_parallel == "ulysses" and heads % (self.tp * self.cp):
             found.append(f"tp({self.tp}) * cp({self.cp}) must divide num_attention_heads = {heads}")
@@ -283,6 +288,9 @@ class Layout:
         }
         if model.num_experts and expert_tp(self, job.stack) > 1:
             divided["moe_intermediate_size"] = model.moe_intermediate_size
+        if model.num_shared_experts:
+            width = model.num_shared_experts * model.moe_intermediate_size
+            divided["num_shared_experts * moe_intermediate_size"] = width
         if model.mamba_num_heads:
             divided |= {"mamba_num_heads": model.mamba_num_heads, "mamba_n_groups": model.mamba_n_groups}
         for name, value in divided.items():
@@ -350,6 +358,8 @@ class Layout:
             found.append(f"stack {stack.name} cannot train the {job.model.family} family yet")
         elif job.model.mamba_num_heads and "ssd" not in stack.elementwise:
             found.append(f"stack {stack.name} has no kernels for Mamba blocks")
+        missing = stack.missing(job.model, expert_tp(self, stack))
+        found += [f"stack {stack.name} cannot train {part}" for part in missing]
         if job.training.peft != "none" and not stack.peft:
             found.append(f"stack {stack.name} cannot train with peft = '{job.training.peft}' yet")
         if self.zero_stage not in (0, *stack.zero_stages):

@@ -87,7 +87,6 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
     reduction, tensors to and from neighbours."""
     stack, recipe = job.stack, job.stack.recipes[job.training.precision]
     total = 0.0
-    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
     keeps_all = layout.zero_stage == 1 and stack.replicates_by_fsdp
     whole_stage = keeps_all or layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
     if layout.zero_stage == 3 and not whole_stage:
@@ -100,7 +99,7 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
         gathered = sorted(s.parameters for s in stages)
         total += sum(gathered if keeps_all else gathered[-MOST_UNSHARDED:]) * recipe.compute
         total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
-    elif stack.replicates_by_fsdp and (job.training.precision == "bf16" or (layout.dp > 1 and without_ddp)):
+    elif stack.replicates_by_fsdp and _copies_replicas(job, layout):
         # FSDP over a shard group of one still copies what it gathers.
         total += sum(s.parameters for s in stages) * recipe.compute
     if layout.pp > 1:
@@ -110,6 +109,14 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
         count = 2 * layout.microbatches(job.training.global_batch_size) * layout.virtual_stages
         total += (count if stack.preallocates_receives else 4) * tokens * job.model.hidden_size * recipe.compute
     return total
+
+
+def _copies_replicas(job: Job, layout: Layout) -> bool:
+    """Whether what is not sharded is replicated by FSDP all the same: in bf16, where tensors are cut over tp, under a
+    split backward, and where experts have ranks of their own."""
+    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
+    replicas = layout.dp * layout.cp
+    return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
 
 
 def _overhead(job: Job, layout: Layout) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from simulator.cluster import HostFit
 from simulator.files import STRICT
+from simulator.model import ModelSpec
 from simulator.units import BANDWIDTH
 
 
@@ -53,7 +54,11 @@ class Stack:
     context_parallel and expert_dispatch name how the two are done, "" if not at all: "deduplicated" dispatch sends
     a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
     spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
-    grouped_experts multiplies all experts of a rank in one kernel instead of a call each.
+    grouped_experts multiplies all experts of a rank in one kernel instead of a call each; that kernel takes sizes that
+    are multiples of expert_alignment.
+
+    lacks are the parts of attention that it cannot train; context_precisions those that its context parallelism has
+    kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own. overlaps_in_pair is the communication that
@@ -131,7 +136,32 @@ class Stack:
     expert_tensor_parallel: bool = False
     overlap_ep: bool = False
     grouped_experts: bool = True
+    expert_alignment: int = 1
+    lacks: tuple[Literal["latent_attention", "attention_sinks", "sliding_window"], ...] = ()
+    context_precisions: tuple[str, ...] = ()
+    overlap_cp: bool = True
     peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
 
     __pydantic_config__ = STRICT
+
+    def missing(self, model: ModelSpec, expert_tp: int) -> list[str]:
+        """Parts of a model that this stack has no modules for, with what asks for them; experts are cut over expert_tp
+        ranks."""
+        asked: dict[str, tuple[int | bool, str]] = {
+            "latent_attention": (model.kv_lora_rank, f"latent attention yet (kv_lora_rank = {model.kv_lora_rank})"),
+            "attention_sinks": (model.attention_sinks, "attention sinks yet (attention_sinks = true)"),
+            "sliding_window": (model.sliding_window, f"attention in windows yet ({model.sliding_window} keys)"),
+        }
+        found = [words for part, (used, words) in asked.items() if part in self.lacks and used]
+        if model.num_experts:
+            sizes = {
+                "hidden_size": model.hidden_size,
+                "moe_intermediate_size": model.moe_intermediate_size // expert_tp,
+            }
+            found += [
+                f"experts of {name} = {size} on a rank, which must be a multiple of {self.expert_alignment}"
+                for name, size in sizes.items()
+                if size % self.expert_alignment
+            ]
+        return found

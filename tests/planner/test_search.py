@@ -183,8 +183,10 @@ def test_a_mixture_is_planned_with_its_experts_spread() -> None:
 
 
 def test_a_runtime_without_the_axes_is_not_asked_for_them() -> None:
-    task = job("llama-3.1-8b", seq_len=65536, stack="layoutwise-cuda")
+    task = job("llama-3.1-8b", seq_len=65536, stack="megatron-2021")
     assert {layout.cp for layout in candidates(task)} == {1}
+    ours = job("llama-3.1-8b", seq_len=65536, stack="layoutwise-cuda")
+    assert {layout.cp for layout in candidates(ours)} == {1, 2, 4, 8}
 
 
 def test_a_named_rank_order_is_searched() -> None:

@@ -107,7 +107,23 @@ _HALF = [
     Case(Layout(pp=2, **_SHARD, micro_batch_size=2), training={"precision": "bf16"}),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), training={"precision": "bf16"}),
 ]
-CASES = [*_ONE, *_TWO, *_FOUR, *_HALF]
+_SPREAD = {**_SHARD, "ep": 2}
+# Parts of a sequence: keys and values go round.
+_CONTEXT = [
+    Case(Layout(cp=2, micro_batch_size=4)),
+    Case(Layout(cp=2, zero_stage=3, micro_batch_size=2, recompute="full"), "tiny-gpt"),
+    Case(Layout(cp=2, **_TENSOR, zero_stage=2, micro_batch_size=4), "tiny-qwen"),
+]
+# Experts: every token on its rank, cut by width, spread over data parallel ranks, over a sequence.
+_EXPERTS = [
+    Case(Layout(micro_batch_size=2, recompute="full"), "tiny-shared-moe"),
+    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(**_SPREAD, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(**_TENSOR, ep=2, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(dp_shard=4, zero_stage=3, ep=2, micro_batch_size=1), "tiny-moe", _SGD),
+    Case(Layout(pp=2, **_REPLICATE, ep=2, schedule="1F1B", micro_batch_size=2), "tiny-shared-moe"),
+]
+CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_CONTEXT, *_EXPERTS]
 
 _SELECTIVE = {"recompute": "selective"}
 _LONG_TWO = [
@@ -175,7 +191,58 @@ _LONG_EIGHT = [
     Case(Layout(**_DUAL, **_TENSOR, **_OPTIMIZER_STATE, micro_batch_size=1)),
     Case(Layout(**_ZBV, **_TENSOR, dp_shard=2, zero_stage=2, micro_batch_size=1), training={"precision": "bf16"}),
 ]
-LONG_CASES = [*_LONG_TWO, *_LONG_FOUR, *_LONG_EIGHT]
+# Three axes and more with parts of a sequence and with experts.
+_LONG_CONTEXT = [
+    Case(Layout(cp=2, zero_stage=2, micro_batch_size=4)),
+    Case(Layout(cp=4, zero_stage=3, micro_batch_size=4)),
+    Case(Layout(cp=2, **_TENSOR, micro_batch_size=4)),
+    Case(Layout(cp=2, **_SHARD, micro_batch_size=2)),
+    Case(Layout(cp=2, **_REPLICATE, micro_batch_size=2), "tiny-gpt"),
+    Case(Layout(cp=2, **_REPLICATE, zero_stage=2, micro_batch_size=2)),
+    Case(Layout(pp=2, cp=2, schedule="1F1B", micro_batch_size=2)),
+    Case(Layout(**_INTERLEAVED, cp=2, zero_stage=3, micro_batch_size=2)),
+    Case(Layout(cp=2, **_SHARD, **_TENSOR, micro_batch_size=4)),
+    Case(Layout(pp=2, cp=2, **_TENSOR, schedule="1F1B", micro_batch_size=2)),
+    Case(Layout(cp=2, **_SHARD, micro_batch_size=4), training={"precision": "bf16"}),
+]
+_LONG_EXPERTS = [
+    Case(Layout(**_REPLICATE, ep=2, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(cp=2, ep=2, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(dp_shard=4, zero_stage=3, ep=4, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(dp_replicate=4, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_REPLICATE, **_SPREAD, micro_batch_size=1), "tiny-shared-moe"),
+    Case(Layout(**_SHARD, tp=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_SPREAD, **_TENSOR, micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(**_SHARD, **_TENSOR, ep=4, micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(**_REPLICATE, **_TENSOR, ep=2, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(cp=2, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe"),
+    Case(Layout(cp=2, **_SPREAD, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, **_SPREAD, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_INTERLEAVED, **_REPLICATE, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, **_TENSOR, ep=2, recompute="full", micro_batch_size=2), "tiny-shared-moe"),
+    Case(Layout(pp=2, cp=2, ep=2, zero_stage=3, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(pp=2, dp_shard=4, zero_stage=3, ep=2, micro_batch_size=1), "tiny-moe"),
+    Case(Layout(**_INTERLEAVED, **_TENSOR, dp_shard=2, zero_stage=2, ep=4, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_SHARD, cp=2, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe", _SGD),
+    Case(Layout(**_REPLICATE, **_SPREAD, **_TENSOR, micro_batch_size=2), "tiny-moe", _SGD),
+    Case(Layout(**_SHARD, **_TENSOR, ep=4, micro_batch_size=4), "tiny-moe", {"precision": "bf16"}),
+]
+# What meets seldom: a split backward or selective recomputation with parts of a sequence and with experts.
+_LONG_MEETINGS = [
+    Case(Layout(**_ZBV, cp=2, micro_batch_size=2)),
+    Case(Layout(**_DUAL, cp=2, zero_stage=2, micro_batch_size=1)),
+    Case(Layout(**_ZBV, dp_shard=2, zero_stage=2, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_ZB1P, **_REPLICATE, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(**_DUAL, **_TENSOR, ep=2, micro_batch_size=1), "tiny-shared-moe"),
+    Case(Layout(cp=2, micro_batch_size=4, **_SELECTIVE)),
+    Case(Layout(cp=2, **_TENSOR, zero_stage=3, micro_batch_size=4, **_SELECTIVE), "tiny-gpt"),
+    Case(Layout(**_SPREAD, micro_batch_size=2, **_SELECTIVE), "tiny-moe"),
+    Case(Layout(**_TENSOR, ep=2, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
+    Case(Layout(**_TENSOR, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
+    Case(Layout(dp_shard=2, zero_stage=1, ep=2, micro_batch_size=2), "tiny-moe"),
+    Case(Layout(cp=2, zero_stage=1, micro_batch_size=2)),
+]
+LONG_CASES = [*_LONG_MEETINGS, *_LONG_TWO, *_LONG_FOUR, *_LONG_EIGHT, *_LONG_CONTEXT, *_LONG_EXPERTS]
 
 
 def with_references(cases: Sequence[Case]) -> list[Case]:

@@ -50,9 +50,20 @@ QWEN = dataclasses.replace(LLAMA, name="tiny-qwen", qk_norm=True, qkv_bias=True)
 GPT_UNTIED = dataclasses.replace(GPT, name="tiny-gpt-untied", tie_word_embeddings=False)
 # Enough blocks for eight stages.
 DEEP = dataclasses.replace(LLAMA, name="tiny-deep", num_hidden_layers=8)
-MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED, DEEP)}
+# Mixtral's block, and DeepSeek's: a dense block first, a router with a bias, experts that every token passes.
+MOE = dataclasses.replace(
+    LLAMA, name="tiny-moe", family="moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96
+)
+SHARED_MOE = dataclasses.replace(
+    MOE, name="tiny-shared-moe", num_shared_experts=2, first_k_dense_replace=1, moe_intermediate_size=48,
+    router_bias=True, mlp_bias=True,
+)  # fmt: skip
+MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED, DEEP, MOE, SHARED_MOE)}
 
-_FITS = {name: (CollectiveFit(2, 1e-4, 1.0),) for name in ("all_reduce", "all_gather", "reduce_scatter", "send_recv")}
+_FITS = {
+    name: (CollectiveFit(2, 1e-4, 1.0),)
+    for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
+}
 _NOWHERE = Link("memory", 1e9, 1e-6, _FITS)
 _RATES = {"fp32": 1e11, "bf16": 1e11, "fp8": 1e11}
 _CPU = Gpu("cpu", "cpu", 8e9, 1e10, _RATES, {name: MatmulFit(rate) for name, rate in _RATES.items()}, source="test")

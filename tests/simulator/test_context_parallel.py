@@ -58,6 +58,14 @@ def test_a_ring_beside_no_attention_is_exposed() -> None:
     assert backward == pytest.approx(3 * (10e-6 + 2**27 / (0.836 * 450e9)))
 
 
+def test_a_stack_may_not_hide_its_ring() -> None:
+    """On a processor that the messages need too, all of them count, however long the attention takes."""
+    task = job()
+    exposed = dataclasses.replace(task, stack=dataclasses.replace(task.stack, overlap_cp=False))
+    beside, alone = context_seconds(task, core(task, 4), NODE, 0.0, 0.0), (4.0, 4.0)
+    assert context_seconds(exposed, core(exposed, 4), NODE, *alone) == pytest.approx(beside)
+
+
 def test_a_ring_between_nodes_has_one_ranks_cards() -> None:
     """Two nodes with four ranks each: a rank sends over one card of 50 GB/s, not over its group's four."""
     task = job()
@@ -152,7 +160,7 @@ def test_the_breakdown_shows_cp() -> None:
 
 
 def test_a_runtime_that_cannot_cut_sequences_says_so() -> None:
-    stack = find_stack("layoutwise-cuda")
+    stack = find_stack("megatron-2021")
     task = dataclasses.replace(job(), stack=stack)
-    assert any("layoutwise-cuda has no context parallelism" in p for p in Layout(dp_replicate=4, cp=2).problems(task))
+    assert any("megatron-2021 has no context parallelism" in p for p in Layout(dp_replicate=4, cp=2).problems(task))
     assert find_model("llama-3.1-8b").causal

@@ -222,6 +222,36 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ),
     ({"dp_replicate": 8, "pp": 2, "schedule": "LoopedBFS"}, {}, ["virtual_stages > 1 and pp > 1"]),
     ({"dp_replicate": 16}, {"stack_model_families": ("gpt",)}, ["cannot train the llama family"]),
+    (
+        {"dp_replicate": 16},
+        {"stack_lacks": ("latent_attention",), "model_kv_lora_rank": 512},
+        ["cannot train latent attention yet (kv_lora_rank = 512)"],
+    ),
+    (
+        {"dp_replicate": 16},
+        {"stack_lacks": ("attention_sinks",), "model_attention_sinks": True},
+        ["cannot train attention sinks"],
+    ),
+    (
+        {"dp_replicate": 16},
+        {"stack_lacks": ("sliding_window",), "model_sliding_window": 128},
+        ["cannot train attention in windows yet (128 keys)"],
+    ),
+    (
+        {"dp_replicate": 2, "tp": 8},
+        EIGHT_EXPERTS | {"stack_expert_alignment": 8, "model_moe_intermediate_size": 96},
+        ["experts of moe_intermediate_size = 12 on a rank, which must be a multiple of 8"],
+    ),
+    (
+        {"dp_replicate": 2, "tp": 8, "sequence_parallel": True, "ep": 8},
+        EIGHT_EXPERTS | {"model_num_shared_experts": 1, "model_moe_intermediate_size": 100},
+        ["tp = 8 must divide num_shared_experts * moe_intermediate_size = 100"],
+    ),
+    (
+        {"dp_replicate": 8, "cp": 2},
+        {"stack_context_precisions": ("bf16",), "training_precision": "fp32"},
+        ["no context parallelism in fp32: cp = 2 must be 1", "['bf16']"],
+    ),
     ({"dp_shard": 16, "zero_stage": 2}, {"stack_zero_stages": (1, 3)}, ["no zero_stage 2", "[1, 3]"]),
     (
         {"dp_shard": 8, "pp": 2, "zero_stage": 3},
