@@ -157,7 +157,7 @@ def run(
     """Train for real with torchrun on this machine; writes measurement.json."""
     from planner import show
     from planner.plan import read_plan
-    from runtime.launchers import run_here
+    from runtime.here import run_here
     from simulator.files import plain
 
     path = output / "measurement.json"

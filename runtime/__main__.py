@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from planner.plan import read_plan
-from runtime.launchers import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
+from runtime.here import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
 from runtime.machine import leave
 from simulator.errors import UserError
 from simulator.files import plain, write_json

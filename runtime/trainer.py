@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from planner.plan import Plan
 from runtime.data import Batches
-from runtime.launchers import check_plan
+from runtime.here import check_plan
 from runtime.record import Recorder
 from runtime.step import build_run
 from simulator.errors import UserError
