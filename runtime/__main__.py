@@ -138,7 +138,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _main() -> NoReturn:
+def run_rank() -> NoReturn:
     """Leave however it ends: after a crash too, the ordinary way out would wait for a thread that writes a checkpoint
     with ranks that are gone."""
     try:
@@ -152,4 +152,4 @@ def _main() -> NoReturn:
 
 
 if __name__ == "__main__":
-    _main()
+    run_rank()

@@ -36,6 +36,9 @@ DEFAULT_STEPS = 20
 DEFAULT_WARMUP = 5
 # Steps between two checkpoints.
 DEFAULT_EVERY = 100
+# torchrun, when it starts its ranks again, is to give them a new store: in the old one they find the addresses of ranks
+# that are gone (pytorch/pytorch#135712).
+RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # torchrun passes the signal on to its ranks; then it has this long before it is killed.
 GRACE_SECONDS = 10.0
 # What is kept of stderr to look for the ranks' error, and what of it is shown.
@@ -111,7 +114,7 @@ def run_here(
     elif max_restarts:
         raise UserError(f"max-restarts = {max_restarts} needs --checkpoint DIR: there is nothing else to go on from")
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
-    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
+    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
     if code != 0:
         sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
         if sentence is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from runtime.here import RESTART_ENVIRONMENT
+
 HERE = Path(__file__).parent
 
 
@@ -24,6 +26,23 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def start_worker(script: str, world_size: int, *arguments: str, restarts: int = 0) -> str:
+    """Run a script of this folder under torchrun to its good end (one process needs no torchrun); its stderr."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    torchrun += [f"--max-restarts={restarts}"]
+    alone = world_size == 1 and not restarts
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *([] if alone else torchrun), str(HERE / script), *arguments],
+        env=os.environ | RESTART_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return done.stderr
+
+
 @pytest.fixture(scope="session")
 def parity_runs(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Losses and gradient norms of every case in parity_cases.CASES and of its reference, by name."""
@@ -31,16 +50,6 @@ def parity_runs(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     results: dict[str, dict[str, Any]] = {}
     for world_size in (1, 2, 4):
         output = folder / f"{world_size}.json"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        command = [sys.executable, *(torchrun if world_size > 1 else []), str(HERE / "parity_worker.py")]
-        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*command, str(text_folder), str(output)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-8000:]
+        start_worker("parity_worker.py", world_size, str(text_folder), str(output))
         results |= json.loads(output.read_text())
     return results
