@@ -37,7 +37,7 @@ def start_worker(script: str, world_size: int, *arguments: str, restarts: int = 
         env=os.environ | RESTART_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-8000:]
     return done.stderr

@@ -2,8 +2,8 @@
 
 Run by test_elastic.py: `torchrun elastic_worker.py DEATHS ARGUMENTS...`. DEATHS is a JSON list: the n-th start of the
 ranks ends as its n-th entry says, and starts beyond it are left alone. An entry is [rank, where, seconds]: that rank is
-killed so many seconds after `where`: "step" (its first step in this start is done) or "save" (a checkpoint is written,
-but has not got its name).
+killed so many seconds after `where`: "step" (its first step in this start is done) or "save" (its second checkpoint
+in this start is written, but has not got its name).
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ def arm(where: str, seconds: float) -> None:
     if where == "save":
         from runtime import checkpoint_folder
 
-        checkpoint_folder.complete = lambda *_: die_later(seconds)  # type: ignore[assignment]
+        complete, saves = checkpoint_folder.complete, []
+
+        def second(*files: Any) -> Any:
+            saves.append(files)
+            return complete(*files) if len(saves) == 1 else die_later(seconds)
+
+        checkpoint_folder.complete = second
         return
     from runtime.step import Run
 
