@@ -39,8 +39,9 @@ DEFAULT_EVERY = 100
 # torchrun, when it starts its ranks again, is to give them a new store: in the old one they find the addresses of ranks
 # that are gone (pytorch/pytorch#135712).
 RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-# torchrun passes the signal on to its ranks; then it has this long before it is killed.
-GRACE_SECONDS = 10.0
+# torchrun passes the signal on to its ranks, which then save and end; those that have not after 30 s it kills. It has
+# this long itself.
+GRACE_SECONDS = 35.0
 # What is kept of stderr to look for the ranks' error, and what of it is shown.
 _KEPT_LINES = 400
 _SHOWN_LINES = 40
