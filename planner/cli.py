@@ -152,12 +152,17 @@ def run(
     warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
     output: Folder = Path("."),
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between saves.")] = 100,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train for real with torchrun on this machine; writes measurement.json."""
     from planner import show
     from planner.plan import read_plan
-    from runtime.launchers import run_here
+    from runtime.here import run_here
     from simulator.files import plain
 
     path = output / "measurement.json"
@@ -167,6 +172,7 @@ def run(
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
             progress=lambda done, total: report(f"step {done} of {total}", done / total),
+            checkpoint=checkpoint, checkpoint_every=checkpoint_every, max_restarts=max_restarts,
         )  # fmt: skip
     if as_json:
         _print_json(plain(measured))

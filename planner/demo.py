@@ -77,7 +77,7 @@ def _measure(output: Path, report: Progress) -> Path:
 def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     """Run the rivals, and the recommendation where it is none of them, and put each beside its prediction."""
     from reports.tables import Comparison
-    from runtime.launchers import run_here
+    from runtime.here import run_here
 
     plans = {name: plan(dataclasses.replace(small.job, search=pinned), top=1) for name, pinned in RIVALS.items()}
     if small.layout not in [rival.layout for rival in plans.values()]:

@@ -10,12 +10,22 @@ import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from planner.plan import read_plan
-from runtime.launchers import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
+from runtime.here import (
+    DEFAULT_EVERY,
+    DEFAULT_STEPS,
+    DEFAULT_WARMUP,
+    ERROR_PREFIX,
+    NOTE_PREFIX,
+    check_every,
+    check_plan,
+)
 from runtime.machine import leave
 from simulator.errors import UserError
 from simulator.files import plain, write_json
@@ -30,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     try:
-        _run(options.plan, options.steps, options.warmup, options.output)
+        _run(options)
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -45,24 +55,38 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--warmup", type=int, default=DEFAULT_WARMUP, help="steps left out of the step times (%(default)s)"
     )
     parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save here, and go on from what is saved here; for all nodes"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=DEFAULT_EVERY, metavar="N", help="steps between saves (%(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
-def _run(path: Path, steps: int, warmup: int, output: Path | None) -> None:
-    plan = read_plan(path)
+def _run(options: argparse.Namespace) -> None:
+    plan, steps, warmup = read_plan(options.plan), options.steps, options.warmup
     check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)), steps, warmup)
+    check_every(options.checkpoint_every)
     # torch's notices about its own internals are nothing that a user could act on.
     warnings.filterwarnings("ignore", module="torch")
+    from runtime.checkpoint import Checkpointer
     from runtime.trainer import train
 
     with _process_group() as rank:
-        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None)
+        folder, every = options.checkpoint, options.checkpoint_every
+        checkpointer = Checkpointer(folder, every, _note if rank == 0 else None) if folder else None
+        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None, checkpointer)
         if rank != 0:
             return
-        if output is None:
+        if options.output is None:
             print(json.dumps(plain(measurement), indent=2))
         else:
-            write_json(output, measurement)
+            write_json(options.output, measurement)
+
+
+def _note(sentence: str) -> None:
+    print(f"{NOTE_PREFIX}{sentence}", file=sys.stderr, flush=True)
 
 
 def _show_step(step: int, steps: int, loss: float, grad_norm: float, seconds: float) -> None:
@@ -114,5 +138,18 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def run_rank() -> NoReturn:
+    """Leave however it ends: after a crash too, the ordinary way out would wait for a thread that writes a checkpoint
+    with ranks that are gone."""
+    try:
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
 if __name__ == "__main__":
-    leave(main())
+    run_rank()

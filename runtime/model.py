@@ -25,6 +25,9 @@ from simulator.model import ModelSpec
 # Standard deviation of the initial matrices, as in GPT-2 and Llama.
 INIT_STD = 0.02
 
+# Names that wrappers give to the module within.
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "module")
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -172,9 +175,18 @@ class Stage(nn.Module):
 
 
 def named_weights(stage: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A stage's parameters with the names that they have without `checkpoint_wrapper`; a shared one comes once."""
+    """A stage's parameters with the names that they have in the whole model; a shared one comes once."""
     for name, parameter in stage.named_parameters():
-        yield name.replace("_checkpoint_wrapped_module.", ""), parameter
+        yield canonical_name(name), parameter
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what `checkpoint_wrapper`, `torch.compile` and DDP put into it.
+
+    >>> canonical_name("module.layers.3._checkpoint_wrapped_module.attention.wq.weight")
+    'layers.3.attention.wq.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def init_weights(stage: Stage, seed: int, device: torch.device) -> None:

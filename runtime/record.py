@@ -25,22 +25,27 @@ class Recorder:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
+    def go_on(self, before: Measurement) -> None:
+        """Begin with the losses and norms that were measured up to the checkpoint that was loaded."""
+        self.losses, self.grad_norms = list(before.losses), list(before.grad_norms)
+
     def add(self, seconds: float, loss: float, grad_norm: float) -> None:
         self.seconds.append(seconds)
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
     def measurement(self, plan: Plan, warmup: int) -> Measurement:
-        """The same on every rank: a step lasts as long as on its slowest rank."""
+        """The same on every rank: a step lasts as long as on its slowest rank. After a checkpoint was loaded, the times
+        are those of the steps since then, without as many for warm-up; at least of the last one."""
         seconds = torch.tensor(self.seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         peaks = [torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(dist.get_world_size())]
         dist.all_gather(peaks, torch.full_like(peaks[0], peak_memory(self.device)))
-        spread = quantiles(seconds[warmup:].tolist())
+        spread = quantiles(seconds[min(warmup, len(seconds) - 1) :].tolist())
         return Measurement(
             layout=plan.layout,
             world_size=dist.get_world_size(),
-            steps=len(self.seconds),
+            steps=len(self.losses),
             warmup=warmup,
             step_seconds=spread,
             tokens_per_second=plan.job.tokens_per_step / spread.median,

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
+from runtime.checkpoint import Checkpointer
 from runtime.data import Batches
-from runtime.launchers import check_plan
+from runtime.here import check_plan
 from runtime.record import Recorder
 from runtime.step import build_run
 from simulator.errors import UserError
@@ -28,7 +29,9 @@ def find_device() -> torch.device:
     return torch.device("cpu")
 
 
-def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None) -> Measurement:
+def train(
+    plan: Plan, steps: int, warmup: int, progress: Progress | None = None, checkpointer: Checkpointer | None = None
+) -> Measurement:
     """Train the plan's model with the plan's layout, and measure it.
 
     The process group must be initialised, with as many ranks as the layout has. Every rank returns the same
@@ -37,9 +40,10 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
     Args:
         steps: optimizer steps in all; the first `warmup` of them are left out of the step times.
         progress: called after every step with (steps done, steps, loss, gradient norm, seconds).
+        checkpointer: where to go on from, and when to save and stop. Its time is not in the step times.
 
     Raises:
-        UserError: the layout cannot run, or there is nothing to train on.
+        UserError: the layout cannot run, there is nothing to train on, or checkpoints cannot be read or written.
     """
     check_plan(plan, dist.get_world_size(), steps, warmup)
     training = plan.job.training
@@ -47,7 +51,13 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
     recorder = Recorder(device)
     run = build_run(plan.job, plan.layout, device)
-    for step in range(steps):
+    before = checkpointer.restore(plan, run, steps) if checkpointer else None
+    if checkpointer and before:
+        if before.steps >= steps:
+            checkpointer.finish()
+            return before
+        recorder.go_on(before)
+    for step in range(before.steps if before else 0, steps):
         begin = time.perf_counter()
         loss, norm = run.step(batches.load(step))
         if device.type == "cuda":
@@ -61,4 +71,8 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
         recorder.add(seconds, loss, norm)
         if progress is not None:
             progress(step + 1, steps, loss, norm, seconds)
+        if checkpointer and checkpointer.after_step(step + 1, steps, lambda: recorder.measurement(plan, warmup)):
+            break
+    if checkpointer:
+        checkpointer.finish()
     return recorder.measurement(plan, warmup)

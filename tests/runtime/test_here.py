@@ -13,14 +13,14 @@ import pytest
 from tiny_jobs import LLAMA, tiny_plan
 
 from planner.plan import write_plan
-from runtime import launchers
-from runtime.launchers import run_here
+from runtime import here
+from runtime.here import run_here
 from simulator.errors import UserError
 from simulator.layout import Layout
 
 
 def test_importing_the_launcher_loads_no_torch() -> None:
-    code = "import runtime.launchers, sys; sys.exit('torch' in sys.modules)"
+    code = "import runtime.here, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -70,7 +70,7 @@ def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_pat
 def test_what_cannot_run_is_refused_at_once(
     layout: Layout, options: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launchers, "_run", lambda *_: pytest.fail("started processes"))
+    monkeypatch.setattr(here, "_run", lambda *_: pytest.fail("started processes"))
     with pytest.raises(UserError, match=words):
         run_here(write_plan(tiny_plan(layout), tmp_path / "plan.json"), tmp_path / "m.json", **options)
 
@@ -98,7 +98,7 @@ def test_a_crash_of_a_rank_is_shown(text_folder: Path, tmp_path: Path) -> None:
 
 def test_torchruns_own_report_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["Traceback", "ValueError: boom", "E0101 00:00:00.0 1 torch/distributed/elastic/x.py:1] failed", "noise"]
-    monkeypatch.setattr(launchers, "_run", lambda *_: (1, lines))
+    monkeypatch.setattr(here, "_run", lambda *_: (1, lines))
     plan = write_plan(tiny_plan(Layout()), tmp_path / "plan.json")
     with pytest.raises(RuntimeError, match=r"ValueError: boom$"):
         run_here(plan, tmp_path / "m.json")
@@ -110,7 +110,7 @@ CHILD = "import os, sys, time; print('step 1/2  pid', os.getpid(), file=sys.stde
 def test_too_slow_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="took longer than 1 s"):
-        launchers._run([sys.executable, "-c", CHILD], dict(os.environ), None, 1.0)
+        here._run([sys.executable, "-c", CHILD], dict(os.environ), None, 1.0)
     assert time.monotonic() - begin < 10
 
 
@@ -122,6 +122,6 @@ def test_interrupting_leaves_no_process(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launchers._run([sys.executable, "-c", child], dict(os.environ), interrupt, 30.0)
+        here._run([sys.executable, "-c", child], dict(os.environ), interrupt, 30.0)
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from planner.plan import Plan, read_plan
+from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
 from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.errors import UserError
@@ -29,11 +30,18 @@ from simulator.results import Measurement
 # Lines that ranks write on stderr (runtime/__main__.py) and the launcher reads.
 STEP_LINE = re.compile(r"step (\d+)/(\d+) ")
 ERROR_PREFIX = "error: "
+NOTE_PREFIX = "note: "
 
 DEFAULT_STEPS = 20
 DEFAULT_WARMUP = 5
-# torchrun passes the signal on to its ranks; then it has this long before it is killed.
-GRACE_SECONDS = 10.0
+# Steps between two checkpoints.
+DEFAULT_EVERY = 100
+# torchrun, when it starts its ranks again, is to give them a new store: in the old one they find the addresses of ranks
+# that are gone (pytorch/pytorch#135712).
+RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# torchrun passes the signal on to its ranks, which then save and end; those that have not after 30 s it kills. It has
+# this long itself.
+GRACE_SECONDS = 35.0
 # What is kept of stderr to look for the ranks' error, and what of it is shown.
 _KEPT_LINES = 400
 _SHOWN_LINES = 40
@@ -61,6 +69,12 @@ def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
     check_data(plan.job)
 
 
+def check_every(steps: int) -> None:
+    """Raises UserError if checkpoints cannot be so many steps apart."""
+    if steps < 1:
+        raise UserError(f"checkpoint-every = {steps} must be at least 1")
+
+
 def run_here(
     plan_path: Path | str,
     output: Path | str,
@@ -70,6 +84,9 @@ def run_here(
     nproc: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     timeout: float = 3600.0,
+    checkpoint: Path | str | None = None,
+    checkpoint_every: int = DEFAULT_EVERY,
+    max_restarts: int = 0,
 ) -> Measurement:
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
@@ -77,6 +94,8 @@ def run_here(
         nproc: processes to start; None takes what the layout needs, and nothing else is right.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
+        checkpoint: folder to save in every so many steps, and to go on from.
+        max_restarts: how often torchrun may start all ranks again when one has died.
 
     Raises:
         UserError: the plan cannot run, or the ranks found that out.
@@ -85,11 +104,18 @@ def run_here(
     plan = read_plan(plan_path)
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc, steps, warmup)
+    check_every(checkpoint_every)
     check_writable(output)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += [f"--max-restarts={max_restarts}"]
     command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    if checkpoint is not None:
+        find_checkpoint(Path(checkpoint), plan.job)
+        command += [f"--checkpoint={checkpoint}", f"--checkpoint-every={checkpoint_every}"]
+    elif max_restarts:
+        raise UserError(f"max-restarts = {max_restarts} needs --checkpoint DIR: there is nothing else to go on from")
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
-    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
+    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
     if code != 0:
         sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
         if sentence is not None:
@@ -142,6 +168,9 @@ def _shown(tail: Iterable[str]) -> str:
 def _read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
     assert process.stderr is not None
     for line in process.stderr:
+        # At once, because the last note of a run that is being stopped comes when nobody waits for lines any more.
+        if line.startswith(NOTE_PREFIX):
+            sys.stderr.write(line)
         lines.put(line.rstrip("\n"))
     lines.put(None)
 
