@@ -176,6 +176,38 @@ def run(
 
 
 @app.command()
+def launch(
+    plan_file: PlanFile,
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="torchrun, slurm or kubernetes.")],
+    output: Folder = Path("launch"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
+    warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
+    image: Annotated[str, typer.Option(help="Kubernetes: the image, with layoutwise installed.")] = "",
+    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Where all nodes write checkpoints.")] = "",
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts failed ranks anew.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
+    from planner.plan import read_plan
+    from runtime.launchers import LaunchOptions, launch_files
+    from simulator.files import write_text
+
+    warmup = min(5, steps - 1) if warmup is None else warmup
+    options = LaunchOptions(steps, warmup, image, checkpoint, checkpoint_every, max_restarts)
+    files = launch_files(read_plan(plan_file), on, options)
+    for name, text in files.items():
+        path = write_text(output / name, text)
+        if name.endswith(".sh"):
+            path.chmod(path.stat().st_mode | 0o111)
+    if as_json:
+        _print_json(files)
+        return
+    for name in files:
+        typer.echo(f"written to {output / name}")
+
+
+@app.command()
 def measure(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PROFILE.json", help="Default: this user's cache.")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from planner.plan import read_plan
+from runtime.environment import slurm_ranks
 from runtime.here import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
 from runtime.machine import leave
 from simulator.errors import UserError
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     try:
+        os.environ |= slurm_ranks(os.environ)
         _run(options.plan, options.steps, options.warmup, options.output)
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)

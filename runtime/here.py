@@ -43,6 +43,16 @@ _TORCHRUN_LINE = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 
 def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
     """Raises UserError if the runtime cannot train this plan on so many processes, or for so many steps."""
+    layout = plan.layout
+    check_layout(plan)
+    if world_size != layout.world_size:
+        raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
+    check_steps(steps, warmup)
+    check_data(plan.job)
+
+
+def check_layout(plan: Plan) -> None:
+    """Raises UserError if the runtime cannot execute the layout of this plan on any number of processes."""
     stack, layout = plan.job.stack, plan.layout
     if not stack.name.startswith("layoutwise"):
         raise UserError(
@@ -54,11 +64,12 @@ def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
         raise UserError(f"the layout '{layout.short()}' cannot run: {problems[0]}")
     if plan.job.training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
-    if world_size != layout.world_size:
-        raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
+
+
+def check_steps(steps: int, warmup: int) -> None:
+    """Raises UserError if no step is left to measure."""
     if not 0 <= warmup < steps:
         raise UserError(f"warmup = {warmup} must be at least 0 and less than steps = {steps}")
-    check_data(plan.job)
 
 
 def run_here(
