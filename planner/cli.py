@@ -152,9 +152,10 @@ def run(
     warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
     output: Folder = Path("."),
+    profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train for real with torchrun on this machine; writes measurement.json."""
+    """Train for real with torchrun on this machine; writes measurement.json and metrics.jsonl."""
     from planner import show
     from planner.plan import read_plan
     from runtime.here import run_here
@@ -167,12 +168,24 @@ def run(
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
             progress=lambda done, total: report(f"step {done} of {total}", done / total),
+            profile=output / "profile" if profile else None,
         )  # fmt: skip
+    written = [path, output / "metrics.jsonl"]
+    totals = None
+    if profile:
+        from reports.timeline import cells, write_timeline
+
+        totals, pages = write_timeline(read_plan(plan_file), output / "profile")
+        written += [output / "profile" / "timeline.json", *pages]
     if as_json:
         _print_json(plain(measured))
         return
     show.print_measurement(measured, read_plan(plan_file).best)
-    typer.echo(f"written to {path}")
+    if totals:
+        columns = ("ops of the last step", "count", "predicted ms", "measured ms", "ratio")
+        show.print_texts("predicted and measured, all ranks", columns, [cells(one) for one in totals])
+    for one in written:
+        typer.echo(f"written to {one}")
 
 
 @app.command()

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         _end_with_parent()
     try:
         os.environ |= slurm_ranks(os.environ)
-        _run(options.plan, options.steps, options.warmup, options.output)
+        _run(options.plan, options.steps, options.warmup, options.output, options.profile)
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -47,10 +47,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--warmup", type=int, default=DEFAULT_WARMUP, help="steps left out of the step times (%(default)s)"
     )
     parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="traces and timeline.json of the last step go here")
     return parser.parse_args(arguments)
 
 
-def _run(path: Path, steps: int, warmup: int, output: Path | None) -> None:
+def _run(path: Path, steps: int, warmup: int, output: Path | None, profile: Path | None) -> None:
     plan = read_plan(path)
     check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)), steps, warmup)
     # torch's notices about its own internals are nothing that a user could act on.
@@ -58,7 +59,9 @@ def _run(path: Path, steps: int, warmup: int, output: Path | None) -> None:
     from runtime.trainer import train
 
     with _process_group() as rank:
-        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None)
+        metrics = None if output is None else output.with_name("metrics.jsonl")
+        progress = _show_step if rank == 0 else None
+        measurement = train(plan, steps, warmup, progress, metrics=metrics, profile=profile)
         if rank != 0:
             return
         if output is None:

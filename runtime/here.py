@@ -72,6 +72,15 @@ def check_steps(steps: int, warmup: int) -> None:
         raise UserError(f"warmup = {warmup} must be at least 0 and less than steps = {steps}")
 
 
+def check_profile(folder: Path | None, steps: int, warmup: int) -> None:
+    """Raises UserError if the last step, which is profiled, would be the only one that counts."""
+    if folder is not None and warmup + 1 >= steps:
+        raise UserError(
+            f"--profile takes the last step, which leaves none to measure: steps = {steps} must be at least "
+            f"warmup({warmup}) + 2"
+        )
+
+
 def run_here(
     plan_path: Path | str,
     output: Path | str,
@@ -81,6 +90,7 @@ def run_here(
     nproc: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     timeout: float = 3600.0,
+    profile: Path | None = None,
 ) -> Measurement:
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
@@ -88,6 +98,7 @@ def run_here(
         nproc: processes to start; None takes what the layout needs, and nothing else is right.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
+        profile: a folder for traces and timeline.json of the last step.
 
     Raises:
         UserError: the plan cannot run, or the ranks found that out.
@@ -96,9 +107,11 @@ def run_here(
     plan = read_plan(plan_path)
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc, steps, warmup)
+    check_profile(profile, steps, warmup)
     check_writable(output)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    command += [] if profile is None else [f"--profile={profile}"]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
     if code != 0:

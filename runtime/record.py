@@ -30,13 +30,14 @@ class Recorder:
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
-    def measurement(self, plan: Plan, warmup: int) -> Measurement:
-        """The same on every rank: a step lasts as long as on its slowest rank."""
+    def measurement(self, plan: Plan, warmup: int, profiled: bool = False) -> Measurement:
+        """The same on every rank: a step lasts as long as on its slowest rank. A last step that was profiled does not
+        count in the times."""
         seconds = torch.tensor(self.seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         peaks = [torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(dist.get_world_size())]
         dist.all_gather(peaks, torch.full_like(peaks[0], peak_memory(self.device)))
-        spread = quantiles(seconds[warmup:].tolist())
+        spread = quantiles(seconds[warmup : len(seconds) - profiled].tolist())
         return Measurement(
             layout=plan.layout,
             world_size=dist.get_world_size(),

@@ -132,3 +132,18 @@ class Measurement:
     version: int = 1
 
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class MeasuredTimeline:
+    """One step of every rank, profiled. Spans are those of a Timeline, but `rank` is the global rank; `seconds` is the
+    step on its slowest rank, the profiler's own work included."""
+
+    layout: Layout
+    step: int
+    seconds: float
+    device: str
+    spans: tuple[Span, ...]
+    version: int = 1
+
+    __pydantic_config__ = STRICT
