@@ -21,10 +21,12 @@ KINDS = {
     "OPTIMIZER": "norm, clipping, update",
     "RECV_F": "waiting for activations",
     "RECV_B": "waiting for gradients",
-    "UNSHARD": "waiting for parameters",
+    "UNSHARD": "gathering parameters",
+    "REDUCE_GRAD": "reducing gradients",
 }
 # Ops that occupy the rank; of the rest both sides see different things (a message's way, the posting of it).
 COMPUTE = ("F", "B", "I", "W", "OVERLAP_F_B", "OPTIMIZER")
+_FULL = re.compile(r"PP:(?P<stage>\d+)(?P<kind>[A-Z_]*[A-Z])\d*")
 _NAME = re.compile(r"(?:PP:)?(?:\d+|\(.*\))?(?P<kind>[A-Z_]*[A-Z])\d*")
 
 
@@ -64,22 +66,34 @@ def kind_of(name: str) -> str:
 
 
 def join(prediction: Prediction, measured: MeasuredTimeline) -> list[OpTime]:
-    """The ops that both have, rank by rank in the order in which they ran. Spans of one name on one rank count
-    together. A measured rank stands beside its pipeline rank, which is predicted for all that do the same."""
-    predicted = _seconds(prediction.timeline.spans)
+    """Every op of a known kind, rank by rank in the order in which it ran; one that a side does not have takes it no
+    time. Spans of one name on one rank count together. A measured rank stands beside its pipeline rank, which is
+    predicted for all that do the same."""
+    predicted, found = _seconds(prediction.timeline.spans), _seconds(measured.spans)
     rows = []
-    for (rank, name), seconds in _seconds(measured.spans).items():
-        stage = measured.layout.coordinates(rank)["pp"]
-        if kind_of(name) in KINDS and (stage, name) in predicted:
-            rows.append(OpTime(rank, name, predicted[stage, name], seconds))
-    return sorted(rows, key=lambda row: row.rank)
+    for rank in range(measured.layout.world_size):
+        expected = predicted.get(measured.layout.coordinates(rank)["pp"], {})
+        taken = found.get(rank, {})
+        rows += [OpTime(rank, n, expected.get(n, 0.0), taken.get(n, 0.0)) for n in dict.fromkeys([*taken, *expected])]
+    return rows
 
 
-def _seconds(spans: Iterable[Span]) -> dict[tuple[int, str], float]:
-    found: dict[tuple[int, str], float] = {}
+def _seconds(spans: Iterable[Span]) -> dict[int, dict[str, float]]:
+    """Seconds by rank and name."""
+    found: dict[int, dict[str, float]] = {}
     for span in sorted(spans, key=lambda span: span.start):
-        found[span.rank, span.name] = found.get((span.rank, span.name), 0.0) + span.seconds
+        name = _joined_name(span)
+        if kind_of(name) in KINDS:
+            of_rank = found.setdefault(span.rank, {})
+            of_rank[name] = of_rank.get(name, 0.0) + span.seconds
     return found
+
+
+def _joined_name(span: Span) -> str:
+    """The simulator names a collective after the op that it follows; torch has an op of its own for a reduction."""
+    if span.stream == "dp" and (match := _FULL.fullmatch(span.name)) and match["kind"] in ("B", "W"):
+        return f"PP:{match['stage']}REDUCE_GRAD"
+    return span.name
 
 
 def total(name: str, rows: Sequence[OpTime]) -> Total:
