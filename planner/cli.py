@@ -153,9 +153,15 @@ def run(
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
     output: Folder = Path("."),
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
+    fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train for real with torchrun on this machine; writes measurement.json and metrics.jsonl."""
+    """Train for real with torchrun on this machine; writes measurement.json and metrics.jsonl.
+
+    With --alone one rank of a layout of any size runs by itself; writes alone.json.
+    """
     from planner import show
     from planner.plan import read_plan
     from runtime.here import run_here
@@ -164,6 +170,11 @@ def run(
     path = output / "measurement.json"
     if warmup is None:
         warmup = min(5, steps - 1)
+    if not alone and (fake or rank is not None):
+        raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
+    if alone:
+        _run_alone(plan_file, output / "alone.json", rank or 0, steps, warmup, fake, as_json)
+        return
     with _progress("training", quiet=as_json) as report:
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
@@ -186,6 +197,20 @@ def run(
         show.print_texts("predicted and measured, all ranks", columns, [cells(one) for one in totals])
     for one in written:
         typer.echo(f"written to {one}")
+
+
+def _run_alone(plan_file: Path, path: Path, rank: int, steps: int, warmup: int, fake: bool, as_json: bool) -> None:
+    from planner import show
+    from planner.plan import read_plan
+    from runtime.here import run_alone_here
+    from simulator.files import plain
+
+    found = run_alone_here(plan_file, path, rank, steps=steps, warmup=warmup, fake=fake)
+    if as_json:
+        _print_json(plain(found))
+        return
+    show.print_alone(found, read_plan(plan_file))
+    typer.echo(f"written to {path}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from planner.plan import read_plan
 from runtime.environment import slurm_ranks
-from runtime.here import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_plan
+from runtime.here import DEFAULT_STEPS, DEFAULT_WARMUP, ERROR_PREFIX, check_alone, check_plan
 from runtime.machine import leave
 from simulator.errors import UserError
 from simulator.files import plain, write_json
@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     try:
+        if options.alone is not None:
+            _run_alone(options)
+            return 0
         os.environ |= slurm_ranks(os.environ)
         _run(options.plan, options.steps, options.warmup, options.output, options.profile)
     except UserError as error:
@@ -48,6 +51,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="traces and timeline.json of the last step go here")
+    parser.add_argument("--alone", type=int, metavar="RANK", help="run this rank by itself, without the others")
+    parser.add_argument("--fake", action="store_true", help="with --alone: count, compute nothing")
     return parser.parse_args(arguments)
 
 
@@ -68,6 +73,22 @@ def _run(path: Path, steps: int, warmup: int, output: Path | None, profile: Path
             print(json.dumps(plain(measurement), indent=2))
         else:
             write_json(output, measurement)
+
+
+def _run_alone(options: argparse.Namespace) -> None:
+    plan = read_plan(options.plan)
+    check_alone(plan, options.alone, options.steps, options.warmup)
+    warnings.filterwarnings("ignore", module="torch")
+    import torch
+
+    from runtime.alone import run_alone
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    found = run_alone(plan, options.alone, options.steps, options.warmup, options.fake)
+    if options.output is None:
+        print(json.dumps(plain(found), indent=2))
+    else:
+        write_json(options.output, found)
 
 
 def _show_step(step: int, steps: int, loss: float, grad_norm: float, seconds: float) -> None:

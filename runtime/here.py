@@ -21,10 +21,10 @@ from pathlib import Path
 
 from planner.plan import Plan, read_plan
 from runtime.data import check_data
-from runtime.machine import CPU_RANK_ENVIRONMENT
+from runtime.machine import CPU_RANK_ENVIRONMENT, memory_bytes
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
-from simulator.results import Measurement
+from simulator.results import Alone, Measurement
 
 # Lines that ranks write on stderr (runtime/__main__.py) and the launcher reads.
 STEP_LINE = re.compile(r"step (\d+)/(\d+) ")
@@ -72,6 +72,15 @@ def check_steps(steps: int, warmup: int) -> None:
         raise UserError(f"warmup = {warmup} must be at least 0 and less than steps = {steps}")
 
 
+def check_alone(plan: Plan, rank: int, steps: int, warmup: int) -> None:
+    """Raises UserError if this plan has no such rank, or the runtime cannot execute it."""
+    check_layout(plan)
+    if not 0 <= rank < plan.layout.world_size:
+        raise UserError(f"--rank {rank} must be one of the layout's ranks, 0 to {plan.layout.world_size - 1}")
+    check_steps(steps, warmup)
+    check_data(plan.job)
+
+
 def check_profile(folder: Path | None, steps: int, warmup: int) -> None:
     """Raises UserError if the last step, which is profiled, would be the only one that counts."""
     if folder is not None and warmup + 1 >= steps:
@@ -114,12 +123,54 @@ def run_here(
     command += [] if profile is None else [f"--profile={profile}"]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
-    if code != 0:
-        sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
-        if sentence is not None:
-            raise UserError(sentence.removeprefix(ERROR_PREFIX))
-        raise RuntimeError(f"training failed (torchrun's exit code {code}); the ranks wrote\n{_shown(tail)}")
+    _raise_failure(code, tail, "training failed (torchrun's exit code")
     return to_dataclass(Measurement, read_json(output, "measurement"), f"measurement '{output}'")
+
+
+def run_alone_here(
+    plan_path: Path | str,
+    output: Path | str,
+    rank: int,
+    *,
+    steps: int = DEFAULT_STEPS,
+    warmup: int = DEFAULT_WARMUP,
+    fake: bool = False,
+    timeout: float = 3600.0,
+) -> Alone:
+    """Run one rank of a plan by itself (runtime/alone.py); what was measured is also written to `output`.
+
+    Args:
+        fake: compute nothing; that is so too where the rank's predicted memory is more than this machine's.
+
+    Raises:
+        UserError: the plan cannot run, or has no such rank.
+        RuntimeError: the rank failed, or was too slow.
+    """
+    plan = read_plan(plan_path)
+    check_alone(plan, rank, steps, warmup)
+    check_writable(output)
+    fake = fake or needs_fake(plan, rank)
+    command = [sys.executable, "-m", "runtime", str(plan_path), f"--alone={rank}", *(["--fake"] if fake else [])]
+    command += [f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, None, timeout)
+    _raise_failure(code, tail, "the rank failed (exit code")
+    return to_dataclass(Alone, read_json(output, "measurement"), f"measurement '{output}'")
+
+
+def needs_fake(plan: Plan, rank: int) -> bool:
+    """Whether what the rank is predicted to allocate leaves this machine less than a tenth of its memory."""
+    predicted = plan.best.memory_per_stage[plan.layout.coordinates(rank)["pp"]]
+    return predicted.peak - predicted.overhead > 0.9 * memory_bytes()
+
+
+def _raise_failure(code: int, tail: list[str], what: str) -> None:
+    """A user's error that the ranks found is one sentence; any other failure shows what they wrote."""
+    if code == 0:
+        return
+    sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
+    if sentence is not None:
+        raise UserError(sentence.removeprefix(ERROR_PREFIX))
+    raise RuntimeError(f"{what} {code}); the ranks wrote\n{_shown(tail)}")
 
 
 def _run(
