@@ -23,6 +23,7 @@ check: $(READY)  ## lint, format, types
 bench: $(READY)  ## how fast the simulator is, and how fast the tool answers
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/answer_time.py
+	$(BIN)/python benchmarks/step_overhead.py
 
 validation: $(READY)  ## predict all published runs anew: docs/validation.md and its figure
 	$(BIN)/layoutwise validate published -o docs

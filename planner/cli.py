@@ -157,9 +157,16 @@ def run(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between saves.")] = 100,
     max_restarts: Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")] = 0,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
+    fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train for real with torchrun on this machine; writes measurement.json."""
+    """Train for real with torchrun on this machine; writes measurement.json and metrics.jsonl.
+
+    With --alone one rank of a layout of any size runs by itself; writes alone.json.
+    """
     from planner import show
     from planner.plan import read_plan
     from runtime.here import run_here
@@ -168,17 +175,80 @@ def run(
     path = output / "measurement.json"
     if warmup is None:
         warmup = min(5, steps - 1)
+    if not alone and (fake or rank is not None):
+        raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
+    if alone:
+        _run_alone(plan_file, output / "alone.json", rank or 0, steps, warmup, fake, as_json)
+        return
     with _progress("training", quiet=as_json) as report:
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
             progress=lambda done, total: report(f"step {done} of {total}", done / total),
             checkpoint=checkpoint, checkpoint_every=checkpoint_every, max_restarts=max_restarts,
+            profile=output / "profile" if profile else None,
         )  # fmt: skip
+    written = [path, output / "metrics.jsonl"]
+    totals = None
+    if profile:
+        from reports.timeline import cells, write_timeline
+
+        totals, pages = write_timeline(read_plan(plan_file), output / "profile")
+        written += [output / "profile" / "timeline.json", *pages]
     if as_json:
         _print_json(plain(measured))
         return
     show.print_measurement(measured, read_plan(plan_file).best)
+    if totals:
+        columns = ("ops of the last step", "count", "predicted ms", "measured ms", "ratio")
+        show.print_texts("predicted and measured, all ranks", columns, [cells(one) for one in totals])
+    for one in written:
+        typer.echo(f"written to {one}")
+
+
+def _run_alone(plan_file: Path, path: Path, rank: int, steps: int, warmup: int, fake: bool, as_json: bool) -> None:
+    from planner import show
+    from planner.plan import read_plan
+    from runtime.here import run_alone_here
+    from simulator.files import plain
+
+    found = run_alone_here(plan_file, path, rank, steps=steps, warmup=warmup, fake=fake)
+    if as_json:
+        _print_json(plain(found))
+        return
+    show.print_alone(found, read_plan(plan_file))
     typer.echo(f"written to {path}")
+
+
+@app.command()
+def launch(
+    plan_file: PlanFile,
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="torchrun, slurm or kubernetes.")],
+    output: Folder = Path("launch"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
+    warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
+    image: Annotated[str, typer.Option(help="Kubernetes: the image, with layoutwise installed.")] = "",
+    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Where all nodes write checkpoints.")] = "",
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts failed ranks anew.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
+    from planner.plan import read_plan
+    from runtime.launchers import LaunchOptions, launch_files
+    from simulator.files import write_text
+
+    warmup = min(5, steps - 1) if warmup is None else warmup
+    options = LaunchOptions(steps, warmup, image, checkpoint, checkpoint_every, max_restarts)
+    files = launch_files(read_plan(plan_file), on, options)
+    for name, text in files.items():
+        path = write_text(output / name, text)
+        if name.endswith(".sh"):
+            path.chmod(path.stat().st_mode | 0o111)
+    if as_json:
+        _print_json(files)
+        return
+    for name in files:
+        typer.echo(f"written to {output / name}")
 
 
 @app.command()

@@ -16,7 +16,8 @@ from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.profile import Profile
-from simulator.results import Measurement, Prediction
+from simulator.program import build_program, own_seconds
+from simulator.results import Alone, Measurement, Prediction
 from simulator.units import show_bytes, show_seconds
 
 
@@ -116,6 +117,42 @@ def print_measurement(measured: Measurement, predicted: Prediction) -> None:
         f"loss {measured.losses[0]:.4f} -> {measured.losses[-1]:.4f} in {measured.steps} steps, "
         f"{measured.tokens_per_second:,.0f} tokens/s on {measured.world_size} ranks ({measured.device})"
     )
+
+
+def print_alone(found: Alone, plan: Plan) -> None:
+    """One rank that ran by itself, beside what is predicted for it."""
+    console, layout = _console(), found.layout
+    places = " ".join(f"{axis}={place}" for axis, place in found.coordinates.items() if getattr(layout, axis) > 1)
+    how = "fake tensors: nothing was computed" if found.fake else f"computed on {found.device}"
+    console.print(escape(f"rank {found.rank} of {layout.world_size} ({places or 'alone'}) of {layout.short()}, {how}"))
+    stage, memory = found.coordinates["pp"], found.memory
+    predicted = plan.best.memory_per_stage[stage]
+    table = _table("", "predicted", "measured", "error")
+    if found.step_seconds is not None:
+        # The optimizer's part is that of the critical rank.
+        seconds = own_seconds(build_program(plan.job, layout), stage) + plan.best.breakdown.optimizer
+        same = (plan.job.cluster.gpu.kind == "cpu") == (found.device == "cpu")
+        error = f"{seconds / found.step_seconds - 1:+.1%}" if same else "another device"
+        table.add_row("computation of a step", show_seconds(seconds), show_seconds(found.step_seconds), error)
+    # What the tracker cannot tell apart is compared together: gathered parameters are activations to it.
+    rows = [
+        ("parameters", predicted.parameters, memory.parameters),
+        ("optimizer", predicted.optimizer, memory.optimizer),
+        (
+            "gradients, activations, buffers",
+            predicted.gradients + predicted.activations + predicted.buffers,
+            memory.gradients + memory.activations + memory.temporary,
+        ),
+        ("peak, without context and libraries", predicted.peak - predicted.overhead, memory.peak),
+    ]
+    for name, expected, measured in rows:
+        error = f"{expected / measured - 1:+.1%}" if measured else ""
+        table.add_row(name, show_bytes(expected), show_bytes(measured), error)
+    console.print(table)
+    moved = _table("collectives of a step", "along", "count", "bytes")
+    for one in found.collectives:
+        moved.add_row(one.name, one.axis, str(one.count), show_bytes(one.bytes))
+    console.print(moved)
 
 
 def print_profile(profile: Profile) -> None:

@@ -11,10 +11,19 @@ import matplotlib
 
 from reports.tables import Comparison, speedups
 from simulator.files import write_bytes
+from simulator.results import MeasuredTimeline, Prediction
 
 matplotlib.use("Agg")
 
 PREDICTED, MEASURED = "#9db4d0", "#1f4e79"
+OP_COLORS = {
+    "F": "#4c78a8",
+    "B": "#e4894f",
+    "I": "#d5b13f",
+    "W": "#72a35a",
+    "OVERLAP_F_B": "#9467bd",
+    "OPTIMIZER": "#777777",
+}
 
 
 def predicted_vs_measured(comparisons: Sequence[Comparison], path: Path | str, title: str) -> Path:
@@ -66,6 +75,38 @@ def parity(points: Mapping[str, Sequence[tuple[float, float]]], path: Path | str
     axes.set_title(f"{title}\ndotted: 20 % off", fontsize=11)
     if points:
         axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _write(figure, path)
+
+
+def timelines(prediction: Prediction, measured: MeasuredTimeline, path: Path | str, most_ranks: int = 8) -> Path:
+    """Two rows for each of the first ranks of the pipeline: its ops as predicted, and below them as measured."""
+    from matplotlib import pyplot as plt
+
+    from reports.timeline import kind_of
+
+    ranks = sorted({span.rank for span in prediction.timeline.spans})[:most_ranks]
+    figure, axes = plt.subplots(figsize=(11, 1.4 + 0.8 * len(ranks)), layout="constrained")
+    labels = []
+    for place, rank in enumerate(ranks):
+        sides = [
+            ("predicted", prediction.timeline.spans, rank),
+            ("measured", measured.spans, measured.layout.rank(pp=rank)),
+        ]
+        for row, (name, spans, number) in enumerate(sides):
+            labels.append((2.4 * place + row, f"{name}, rank {number}"))
+            for kind, color in OP_COLORS.items():
+                bars = [
+                    (span.start * 1e3, span.seconds * 1e3)
+                    for span in spans
+                    if span.rank == number and span.stream == "compute" and kind_of(span.name) == kind
+                ]
+                axes.broken_barh(bars, (2.4 * place + row - 0.4, 0.8), color=color, edgecolor="white", linewidth=0.4)
+    axes.set_yticks([y for y, _ in labels], [text for _, text in labels])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms since the step began")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in OP_COLORS.values()]
+    figure.legend(handles, OP_COLORS, loc="outside upper center", ncols=len(OP_COLORS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _write(figure, path)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from simulator.results import Prediction, Span
+from simulator.results import MeasuredTimeline, Prediction, Span
 
 STREAMS = ("compute", "send", "recv", "dp")
 _MESSAGE = re.compile(r"PP:(?P<stage>\d+)(?P<way>SEND|RECV)_(?P<kind>[FB])(?P<microbatch>\d+)")
@@ -20,11 +20,30 @@ def chrome_trace(prediction: Prediction) -> dict[str, Any]:
     A process per pipeline rank; a thread per stream, and further ones where spans of a stream overlap; an arrow from
     every send to its receive; a counter of bytes, what is there all the time below the activations.
     """
-    spans, alike = prediction.timeline.spans, prediction.layout.world_size // prediction.layout.pp
+    alike = prediction.layout.world_size // prediction.layout.pp
+    many = f" ({alike} alike)" if alike > 1 else ""
+    events = _processes(prediction.timeline.spans, lambda rank: f"pipeline rank {rank}{many}")
+    return {"traceEvents": [*events, *_arrows(events), *_memory(prediction)], "displayTimeUnit": "ms"}
+
+
+def measured_trace(timeline: MeasuredTimeline) -> dict[str, Any]:
+    """A measured step in the same form, a process per rank; the arrows stay within a copy of the pipeline."""
+    events = _processes(timeline.spans, lambda rank: f"rank {rank}")
+    place = {rank: timeline.layout.coordinates(rank) | {"pp": 0} for rank in {span.rank for span in timeline.spans}}
+    copies = {timeline.layout.rank(**place[rank]) for rank in place}
+    arrows = [
+        arrow | {"id": f"{copy}-{arrow['id']}"}
+        for copy in sorted(copies)
+        for arrow in _arrows([e for e in events if timeline.layout.rank(**place[e["pid"]]) == copy])
+    ]
+    return {"traceEvents": [*events, *arrows], "displayTimeUnit": "ms"}
+
+
+def _processes(spans: Sequence[Span], name: Callable[[int], str]) -> list[Event]:
+    """The spans of every rank on the threads of a process, with their names."""
     events: list[Event] = []
     for rank in sorted({span.rank for span in spans}):
-        many = f" ({alike} alike)" if alike > 1 else ""
-        events.append(_named("process_name", rank, 0, f"pipeline rank {rank}{many}"))
+        events.append(_named("process_name", rank, 0, name(rank)))
         events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
         threads = [
             (stream, lane)
@@ -34,7 +53,7 @@ def chrome_trace(prediction: Prediction) -> dict[str, Any]:
         for tid, (stream, lane) in enumerate(threads):
             events.append(_named("thread_name", rank, tid, stream))
             events += [_complete(span, tid) for span in lane]
-    return {"traceEvents": [*events, *_arrows(events), *_memory(prediction)], "displayTimeUnit": "ms"}
+    return events
 
 
 def _lanes(spans: Iterable[Span]) -> list[list[Span]]:
@@ -57,7 +76,7 @@ def _complete(span: Span, tid: int) -> Event:
 def _arrows(events: list[Event]) -> Iterator[Event]:
     """A flow from the begin of every send to the end of its receive."""
     sent: dict[tuple[str, int, int], Event] = {}
-    received: list[tuple[tuple[str, int, int], Event]] = []
+    received: dict[tuple[str, int, int], Event] = {}
     for event in events:
         match = _MESSAGE.fullmatch(event["name"]) if event["ph"] == "X" else None
         if match is None:
@@ -66,8 +85,9 @@ def _arrows(events: list[Event]) -> Iterator[Event]:
         if match["way"] == "SEND":
             sent[kind, stage + (1 if kind == "F" else -1), microbatch] = event
         else:
-            received.append(((kind, stage, microbatch), event))
-    for number, (key, end) in enumerate(received):
+            # A measured rank posts a receive and waits for it later: the last span of the name is the wait.
+            received[kind, stage, microbatch] = event
+    for number, (key, end) in enumerate(received.items()):
         begin = sent[key]
         arrow = {"name": f"{key[0]}{key[2]}", "cat": "message", "id": number}
         yield {**arrow, "ph": "s", "pid": begin["pid"], "tid": begin["tid"], "ts": begin["ts"]}

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from planner.plan import read_plan
+from runtime.environment import slurm_ranks
 from runtime.here import (
     DEFAULT_EVERY,
     DEFAULT_STEPS,
     DEFAULT_WARMUP,
     ERROR_PREFIX,
     NOTE_PREFIX,
+    check_alone,
     check_every,
     check_plan,
 )
@@ -40,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     try:
+        if options.alone is not None:
+            _run_alone(options)
+            return 0
+        os.environ |= slurm_ranks(os.environ)
         _run(options)
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
@@ -61,6 +67,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint-every", type=int, default=DEFAULT_EVERY, metavar="N", help="steps between saves (%(default)s)"
     )
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="traces and timeline.json of the last step go here")
+    parser.add_argument("--alone", type=int, metavar="RANK", help="run this rank by itself, without the others")
+    parser.add_argument("--fake", action="store_true", help="with --alone: count, compute nothing")
     return parser.parse_args(arguments)
 
 
@@ -76,7 +85,9 @@ def _run(options: argparse.Namespace) -> None:
     with _process_group() as rank:
         folder, every = options.checkpoint, options.checkpoint_every
         checkpointer = Checkpointer(folder, every, _note if rank == 0 else None) if folder else None
-        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None, checkpointer)
+        metrics = None if options.output is None else options.output.with_name("metrics.jsonl")
+        progress = _show_step if rank == 0 else None
+        measurement = train(plan, steps, warmup, progress, checkpointer, metrics=metrics, profile=options.profile)
         if rank != 0:
             return
         if options.output is None:
@@ -87,6 +98,22 @@ def _run(options: argparse.Namespace) -> None:
 
 def _note(sentence: str) -> None:
     print(f"{NOTE_PREFIX}{sentence}", file=sys.stderr, flush=True)
+
+
+def _run_alone(options: argparse.Namespace) -> None:
+    plan = read_plan(options.plan)
+    check_alone(plan, options.alone, options.steps, options.warmup)
+    warnings.filterwarnings("ignore", module="torch")
+    import torch
+
+    from runtime.alone import run_alone
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    found = run_alone(plan, options.alone, options.steps, options.warmup, options.fake)
+    if options.output is None:
+        print(json.dumps(plain(found), indent=2))
+    else:
+        write_json(options.output, found)
 
 
 def _show_step(step: int, steps: int, loss: float, grad_norm: float, seconds: float) -> None:

@@ -22,10 +22,10 @@ from pathlib import Path
 from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
-from runtime.machine import CPU_RANK_ENVIRONMENT
+from runtime.machine import CPU_RANK_ENVIRONMENT, memory_bytes
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
-from simulator.results import Measurement
+from simulator.results import Alone, Measurement
 
 # Lines that ranks write on stderr (runtime/__main__.py) and the launcher reads.
 STEP_LINE = re.compile(r"step (\d+)/(\d+) ")
@@ -51,6 +51,16 @@ _TORCHRUN_LINE = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 
 def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
     """Raises UserError if the runtime cannot train this plan on so many processes, or for so many steps."""
+    layout = plan.layout
+    check_layout(plan)
+    if world_size != layout.world_size:
+        raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
+    check_steps(steps, warmup)
+    check_data(plan.job)
+
+
+def check_layout(plan: Plan) -> None:
+    """Raises UserError if the runtime cannot execute the layout of this plan on any number of processes."""
     stack, layout = plan.job.stack, plan.layout
     if not stack.name.startswith("layoutwise"):
         raise UserError(
@@ -62,10 +72,20 @@ def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
         raise UserError(f"the layout '{layout.short()}' cannot run: {problems[0]}")
     if plan.job.training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
-    if world_size != layout.world_size:
-        raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
+
+
+def check_steps(steps: int, warmup: int) -> None:
+    """Raises UserError if no step is left to measure."""
     if not 0 <= warmup < steps:
         raise UserError(f"warmup = {warmup} must be at least 0 and less than steps = {steps}")
+
+
+def check_alone(plan: Plan, rank: int, steps: int, warmup: int) -> None:
+    """Raises UserError if this plan has no such rank, or the runtime cannot execute it."""
+    check_layout(plan)
+    if not 0 <= rank < plan.layout.world_size:
+        raise UserError(f"--rank {rank} must be one of the layout's ranks, 0 to {plan.layout.world_size - 1}")
+    check_steps(steps, warmup)
     check_data(plan.job)
 
 
@@ -73,6 +93,15 @@ def check_every(steps: int) -> None:
     """Raises UserError if checkpoints cannot be so many steps apart."""
     if steps < 1:
         raise UserError(f"checkpoint-every = {steps} must be at least 1")
+
+
+def check_profile(folder: Path | None, steps: int, warmup: int) -> None:
+    """Raises UserError if the last step, which is profiled, would be the only one that counts."""
+    if folder is not None and warmup + 1 >= steps:
+        raise UserError(
+            f"--profile takes the last step, which leaves none to measure: steps = {steps} must be at least "
+            f"warmup({warmup}) + 2"
+        )
 
 
 def run_here(
@@ -87,6 +116,7 @@ def run_here(
     checkpoint: Path | str | None = None,
     checkpoint_every: int = DEFAULT_EVERY,
     max_restarts: int = 0,
+    profile: Path | None = None,
 ) -> Measurement:
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
@@ -96,6 +126,7 @@ def run_here(
         timeout: seconds until the run is given up.
         checkpoint: folder to save in every so many steps, and to go on from.
         max_restarts: how often torchrun may start all ranks again when one has died.
+        profile: a folder for traces and timeline.json of the last step.
 
     Raises:
         UserError: the plan cannot run, or the ranks found that out.
@@ -105,6 +136,7 @@ def run_here(
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc, steps, warmup)
     check_every(checkpoint_every)
+    check_profile(profile, steps, warmup)
     check_writable(output)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += [f"--max-restarts={max_restarts}"]
@@ -114,14 +146,57 @@ def run_here(
         command += [f"--checkpoint={checkpoint}", f"--checkpoint-every={checkpoint_every}"]
     elif max_restarts:
         raise UserError(f"max-restarts = {max_restarts} needs --checkpoint DIR: there is nothing else to go on from")
+    command += [] if profile is None else [f"--profile={profile}"]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
-    if code != 0:
-        sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
-        if sentence is not None:
-            raise UserError(sentence.removeprefix(ERROR_PREFIX))
-        raise RuntimeError(f"training failed (torchrun's exit code {code}); the ranks wrote\n{_shown(tail)}")
+    _raise_failure(code, tail, "training failed (torchrun's exit code")
     return to_dataclass(Measurement, read_json(output, "measurement"), f"measurement '{output}'")
+
+
+def run_alone_here(
+    plan_path: Path | str,
+    output: Path | str,
+    rank: int,
+    *,
+    steps: int = DEFAULT_STEPS,
+    warmup: int = DEFAULT_WARMUP,
+    fake: bool = False,
+    timeout: float = 3600.0,
+) -> Alone:
+    """Run one rank of a plan by itself (runtime/alone.py); what was measured is also written to `output`.
+
+    Args:
+        fake: compute nothing; that is so too where the rank's predicted memory is more than this machine's.
+
+    Raises:
+        UserError: the plan cannot run, or has no such rank.
+        RuntimeError: the rank failed, or was too slow.
+    """
+    plan = read_plan(plan_path)
+    check_alone(plan, rank, steps, warmup)
+    check_writable(output)
+    fake = fake or needs_fake(plan, rank)
+    command = [sys.executable, "-m", "runtime", str(plan_path), f"--alone={rank}", *(["--fake"] if fake else [])]
+    command += [f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, None, timeout)
+    _raise_failure(code, tail, "the rank failed (exit code")
+    return to_dataclass(Alone, read_json(output, "measurement"), f"measurement '{output}'")
+
+
+def needs_fake(plan: Plan, rank: int) -> bool:
+    """Whether what the rank is predicted to allocate leaves this machine less than a tenth of its memory."""
+    predicted = plan.best.memory_per_stage[plan.layout.coordinates(rank)["pp"]]
+    return predicted.peak - predicted.overhead > 0.9 * memory_bytes()
+
+
+def _raise_failure(code: int, tail: list[str], what: str) -> None:
+    """A user's error that the ranks found is one sentence; any other failure shows what they wrote."""
+    if code == 0:
+        return
+    sentence = next((line for line in tail if line.startswith(ERROR_PREFIX)), None)
+    if sentence is not None:
+        raise UserError(sentence.removeprefix(ERROR_PREFIX))
+    raise RuntimeError(f"{what} {code}); the ranks wrote\n{_shown(tail)}")
 
 
 def _run(

@@ -34,14 +34,16 @@ class Recorder:
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
-    def measurement(self, plan: Plan, warmup: int) -> Measurement:
+    def measurement(self, plan: Plan, warmup: int, profiled: bool = False) -> Measurement:
         """The same on every rank: a step lasts as long as on its slowest rank. After a checkpoint was loaded, the times
-        are those of the steps since then, without as many for warm-up; at least of the last one."""
+        are those of the steps since then, without as many for warm-up; at least of the last one. A last step that was
+        profiled does not count in the times."""
         seconds = torch.tensor(self.seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         peaks = [torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(dist.get_world_size())]
         dist.all_gather(peaks, torch.full_like(peaks[0], peak_memory(self.device)))
-        spread = quantiles(seconds[min(warmup, len(seconds) - 1) :].tolist())
+        counted = seconds[: len(seconds) - profiled] if len(seconds) > 1 else seconds
+        spread = quantiles(counted[min(warmup, len(counted) - 1) :].tolist())
         return Measurement(
             layout=plan.layout,
             world_size=dist.get_world_size(),

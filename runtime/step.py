@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.profiler import record_function
 
 from runtime.data import Batch
 from runtime.experts import scale_expert_gradients
@@ -47,13 +48,14 @@ class Run:
         with loss_parallel() if self.layout.tp > 1 else contextlib.nullcontext():
             forward_backward = self._run_microbatches if self.schedule is None else self._run_schedule
             loss = forward_backward(batch)
-        sum_partial_gradients(self._parameters(), self.mesh)
-        if self.layout.ep > 1:
-            scale_expert_gradients(self.stages, self.layout.tp, self.layout.ep)
-        loss, norm = self._reduce(loss)
-        clip_gradients(self._parameters(), norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("OPTIMIZER"):
+            sum_partial_gradients(self._parameters(), self.mesh)
+            if self.layout.ep > 1:
+                scale_expert_gradients(self.stages, self.layout.tp, self.layout.ep)
+            loss, norm = self._reduce(loss)
+            clip_gradients(self._parameters(), norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss.item(), norm.item()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -69,8 +71,11 @@ class Run:
         size = self.layout.micro_batch_size
         for number, part in enumerate(batch.split(size), start=1):
             with gradient_sync(stage, self.layout, last=number == self.microbatches):
-                loss = self._microbatch_loss(stage(*part.inputs), part.targets)
-                loss.backward()
+                # Named as torch's schedules name theirs, microbatches from 0.
+                with record_function(f"PP:0F{number - 1}"):
+                    loss = self._microbatch_loss(stage(*part.inputs), part.targets)
+                with record_function(f"PP:0B{number - 1}"):
+                    loss.backward()
             total += local_tensor(loss.detach())
         return total
 

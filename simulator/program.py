@@ -49,6 +49,14 @@ def build_program(job: Job, layout: Layout) -> Program:
     return Program(orders, stages)
 
 
+def own_seconds(program: Program, rank: int) -> float:
+    """What a pipeline rank computes in a step, recomputation and the host's work included: its forwards and backwards
+    without any communication."""
+    works = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
+    leaves = [leaf for op in program.orders[rank] for leaf in op.leaves if leaf.kind in works]
+    return sum(getattr(program.stages[leaf.stage or 0], works[leaf.kind]).computation for leaf in leaves)
+
+
 def stage_costs(job: Job, layout: Layout) -> tuple[StageCost, ...]:
     """The cost of every stage of a layout, in torch's global stage order."""
     costs = StageCosts(job, layout)

@@ -132,3 +132,63 @@ class Measurement:
     version: int = 1
 
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class MeasuredTimeline:
+    """One step of every rank, profiled. Spans are those of a Timeline, but `rank` is the global rank; `seconds` is the
+    step on its slowest rank, the profiler's own work included."""
+
+    layout: Layout
+    step: int
+    seconds: float
+    device: str
+    spans: tuple[Span, ...]
+    version: int = 1
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives or messages of one kind along one axis in one step: how many, and the bytes of their buffers."""
+
+    name: str
+    axis: str
+    count: int
+    bytes: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class TrackedMemory:
+    """Bytes of tensors at the fullest moment of a step. `temporary` is what a backward makes besides gradients of
+    parameters; gathered parameters count as activations or as temporary, by when they were gathered."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    temporary: float
+    peak: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One rank, run without the others. step_seconds is its own work, None where tensors were fake."""
+
+    layout: Layout
+    rank: int
+    coordinates: dict[str, int]
+    fake: bool
+    step_seconds: float | None
+    memory: TrackedMemory
+    collectives: tuple[Collective, ...]
+    device: str
+    versions: dict[str, str]
+    version: int = 1
+
+    __pydantic_config__ = STRICT

@@ -1,0 +1,260 @@
+"""One rank of a layout of any size, run by one process: what it computes, what it holds and what it would send.
+
+torch's fake process group stands in for the other ranks: collectives return at once with numbers of the right shape
+and no meaning, so that seconds are the rank's own work, and losses are not looked at. Where the rank's share is too
+large for this machine, tensors are fake too (FakeTensorMode): then nothing is computed, no seconds are known, and
+memory is what torch's MemTracker adds up from the same steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import runtime.parallelize
+from planner.plan import Plan
+from runtime.data import Batch, Batches
+from runtime.here import check_alone
+from runtime.parallelize import apply_ddp
+from runtime.step import Run, build_run
+from runtime.trainer import find_device
+from simulator.results import Alone, Collective, TrackedMemory
+
+# What MemTracker calls the kinds of memory, and what we do.
+_KINDS = {"Parameter": "parameters", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
+
+
+def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alone:
+    """Run this rank of the plan's layout and measure it. No process group may exist yet.
+
+    Args:
+        fake: compute nothing, only count: one step to create the optimizer's state, one that is tracked.
+
+    Raises:
+        UserError: the layout has no such rank, or the runtime cannot execute it.
+    """
+    check_alone(plan, rank, steps, warmup)
+    layout, device = plan.layout, find_device()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) if fake else contextlib.nullcontext()
+    log = CollectiveLog()
+    with _stand_ins(mode, log, fake):
+        batches = Batches(plan.job, layout, rank, device)
+        run = build_run(plan.job, layout, device)
+        axes = _axes_of_groups(run)
+        seconds = [_timed(run, batches.load(step), mode) for step in range(1 if fake else steps)]
+        memory = RankMemory(run)
+        log.clear()
+        batch = batches.load(len(seconds))
+        with mode, memory, log:
+            run.step(_faked(batch, mode))
+    dist.destroy_process_group()
+    return Alone(
+        layout=layout,
+        rank=rank,
+        coordinates=layout.coordinates(rank),
+        fake=fake,
+        step_seconds=None if fake else statistics.median(seconds[warmup:]),
+        memory=memory.peak(),
+        collectives=log.collectives(axes),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        versions={"torch": torch.__version__},
+    )
+
+
+def _timed(run: Run, batch: Batch, mode: Any) -> float:
+    begin = time.perf_counter()
+    with mode:
+        run.step(_faked(batch, mode))
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return time.perf_counter() - begin
+
+
+def _faked(batch: Batch, mode: Any) -> Batch:
+    if not isinstance(mode, FakeTensorMode):
+        return batch
+    return Batch(tuple(mode.from_tensor(tensor) for tensor in batch.inputs), mode.from_tensor(batch.targets))
+
+
+@contextlib.contextmanager
+def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
+    """What a process group that hears nobody needs. Stages cannot agree on their shapes by messages, so they take
+    those that they were built with; DDP's reducer, which no dispatch mode sees, is given a hook; and fake weights are
+    materialised after the model is cut, because DTensor and FSDP cut real meta tensors only."""
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def static(schedule: _PipelineSchedule, stages: list[Any], *_: object) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    original = runtime.parallelize.init_weights
+
+    def init_weights(*arguments: Any) -> None:
+        with mode:
+            original(*arguments)
+
+    def ddp(stage: nn.Module, mesh: Any) -> nn.Module:
+        if fake:
+            # The reducer is C++ and wants real memory; its buckets are as large as the gradients that lie in them.
+            log.at_the_end = [p for p in stage.parameters() if p.requires_grad]
+            return stage
+        wrapped = apply_ddp(stage, mesh)
+        # DDP checks annotations, which are texts here: a lambda has none.
+        wrapped.register_comm_hook(log, lambda state, bucket: _ddp_hook(state, bucket))
+        return wrapped
+
+    with (
+        mock.patch.object(_PipelineSchedule, "_warmup_p2p", static, create=True),
+        mock.patch.object(runtime.parallelize, "init_weights", init_weights),
+        mock.patch.object(runtime.parallelize, "apply_ddp", ddp),
+    ):
+        yield
+
+
+def _ddp_hook(log: CollectiveLog, bucket: dist.GradBucket) -> Future[Any]:
+    log.add("all_reduce", "dp_replicate", bucket.buffer().nbytes)
+    done: Future[Any] = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Counts collectives and messages and their bytes: of the whole buffer that a collective gathers, reduces or
+    scatters, of the tensor that a message moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        # Parameters whose gradients DDP would reduce where it is left out.
+        self.at_the_end: list[nn.Parameter] = []
+
+    def clear(self) -> None:
+        self.counts.clear()
+        self.bytes.clear()
+
+    def add(self, name: str, group: str, size: int) -> None:
+        self.counts[name, group] += 1
+        self.bytes[name, group] += size
+
+    def collectives(self, axes: dict[str, str]) -> tuple[Collective, ...]:
+        if self.at_the_end:
+            self.add("all_reduce", "dp_replicate", sum(p.nbytes for p in self.at_the_end))
+        found = [Collective(key[0], axes.get(key[1], key[1]), n, self.bytes[key]) for key, n in self.counts.items()]
+        return tuple(sorted(found, key=lambda one: (one.axis, one.name)))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # DTensor takes the op apart into ops of plain tensors, which come back here.
+            return NotImplemented
+        result = function(*args, **(kwargs or {}))
+        if (name := _name_of(function)) is not None:
+            sizes = [sum(t.nbytes for t in tree_leaves(one) if isinstance(t, torch.Tensor)) for one in (*args, result)]
+            self.add(name, _group_of([*args, *(kwargs or {}).values()]), max(sizes))
+        return result
+
+
+_NAMES = {
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather": "all_gather",
+    "_allgather_base": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv": "recv",
+}
+
+
+def _name_of(function: Any) -> str | None:
+    """The collective that an op is: `c10d::_allgather_base_`, `_c10d_functional::all_gather_into_tensor` ..."""
+    namespace, _, name = str(function.name()).partition("::")
+    if "c10d" not in namespace:
+        return None
+    return _NAMES.get(name.partition(".")[0].removesuffix("_").removesuffix("_out").removesuffix("_coalesced"))
+
+
+def _group_of(args: list[Any]) -> str:
+    """The name of the process group among the arguments of a collective."""
+    for one in args:
+        if isinstance(one, torch.ScriptObject):
+            with contextlib.suppress(RuntimeError, TypeError):
+                return str(dist.ProcessGroup.unbox(one).group_name)
+        if isinstance(one, str) and one not in ("sum", "avg", "max", "min"):
+            return one
+    return "world"
+
+
+def _axes_of_groups(run: Run) -> dict[str, str]:
+    """The axis that each process group of the mesh lies along, by the group's name; later axes of one rank share a
+    name with none."""
+    names = run.mesh.mesh_dim_names or ()
+    found = {run.mesh.get_group(axis).group_name: axis for axis in names}
+    world = dist.group.WORLD
+    assert world is not None
+    # An axis that spans the world may use its group.
+    whole = [axis for axis in names if run.mesh[axis].size() == dist.get_world_size()]
+    return found | {world.group_name: whole[0] if whole and dist.get_world_size() > 1 else "world"}
+
+
+class RankMemory(MemTracker):
+    """torch's MemTracker over whole steps: what there is before counts from the begin, and modules are not told apart
+    (a stage runs once for every microbatch, which the tracker refuses to attribute)."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.track_external(*run.stages, run.optimizer)
+
+    def __enter__(self) -> RankMemory:
+        for stage in self.run.stages:
+            hooks = not isinstance(stage, DistributedDataParallel)
+            self._track_module_params_and_buffers(stage, install_grad_hooks=hooks)
+        super().__enter__()
+        return self
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None: ...
+
+    def _post_fw_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None: ...
+
+    def _pre_bw_hook(self, module: nn.Module, args: Any) -> None: ...
+
+    def _post_bw_hook(self, module: nn.Module, args: Any) -> None: ...
+
+    def peak(self) -> TrackedMemory:
+        """Bytes by kind at the fullest moment."""
+        snapshots = self.get_tracker_snapshot("peak")
+        device = max(snapshots, key=lambda one: snapshots[one]["Total"])
+        items: Counter[str] = Counter()
+        for kind, size in snapshots[device].items():
+            name = getattr(kind, "value", kind)
+            if name != "Total":
+                items[_KINDS.get(str(name), "temporary")] += size
+        known = {name: float(items[name]) for name in (*_KINDS.values(), "temporary")}
+        return TrackedMemory(**known, peak=sum(known.values()))
