@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.model import Attention, FeedForward, Stage, init_weights
+from runtime.model import Attention, FeedForward, Transformer, init_weights, norms_behind
 from simulator.job import Training
 from simulator.layout import AXES, Layout
 
@@ -57,7 +57,9 @@ def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
     return torch.bfloat16 if training.precision == "bf16" else torch.float32
 
 
-def parallelize(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+def parallelize(
+    stage: Transformer, layout: Layout, training: Training, mesh: DeviceMesh, device: torch.device
+) -> nn.Module:
     """The stage, built on the meta device, as this rank runs it: cut, with memory and with its initial weights."""
     if layout.tp > 1:
         apply_tensor_parallel(stage, mesh["tp"], layout.sequence_parallel)
@@ -85,7 +87,7 @@ class ShardedPositions(ParallelStyle):
         return distribute_module(module, device_mesh, None, cut_input, to_local)
 
 
-def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply_tensor_parallel(stage: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Heads, feed-forward width and vocabulary over the tensor axis (Megatron-LM, arXiv 1909.08053); with
     sequence_parallel the residual stream is cut along the sequence between them (arXiv 2205.05198).
 
@@ -97,15 +99,23 @@ def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: boo
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         "output": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
+    # BERT's transform is cut by columns, and its output gathered again; T5's biases by heads.
+    plan["transform"] = ColwiseParallel(input_layouts=stream, output_layouts=stream)
+    plan |= dict.fromkeys(("encoder_bias", "decoder_bias"), ColwiseParallel())
     if sequence_parallel:
-        plan |= {"norm": SequenceParallel(), "pos_embeddings": ShardedPositions()}
-    parallelize_module(stage, mesh, {name: style for name, style in plan.items() if getattr(stage, name) is not None})
+        local = SequenceParallel(use_local_output=True)
+        plan["norm"] = SequenceParallel()
+        plan |= {f"{side}embedding_norm": local for side in ("", "encoder_", "decoder_")} | {"encoder_norm": local}
+        tables = ("pos_embeddings", "type_embeddings", "encoder_positions", "decoder_positions")
+        plan |= dict.fromkeys(tables, ShardedPositions())
+    present = {name: style for name, style in plan.items() if getattr(stage, name, None) is not None}
+    parallelize_module(stage, mesh, present)
     stage.tie_weights()
     for block in stage.layers.values():
-        parallelize_module(block, mesh, _block_plan(block, stream))
+        parallelize_module(block, mesh, _block_plan(block, stream, norms_behind(stage.spec)))
 
 
-def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, ParallelStyle]:
+def _block_plan(block: nn.Module, stream: Shard | Replicate, behind: bool) -> dict[str, ParallelStyle]:
     attention, feed_forward = block.attention, block.feed_forward
     assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)
     plan: dict[str, ParallelStyle] = {
@@ -116,8 +126,15 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
     }
     columns = ["attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"]
     plan |= {name: ColwiseParallel() for name in columns + ["feed_forward.w3"] * (feed_forward.w3 is not None)}
+    if hasattr(block, "cross_attention"):
+        replicated = (Replicate(), Replicate())
+        plan["cross_attention"] = PrepareModuleInput(input_layouts=(stream, stream), desired_input_layouts=replicated)
+        plan["cross_attention.wo"] = RowwiseParallel(output_layouts=stream)
+        plan |= {f"cross_attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
     if stream.is_shard():
-        plan |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
+        # A norm behind the sum gives the next residual stream, which is a plain tensor.
+        names = [name for name, _ in block.named_children() if name.endswith("norm")]
+        plan |= {name: SequenceParallel(use_local_output=behind) for name in names}
     if attention.q_norm is not None:
         # Over heads what sequence parallelism is over positions: one weight, each rank norms its own part.
         norm = SequenceParallel(sequence_dim=2, use_local_output=True)
@@ -125,13 +142,13 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
     return plan
 
 
-def apply_recompute(stage: Stage) -> None:
+def apply_recompute(stage: Transformer) -> None:
     """Keep only each block's input for the backward. There is no dropout, so no random state to restore."""
     for name, block in stage.layers.items():
         stage.layers[name] = checkpoint_wrapper(block, preserve_rng_state=False)
 
 
-def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh) -> None:
+def apply_fsdp(stage: Transformer, layout: Layout, training: Training, mesh: DeviceMesh) -> None:
     """Shard each block, and embedding, final norm and head as one group with the root (they may share a weight).
 
     zero_stage 3 frees a block's parameters after its forward and gathers them again for the backward; the root is
@@ -150,7 +167,7 @@ def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMes
     fully_shard(stage, mesh=over, mp_policy=policy, reshard_after_forward=False)
 
 
-def apply_ddp(stage: Stage, mesh: DeviceMesh) -> DistributedDataParallel:
+def apply_ddp(stage: Transformer, mesh: DeviceMesh) -> DistributedDataParallel:
     """Replicate. Replicas are equal from the start, so nothing is broadcast; gradients live in DDP's buckets."""
     group = mesh["dp_replicate"].get_group()
     return DistributedDataParallel(stage, process_group=group, init_sync=False, gradient_as_bucket_view=True)

@@ -74,6 +74,9 @@ class Stack:
     reduces_every_projection: each of q, k, v (gate, up) is a column-parallel layer with collectives of its own, where
     others have one for their common input.
 
+    model_families and rope_scaling are what can be trained, everything where empty; pipeline_families those that can be
+    cut into stages. masked_context says whether context parallelism carries masks and biases (windows, alibi).
+
     selective_recompute says what recompute = "selective" runs again: the share of the kernels of a name ("q_b",
     "rmsnorm") or of a kind ("attention", "matmul", "pointwise").
     """
@@ -121,5 +124,8 @@ class Stack:
     grouped_experts: bool = True
     peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
+    pipeline_families: tuple[str, ...] = field(default_factory=tuple)
+    rope_scaling: tuple[str, ...] = field(default_factory=tuple)
+    masked_context: bool = True
 
     __pydantic_config__ = STRICT
