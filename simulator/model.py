@@ -242,10 +242,10 @@ class ModelSpec:
         BERT's head is that of pre-training: pooler, masked-token transform with its vocabulary bias, next-sentence.
         """
         h = self.hidden_size
-        if self.family == "bert":
-            return (h * h + h) + (h * h + h + self.norm_parameters() + self.vocab_size) + (2 * h + 2)
-        final_norms = {"bart": 0, "t5": 2}.get(self.family, 1)
         projection = 0 if self.tie_word_embeddings else self.vocab_size * h
+        if self.family == "bert":
+            return (h * h + h) + (h * h + h + self.norm_parameters() + self.vocab_size) + (2 * h + 2) + projection
+        final_norms = {"bart": 0, "t5": 2}.get(self.family, 1)
         return final_norms * self.norm_parameters() + projection
 
     def parameters(self) -> int:

@@ -87,5 +87,52 @@ _HALF = [
     Case(Layout(pp=2, **_SHARD, micro_batch_size=2), training={"precision": "bf16"}),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), training={"precision": "bf16"}),
 ]
-CASES = [*_ONE, *_TWO, *_FOUR, *_HALF]
+# Other families and other positions. Alibi's slopes and T5's biases are cut by heads, BERT's transform by columns.
+_MODELS = [
+    Case(Layout(**_REPLICATE, micro_batch_size=2), "tiny-bert"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bert"),
+    Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), "tiny-bert-untied"),
+    Case(Layout(**_SHARD, micro_batch_size=2, recompute="full"), "tiny-t5"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-t5"),
+    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-bart"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-neox"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bloom"),
+    Case(Layout(tp=2, micro_batch_size=8), "tiny-mistral"),
+]
+_WHOLE = ["tiny-bert", "tiny-t5", "tiny-bart"]
+_CUT = ["tiny-bert-untied", "tiny-neox", "tiny-mistral", "tiny-llama3"]
+LONG_CASES = [
+    *(
+        Case(layout, model)
+        for model in [*_WHOLE, "tiny-neox", "tiny-bloom", "tiny-mistral", "tiny-llama3"]
+        for layout in (
+            Layout(tp=2, micro_batch_size=4),
+            Layout(micro_batch_size=2, recompute="full"),
+            Layout(**_REPLICATE, micro_batch_size=2, recompute="full"),
+            Layout(**_SHARD, micro_batch_size=4),
+            Layout(dp_shard=2, zero_stage=2, micro_batch_size=2),
+            Layout(tp=2, micro_batch_size=4, recompute="full"),
+            Layout(**_TENSOR, micro_batch_size=4, recompute="full"),
+            Layout(tp=4, sequence_parallel=True, micro_batch_size=8),
+            Layout(dp_replicate=2, dp_shard=2, zero_stage=3, micro_batch_size=2),
+            Layout(**_TENSOR, **_SHARD, micro_batch_size=2),
+            Layout(tp=2, **_REPLICATE, micro_batch_size=2),
+            Layout(dp_replicate=2, dp_shard=2, tp=2, zero_stage=3, sequence_parallel=True, micro_batch_size=2),
+        )
+    ),
+    *(
+        Case(layout, model)
+        for model in _CUT
+        for layout in (
+            Layout(pp=2, schedule="1F1B", micro_batch_size=2),
+            Layout(**_INTERLEAVED, **_TENSOR, micro_batch_size=4),
+        )
+    ),
+    *(
+        Case(layout, model, {"precision": "bf16"})
+        for model in [*_WHOLE, "tiny-bloom"]
+        for layout in (Layout(**_SHARD, micro_batch_size=4), Layout(**_TENSOR, micro_batch_size=8))
+    ),
+]
+CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_MODELS]
 REFERENCES = list({case.reference.name: case.reference for case in CASES}.values())
