@@ -151,6 +151,10 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
     warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Begin with these Hugging Face safetensors.")
+    ] = None,
+    export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
     output: Folder = Path("."),
     as_json: AsJson = False,
 ) -> None:
@@ -166,6 +170,7 @@ def run(
     with _progress("training", quiet=as_json) as report:
         measured = run_here(
             plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
+            weights=weights, export=export,
             progress=lambda done, total: report(f"step {done} of {total}", done / total),
         )  # fmt: skip
     if as_json:

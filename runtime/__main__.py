@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     try:
-        _run(options.plan, options.steps, options.warmup, options.output)
+        _run(options)
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -45,18 +45,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--warmup", type=int, default=DEFAULT_WARMUP, help="steps left out of the step times (%(default)s)"
     )
     parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="begin with these safetensors")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the trained model as safetensors")
     return parser.parse_args(arguments)
 
 
-def _run(path: Path, steps: int, warmup: int, output: Path | None) -> None:
-    plan = read_plan(path)
+def _run(options: argparse.Namespace) -> None:
+    plan, steps, warmup, output = read_plan(options.plan), options.steps, options.warmup, options.output
     check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)), steps, warmup)
     # torch's notices about its own internals are nothing that a user could act on.
     warnings.filterwarnings("ignore", module="torch")
     from runtime.trainer import train
 
     with _process_group() as rank:
-        measurement = train(plan, steps, warmup, _show_step if rank == 0 else None)
+        show = _show_step if rank == 0 else None
+        measurement = train(plan, steps, warmup, show, weights=options.weights, export=options.export)
         if rank != 0:
             return
         if output is None:

@@ -68,6 +68,8 @@ def run_here(
     steps: int = DEFAULT_STEPS,
     warmup: int = DEFAULT_WARMUP,
     nproc: int | None = None,
+    weights: Path | None = None,
+    export: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     timeout: float = 3600.0,
 ) -> Measurement:
@@ -75,6 +77,8 @@ def run_here(
 
     Args:
         nproc: processes to start; None takes what the layout needs, and nothing else is right.
+        weights: a folder of safetensors to begin with.
+        export: a folder to write the trained model to, as safetensors.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
 
@@ -86,8 +90,13 @@ def run_here(
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc, steps, warmup)
     check_writable(output)
+    if weights is not None and not weights.is_dir():
+        raise UserError(f"weights '{weights}' is not a folder; name one with safetensors and their config.json")
+    if export is not None:
+        check_writable(export / "config.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    command += [f"--{name}={path}" for name, path in (("weights", weights), ("export", export)) if path is not None]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, progress, timeout)
     if code != 0:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from runtime.data import Batches
 from runtime.launchers import check_plan
 from runtime.record import Recorder
 from runtime.step import build_run
+from runtime.weights import export_model, load_safetensors
 from simulator.errors import UserError
 from simulator.results import Measurement
 
@@ -28,7 +30,14 @@ def find_device() -> torch.device:
     return torch.device("cpu")
 
 
-def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None) -> Measurement:
+def train(
+    plan: Plan,
+    steps: int,
+    warmup: int,
+    progress: Progress | None = None,
+    weights: Path | None = None,
+    export: Path | None = None,
+) -> Measurement:
     """Train the plan's model with the plan's layout, and measure it.
 
     The process group must be initialised, with as many ranks as the layout has. Every rank returns the same
@@ -36,6 +45,8 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
 
     Args:
         steps: optimizer steps in all; the first `warmup` of them are left out of the step times.
+        weights: a folder of safetensors to begin with, instead of random weights.
+        export: a folder to write the trained model to, as safetensors.
         progress: called after every step with (steps done, steps, loss, gradient norm, seconds).
 
     Raises:
@@ -47,6 +58,8 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
     recorder = Recorder(device)
     run = build_run(plan.job, plan.layout, device)
+    if weights is not None:
+        load_safetensors(run.stages, weights)
     for step in range(steps):
         begin = time.perf_counter()
         loss, norm = run.step(batches.load(step))
@@ -61,4 +74,6 @@ def train(plan: Plan, steps: int, warmup: int, progress: Progress | None = None)
         recorder.add(seconds, loss, norm)
         if progress is not None:
             progress(step + 1, steps, loss, norm, seconds)
+    if export is not None:
+        export_model(run.stages, plan.layout, export)
     return recorder.measurement(plan, warmup)

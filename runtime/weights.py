@@ -25,6 +25,7 @@ from runtime.model import Transformer, named_weights
 from simulator.errors import UserError
 from simulator.files import read_json, write_json
 from simulator.hf import read_config
+from simulator.layout import Layout
 from simulator.model import ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -97,6 +98,13 @@ def save_safetensors(
         _write_index(folder, [(name, sizes) for name, (_, sizes) in zip(names, everything, strict=True)])
         write_json(folder / "config.json", config)
     _gather(None)
+
+
+def export_model(stages: Iterable[nn.Module], layout: Layout, folder: Path | str) -> None:
+    """`save_safetensors` by the first rank of each pipeline stage. All ranks must call it."""
+    place = layout.coordinates(dist.get_rank())
+    writes = not any(number for axis, number in place.items() if axis != "pp")
+    save_safetensors(stages, folder, pp_rank=place["pp"], writes=writes)
 
 
 def local_ranges(like: Tensor) -> tuple[tuple[int, int], ...]:
