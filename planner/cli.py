@@ -37,6 +37,13 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps to train.")]
+Warmup = Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here; all nodes see it.")
+]
+CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps between saves; 100.")]
+MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
 
 
 def main() -> None:
@@ -148,15 +155,15 @@ def explain(
 @app.command()
 def run(
     plan_file: PlanFile,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
-    warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
+    steps: Steps = 20,
+    warmup: Warmup = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
     output: Folder = Path("."),
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here.")
-    ] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between saves.")] = 100,
-    max_restarts: Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")] = 0,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = None,
+    max_restarts: MaxRestarts = 0,
+    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")] = None,
+    export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
@@ -170,30 +177,32 @@ def run(
     from planner import show
     from planner.plan import read_plan
     from runtime.here import run_here
+    from runtime.settings import Settings
     from simulator.files import plain
 
-    path = output / "measurement.json"
-    if warmup is None:
-        warmup = min(5, steps - 1)
     if not alone and (fake or rank is not None):
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
+    settings = Settings(
+        steps, _warmup(warmup, steps), None, checkpoint, checkpoint_every, weights, export,
+        output / "profile" if profile else None,
+    )  # fmt: skip
     if alone:
-        _run_alone(plan_file, output / "alone.json", rank or 0, steps, warmup, fake, as_json)
+        _run_alone(plan_file, output / "alone.json", rank or 0, settings, fake, as_json)
         return
+    path = output / "measurement.json"
     with _progress("training", quiet=as_json) as report:
         measured = run_here(
-            plan_file, path, steps=steps, warmup=warmup, nproc=nproc_per_node,
+            plan_file, path, settings, nproc=nproc_per_node, max_restarts=max_restarts,
             progress=lambda done, total: report(f"step {done} of {total}", done / total),
-            checkpoint=checkpoint, checkpoint_every=checkpoint_every, max_restarts=max_restarts,
-            profile=output / "profile" if profile else None,
         )  # fmt: skip
     written = [path, output / "metrics.jsonl"]
     totals = None
-    if profile:
+    if settings.profile is not None:
         from reports.timeline import cells, write_timeline
 
-        totals, pages = write_timeline(read_plan(plan_file), output / "profile")
-        written += [output / "profile" / "timeline.json", *pages]
+        totals, pages = write_timeline(read_plan(plan_file), settings.profile)
+        written += [settings.profile / "timeline.json", *pages]
+    written += [export] if export else []
     if as_json:
         _print_json(plain(measured))
         return
@@ -205,13 +214,17 @@ def run(
         typer.echo(f"written to {one}")
 
 
-def _run_alone(plan_file: Path, path: Path, rank: int, steps: int, warmup: int, fake: bool, as_json: bool) -> None:
+def _warmup(given: int | None, steps: int) -> int:
+    return min(5, steps - 1) if given is None else given
+
+
+def _run_alone(plan_file: Path, path: Path, rank: int, settings: Any, fake: bool, as_json: bool) -> None:
     from planner import show
     from planner.plan import read_plan
     from runtime.here import run_alone_here
     from simulator.files import plain
 
-    found = run_alone_here(plan_file, path, rank, steps=steps, warmup=warmup, fake=fake)
+    found = run_alone_here(plan_file, path, rank, settings, fake=fake)
     if as_json:
         _print_json(plain(found))
         return
@@ -224,22 +237,22 @@ def launch(
     plan_file: PlanFile,
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="torchrun, slurm or kubernetes.")],
     output: Folder = Path("launch"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 20,
-    warmup: Annotated[int | None, typer.Option(min=0, help="First steps that do not count; 5, or all but one.")] = None,
+    steps: Steps = 20,
+    warmup: Warmup = None,
     image: Annotated[str, typer.Option(help="Kubernetes: the image, with layoutwise installed.")] = "",
-    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Where all nodes write checkpoints.")] = "",
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints.")] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts failed ranks anew.")] = 0,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = None,
+    max_restarts: MaxRestarts = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
     from planner.plan import read_plan
     from runtime.launchers import LaunchOptions, launch_files
+    from runtime.settings import Settings
     from simulator.files import write_text
 
-    warmup = min(5, steps - 1) if warmup is None else warmup
-    options = LaunchOptions(steps, warmup, image, checkpoint, checkpoint_every, max_restarts)
-    files = launch_files(read_plan(plan_file), on, options)
+    settings = Settings(steps, _warmup(warmup, steps), checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+    files = launch_files(read_plan(plan_file), on, LaunchOptions(settings, image, max_restarts))
     for name, text in files.items():
         path = write_text(output / name, text)
         if name.endswith(".sh"):

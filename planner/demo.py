@@ -78,6 +78,7 @@ def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     """Run the rivals, and the recommendation where it is none of them, and put each beside its prediction."""
     from reports.tables import Comparison
     from runtime.here import run_here
+    from runtime.settings import Settings
 
     plans = {name: plan(dataclasses.replace(small.job, search=pinned), top=1) for name, pinned in RIVALS.items()}
     if small.layout not in [rival.layout for rival in plans.values()]:
@@ -91,7 +92,7 @@ def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
             report(f"training {name}, step {step}", 0.3 + 0.65 * (place + step / steps) / len(plans))
 
         progress(0, STEPS)
-        measured = run_here(path, folder / "measurement.json", steps=STEPS, warmup=WARMUP, progress=progress)
+        measured = run_here(path, folder / "measurement.json", Settings(STEPS, WARMUP), progress=progress)
         mark = " (recommended)" if rival.layout == small.layout and name != "recommended" else ""
         comparisons.append(Comparison(name + mark, rival.best, measured))
         show.print_measurement(measured, rival.best)

@@ -16,19 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from planner.plan import read_plan
+from planner.plan import Plan, read_plan
 from runtime.environment import slurm_ranks
-from runtime.here import (
-    DEFAULT_EVERY,
-    DEFAULT_STEPS,
-    DEFAULT_WARMUP,
-    ERROR_PREFIX,
-    NOTE_PREFIX,
-    check_alone,
-    check_every,
-    check_plan,
-)
+from runtime.here import ERROR_PREFIX, NOTE_PREFIX, check_alone, check_plan
 from runtime.machine import leave
+from runtime.settings import Settings, add_arguments, settings_of
 from simulator.errors import UserError
 from simulator.files import plain, write_json
 
@@ -46,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             _run_alone(options)
             return 0
         os.environ |= slurm_ranks(os.environ)
-        _run(options)
+        _run(read_plan(options.plan), settings_of(options))
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -56,44 +48,27 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="torchrun -m runtime", description=__doc__)
     parser.add_argument("plan", type=Path, help="plan.json, written by `layoutwise plan`")
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimizer steps in all (%(default)s)")
-    parser.add_argument(
-        "--warmup", type=int, default=DEFAULT_WARMUP, help="steps left out of the step times (%(default)s)"
-    )
-    parser.add_argument("-o", "--output", type=Path, help="measurement.json; without it, it goes to stdout")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="save here, and go on from what is saved here; for all nodes"
-    )
-    parser.add_argument(
-        "--checkpoint-every", type=int, default=DEFAULT_EVERY, metavar="N", help="steps between saves (%(default)s)"
-    )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="traces and timeline.json of the last step go here")
+    add_arguments(parser)
     parser.add_argument("--alone", type=int, metavar="RANK", help="run this rank by itself, without the others")
     parser.add_argument("--fake", action="store_true", help="with --alone: count, compute nothing")
     return parser.parse_args(arguments)
 
 
-def _run(options: argparse.Namespace) -> None:
-    plan, steps, warmup = read_plan(options.plan), options.steps, options.warmup
-    check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)), steps, warmup)
-    check_every(options.checkpoint_every)
+def _run(plan: Plan, settings: Settings) -> None:
+    check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)))
+    settings.check()
     # torch's notices about its own internals are nothing that a user could act on.
     warnings.filterwarnings("ignore", module="torch")
-    from runtime.checkpoint import Checkpointer
     from runtime.trainer import train
 
     with _process_group() as rank:
-        folder, every = options.checkpoint, options.checkpoint_every
-        checkpointer = Checkpointer(folder, every, _note if rank == 0 else None) if folder else None
-        metrics = None if options.output is None else options.output.with_name("metrics.jsonl")
-        progress = _show_step if rank == 0 else None
-        measurement = train(plan, steps, warmup, progress, checkpointer, metrics=metrics, profile=options.profile)
+        measurement = train(plan, settings, *((_show_step, _note) if rank == 0 else ()))
         if rank != 0:
             return
-        if options.output is None:
+        if settings.output is None:
             print(json.dumps(plain(measurement), indent=2))
         else:
-            write_json(options.output, measurement)
+            write_json(settings.output, measurement)
 
 
 def _note(sentence: str) -> None:
@@ -102,7 +77,8 @@ def _note(sentence: str) -> None:
 
 def _run_alone(options: argparse.Namespace) -> None:
     plan = read_plan(options.plan)
-    check_alone(plan, options.alone, options.steps, options.warmup)
+    check_alone(plan, options.alone)
+    settings_of(options).check()
     warnings.filterwarnings("ignore", module="torch")
     import torch
 

@@ -52,7 +52,7 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
     Raises:
         UserError: the layout has no such rank, or the runtime cannot execute it.
     """
-    check_alone(plan, rank, steps, warmup)
+    check_alone(plan, rank)
     layout, device = plan.layout, find_device()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) if fake else contextlib.nullcontext()

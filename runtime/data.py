@@ -1,20 +1,20 @@
-"""Token streams: bytes of text files, and how a batch is cut among replicas.
+"""Samples of a token stream: which ones a step sees, what is hidden in them, and how they are cut among replicas.
 
-A token is a byte, so no tokenizer is needed and any model with a vocabulary of 256 or more can learn them.
-Only `load_batch` needs torch: the launcher looks at the data before it starts a process.
+    decoder                 inputs the sample, targets the token behind each
+    encoder (BERT)          inputs the sample with hidden tokens, targets what was hidden
+    encoder and decoder     the encoder's inputs the sample with hidden tokens; the decoder gives back the whole
+
+Only `Batches.load` needs torch: the launcher looks at the data before it starts a process.
 """
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from runtime.tokens import VOCABULARY, open_stream
 from simulator.errors import UserError
 from simulator.job import Job
 from simulator.layout import Layout
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-VOCABULARY = 256
-MOST_BYTES = 64 * 2**20
-# Not somebody's text: installed packages below the standard library, caches, version control.
-_SKIPPED = ("site-packages", "dist-packages", "__pycache__")
+# BERT (arXiv 1810.04805, section 3.1): 15 % of the tokens are to be found; of them 80 % show the mask, 10 % any token.
+MASKED, SHOWN_AS_MASK, SHOWN_AS_ANY = 0.15, 0.8, 0.1
+# What torch's cross entropy leaves out.
+NO_TARGET = -100
 
 
 class Batch(NamedTuple):
     """What a rank trains on in one step: samples are the first dim of every tensor.
 
-    inputs are what the first stage takes: token ids (samples, T). targets are int64 of shape (samples, T).
+    inputs are what the first stage takes: token ids (samples, T), of the encoder and the decoder where there are both.
+    targets are int64 of shape (samples, T), -100 where nothing is predicted; each sample predicts as many.
     """
 
     inputs: tuple[Tensor, ...]
@@ -58,72 +59,72 @@ class Batches:
     alone, so that every layout sees the same samples, and a run can be continued at any step."""
 
     def __init__(self, job: Job, layout: Layout, rank: int, device: torch.device) -> None:
-        self.training, self.device = job.training, device
-        self.tokens = read_tokens(job.training.data)
+        self.training, self.model, self.device = job.training, job.model, device
+        self.stream = open_stream(job.training, job.model.vocab_size)
         self.share = share_of(layout, rank, job.training.global_batch_size)
         self.context = layout.cp, layout.coordinates(rank)["cp"]
+        # The last id of a vocabulary stands in: no byte of UTF-8 text is 255, and it is rare in any other.
+        self.mask_token = self.stream.mask_token if self.stream.mask_token >= 0 else job.model.vocab_size - 1
 
     def load(self, step: int) -> Batch:
-        training = self.training
-        offsets = sample_offsets(len(self.tokens), training.seed, step, training.global_batch_size, training.seq_len)
-        inputs, targets = load_batch(self.tokens, offsets[self.share], training.seq_len, self.device)
-        return Batch((inputs,), targets).cut(training.seq_len, *self.context)
+        import torch
 
+        training, ids = self.training, self.stream.ids
+        offsets = sample_offsets(len(ids), training.seed, step, training.global_batch_size, training.seq_len)
+        windows = read_windows(ids, offsets[self.share], training.seq_len)
+        _check_ids(windows, self.model.vocab_size, training.data)
+        arrays = self._shown(windows, step)
+        *inputs, targets = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
+        return Batch(tuple(inputs), targets).cut(training.seq_len, *self.context)
 
-def read_tokens(folder: str, most: int = MOST_BYTES) -> np.ndarray:
-    """The text files below a folder, in sorted order, as one array of bytes, cut off after `most` of them.
+    def _shown(self, windows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+        """Inputs and, last, targets of windows (samples, T + 1)."""
+        if self.model.causal:
+            return windows[:, :-1], windows[:, 1:]
+        samples = windows[:, 1:] if self.model.encoder_decoder else windows[:, :-1]
+        hidden = [self._hide(sample, step, number) for number, sample in enumerate(samples, start=self.share.start)]
+        shown, targets = (np.stack(arrays) for arrays in zip(*hidden, strict=True))
+        return (shown, windows[:, :-1], samples) if self.model.encoder_decoder else (shown, targets)
 
-    A file is text if its first 8 KiB hold no zero byte (git's rule). "" means the Python standard library's source.
-
-    Raises:
-        UserError: there is no such folder, or no text in it.
-    """
-    root = Path(folder or sysconfig.get_paths()["stdlib"])
-    if not root.is_dir():
-        raise UserError(f"training.data = '{folder}' is not a folder; name a folder with text files")
-    # Mapped from a file without a name, so that a rank holds only the pages that it samples from.
-    with tempfile.TemporaryFile() as file:
-        left = most
-        for path in _files(root):
-            if left <= 0:
-                break
-            if folder or path.suffix == ".py":
-                left -= file.write(_read_text(path, left))
-        if left == most:
-            raise UserError(f"training.data = '{folder}' holds no text file")
-        file.flush()
-        return np.memmap(file, dtype=np.uint8, mode="r")
-
-
-def _files(root: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in _SKIPPED and not f.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _read_text(path: Path, most: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(most)
-    except OSError as error:
-        raise UserError(f"training.data: '{path}' cannot be read: {error.strerror}") from None
-    return b"" if b"\0" in data[:8192] else data
+    def _hide(self, sample: np.ndarray, step: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A sample with hidden tokens, and targets: what was hidden, NO_TARGET elsewhere. The number of a sample in the
+        global batch decides, so that layouts hide the same; as many are hidden in each, so that means of microbatches
+        add up. An encoder in front of a decoder always sees the mask, as BART's token masking has it."""
+        random = np.random.default_rng([self.training.seed % 2**64, step, number])
+        count = max(1, round(MASKED * len(sample)))
+        places, chance = random.choice(len(sample), count, replace=False), random.random(count)
+        anything = random.integers(0, self.stream.vocabulary or self.model.vocab_size, count)
+        shown, targets = sample.copy(), np.full_like(sample, NO_TARGET)
+        targets[places] = sample[places]
+        kept = np.where(chance < SHOWN_AS_MASK + SHOWN_AS_ANY, anything, sample[places])
+        always = self.model.encoder_decoder
+        shown[places] = np.where(always | (chance < SHOWN_AS_MASK), self.mask_token, kept)
+        return shown, targets
 
 
 def check_data(job: Job) -> None:
-    """Raises UserError if there is too little text for one sample, or the model cannot read bytes. Reads no more of
-    the text than that takes."""
-    if job.model.vocab_size < VOCABULARY:
-        raise UserError(f"vocab_size = {job.model.vocab_size} is too small for bytes; it must be at least {VOCABULARY}")
-    seq_len, folder = job.training.seq_len, job.training.data
-    found = len(read_tokens(folder, most=seq_len + 1))
+    """Raises UserError if there is too little data for one sample, or the model does not have its tokens. Reads no more
+    text than that takes; text for a tokenizer is tokenised here, before the first process starts."""
+    training, vocab_size = job.training, job.model.vocab_size
+    seq_len, name = training.seq_len, training.data
+    stream = open_stream(training, vocab_size, most=seq_len + 1)
+    found, raw = len(stream.ids), stream.vocabulary == VOCABULARY and not training.tokenizer
+    if vocab_size < stream.vocabulary:
+        of = "bytes" if raw else f"training.tokenizer = '{training.tokenizer}'"
+        raise UserError(f"vocab_size = {vocab_size} is too small for {of}; it must be at least {stream.vocabulary}")
     if found <= seq_len:
+        unit = "bytes of text" if raw else "tokens"
         raise UserError(
-            f"training.data = '{folder}' holds {found} bytes of text, but one sample of seq_len = {seq_len} "
-            f"needs {seq_len + 1}"
+            f"training.data = '{name}' holds {found} {unit}, but one sample of seq_len = {seq_len} needs {seq_len + 1}"
         )
+    _check_ids(stream.ids[: 2**20], vocab_size, name)
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+    least, largest = int(ids.min()), int(ids.max())
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise UserError(f"training.data = '{name}' holds the token id {wrong}, but vocab_size = {vocab_size}")
 
 
 def sample_offsets(length: int, seed: int, step: int, global_batch_size: int, seq_len: int) -> np.ndarray:
@@ -140,10 +141,6 @@ def share_of(layout: Layout, rank: int, global_batch_size: int) -> slice:
     return slice(start, start + share)
 
 
-def load_batch(tokens: np.ndarray, offsets: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 of shape (len(offsets), seq_len); a target is the token after its input."""
-    import torch
-
-    windows = torch.from_numpy(tokens[offsets[:, None] + np.arange(seq_len + 1)].astype(np.int64))
-    windows = windows.to(device)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+def read_windows(tokens: np.ndarray, offsets: np.ndarray, seq_len: int) -> np.ndarray:
+    """The samples at these offsets with the token behind each: int64 of shape (len(offsets), seq_len + 1)."""
+    return tokens[offsets[:, None] + np.arange(seq_len + 1)].astype(np.int64)

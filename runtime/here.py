@@ -17,12 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
 from runtime.machine import CPU_RANK_ENVIRONMENT, memory_bytes
+from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
 from simulator.results import Alone, Measurement
@@ -32,10 +34,6 @@ STEP_LINE = re.compile(r"step (\d+)/(\d+) ")
 ERROR_PREFIX = "error: "
 NOTE_PREFIX = "note: "
 
-DEFAULT_STEPS = 20
-DEFAULT_WARMUP = 5
-# Steps between two checkpoints.
-DEFAULT_EVERY = 100
 # torchrun, when it starts its ranks again, is to give them a new store: in the old one they find the addresses of ranks
 # that are gone (pytorch/pytorch#135712).
 RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -49,13 +47,12 @@ _SHOWN_LINES = 40
 _TORCHRUN_LINE = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 
 
-def check_plan(plan: Plan, world_size: int, steps: int, warmup: int) -> None:
-    """Raises UserError if the runtime cannot train this plan on so many processes, or for so many steps."""
+def check_plan(plan: Plan, world_size: int) -> None:
+    """Raises UserError if the runtime cannot train this plan on so many processes."""
     layout = plan.layout
     check_layout(plan)
     if world_size != layout.world_size:
         raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
-    check_steps(steps, warmup)
     check_data(plan.job)
 
 
@@ -74,59 +71,31 @@ def check_layout(plan: Plan) -> None:
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
 
 
-def check_steps(steps: int, warmup: int) -> None:
-    """Raises UserError if no step is left to measure."""
-    if not 0 <= warmup < steps:
-        raise UserError(f"warmup = {warmup} must be at least 0 and less than steps = {steps}")
-
-
-def check_alone(plan: Plan, rank: int, steps: int, warmup: int) -> None:
+def check_alone(plan: Plan, rank: int) -> None:
     """Raises UserError if this plan has no such rank, or the runtime cannot execute it."""
     check_layout(plan)
     if not 0 <= rank < plan.layout.world_size:
         raise UserError(f"--rank {rank} must be one of the layout's ranks, 0 to {plan.layout.world_size - 1}")
-    check_steps(steps, warmup)
     check_data(plan.job)
-
-
-def check_every(steps: int) -> None:
-    """Raises UserError if checkpoints cannot be so many steps apart."""
-    if steps < 1:
-        raise UserError(f"checkpoint-every = {steps} must be at least 1")
-
-
-def check_profile(folder: Path | None, steps: int, warmup: int) -> None:
-    """Raises UserError if the last step, which is profiled, would be the only one that counts."""
-    if folder is not None and warmup + 1 >= steps:
-        raise UserError(
-            f"--profile takes the last step, which leaves none to measure: steps = {steps} must be at least "
-            f"warmup({warmup}) + 2"
-        )
 
 
 def run_here(
     plan_path: Path | str,
     output: Path | str,
+    settings: Settings = DEFAULT,
     *,
-    steps: int = DEFAULT_STEPS,
-    warmup: int = DEFAULT_WARMUP,
     nproc: int | None = None,
+    max_restarts: int = 0,
     progress: Callable[[int, int], None] | None = None,
     timeout: float = 3600.0,
-    checkpoint: Path | str | None = None,
-    checkpoint_every: int = DEFAULT_EVERY,
-    max_restarts: int = 0,
-    profile: Path | None = None,
 ) -> Measurement:
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
     Args:
         nproc: processes to start; None takes what the layout needs, and nothing else is right.
+        max_restarts: how often torchrun may start all ranks again when one has died.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
-        checkpoint: folder to save in every so many steps, and to go on from.
-        max_restarts: how often torchrun may start all ranks again when one has died.
-        profile: a folder for traces and timeline.json of the last step.
 
     Raises:
         UserError: the plan cannot run, or the ranks found that out.
@@ -134,32 +103,39 @@ def run_here(
     """
     plan = read_plan(plan_path)
     nproc = plan.layout.world_size if nproc is None else nproc
-    check_plan(plan, nproc, steps, warmup)
-    check_every(checkpoint_every)
-    check_profile(profile, steps, warmup)
-    check_writable(output)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += [f"--max-restarts={max_restarts}"]
-    command += ["-m", "runtime", str(plan_path), f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
-    if checkpoint is not None:
-        find_checkpoint(Path(checkpoint), plan.job)
-        command += [f"--checkpoint={checkpoint}", f"--checkpoint-every={checkpoint_every}"]
-    elif max_restarts:
+    check_plan(plan, nproc)
+    settings = replace(settings, output=Path(output))
+    _check_folders(plan, settings)
+    if max_restarts and settings.checkpoint is None:
         raise UserError(f"max-restarts = {max_restarts} needs --checkpoint DIR: there is nothing else to go on from")
-    command += [] if profile is None else [f"--profile={profile}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += [f"--max-restarts={max_restarts}", "-m", "runtime", str(plan_path), *settings.arguments()]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
     _raise_failure(code, tail, "training failed (torchrun's exit code")
     return to_dataclass(Measurement, read_json(output, "measurement"), f"measurement '{output}'")
 
 
+def _check_folders(plan: Plan, settings: Settings) -> None:
+    """Raises UserError for what would only be found out after the ranks have started, or at their end."""
+    settings.check()
+    for path in (settings.output, settings.export and settings.export / "config.json"):
+        if path is not None:
+            check_writable(path)
+    if settings.weights is not None and not settings.weights.is_dir():
+        raise UserError(
+            f"weights '{settings.weights}' is not a folder; name one with safetensors and their config.json"
+        )
+    if settings.checkpoint is not None:
+        find_checkpoint(settings.checkpoint, plan.job)
+
+
 def run_alone_here(
     plan_path: Path | str,
     output: Path | str,
     rank: int,
+    settings: Settings = DEFAULT,
     *,
-    steps: int = DEFAULT_STEPS,
-    warmup: int = DEFAULT_WARMUP,
     fake: bool = False,
     timeout: float = 3600.0,
 ) -> Alone:
@@ -173,11 +149,12 @@ def run_alone_here(
         RuntimeError: the rank failed, or was too slow.
     """
     plan = read_plan(plan_path)
-    check_alone(plan, rank, steps, warmup)
+    check_alone(plan, rank)
+    settings.check()
     check_writable(output)
     fake = fake or needs_fake(plan, rank)
     command = [sys.executable, "-m", "runtime", str(plan_path), f"--alone={rank}", *(["--fake"] if fake else [])]
-    command += [f"--steps={steps}", f"--warmup={warmup}", f"--output={output}"]
+    command += replace(settings, output=Path(output)).arguments()
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, None, timeout)
     _raise_failure(code, tail, "the rank failed (exit code")
     return to_dataclass(Alone, read_json(output, "measurement"), f"measurement '{output}'")

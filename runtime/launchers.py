@@ -12,10 +12,12 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from planner.plan import Plan
-from runtime.here import DEFAULT_STEPS, DEFAULT_WARMUP, check_layout, check_steps
+from runtime.here import RESTART_ENVIRONMENT, check_layout
 from runtime.machine import CPU_RANK_ENVIRONMENT
+from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError, nearest
 from simulator.files import plain
 
@@ -28,16 +30,13 @@ MOST_PLAN_BYTES = 128 * 1024
 class LaunchOptions:
     """What a run is given besides its plan.
 
-    image: of the containers on Kubernetes; layoutwise must be installed in it. checkpoint is a folder that all nodes
-    see, written every checkpoint_every steps; max_restarts is torchrun's: how often ranks are started anew after one
+    image: of the containers on Kubernetes; layoutwise must be installed in it. Paths in the settings are those of the
+    nodes, and all of them see the checkpoint's; max_restarts is torchrun's: how often ranks are started anew after one
     of them failed.
     """
 
-    steps: int = DEFAULT_STEPS
-    warmup: int = DEFAULT_WARMUP
+    settings: Settings = DEFAULT
     image: str = ""
-    checkpoint: str = ""
-    checkpoint_every: int | None = None
     max_restarts: int = 0
 
 
@@ -62,9 +61,9 @@ def launch_files(plan: Plan, target: str, options: LaunchOptions | None = None) 
     if target not in TARGETS:
         raise UserError(f"--on '{target}' is not known{nearest(target, TARGETS)}")
     check_layout(plan)
-    check_steps(options.steps, options.warmup)
-    if options.checkpoint_every is not None and not options.checkpoint:
-        raise UserError(f"checkpoint_every = {options.checkpoint_every} needs a folder to write to: --checkpoint DIR")
+    options.settings.check()
+    if options.max_restarts and options.settings.checkpoint is None:
+        raise UserError(f"max-restarts = {options.max_restarts} needs --checkpoint DIR: there is nothing to go on from")
     return TARGETS[target](plan, nodes_of(plan), options)
 
 
@@ -209,8 +208,7 @@ def _environment(plan: Plan, options: LaunchOptions) -> dict[str, str]:
     """Variables of the ranks: on processors what the profile was measured with."""
     found = {} if _on_gpus(plan) else dict(CPU_RANK_ENVIRONMENT)
     if options.max_restarts:
-        # With the store shared between agent and ranks, a node that comes back waits for ever (torch 2.13).
-        found["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        found |= RESTART_ENVIRONMENT
     return found
 
 
@@ -225,10 +223,7 @@ def _torchrun_options(nodes: Nodes, options: LaunchOptions) -> list[str]:
 
 def _arguments(options: LaunchOptions, output: bool = True) -> list[str]:
     """What `-m runtime` takes after the plan."""
-    found = [f"--steps={options.steps}", f"--warmup={options.warmup}"]
-    found += ["--output=measurement.json"] if output else []
-    found += [f"--checkpoint={options.checkpoint}"] if options.checkpoint else []
-    return found + ([f"--checkpoint-every={options.checkpoint_every}"] if options.checkpoint_every else [])
+    return replace(options.settings, output=Path("measurement.json") if output else None).arguments()
 
 
 def _shell(command: str, options: list[str], arguments: list[str]) -> str:

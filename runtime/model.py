@@ -1,4 +1,6 @@
-"""The reference transformer: a GPT- or Llama-like decoder from a ModelSpec, with or without experts, cut into stages.
+"""The reference transformer: a decoder (GPT, Llama, GPT-NeoX and their relatives, with or without experts) or an
+encoder (BERT) from a ModelSpec, cut into pipeline stages. Encoders with decoders are in encoder_decoder.py, of the same
+blocks.
 
 A `Stage` holds a range of blocks, and at the ends of the model the embedding and the head. One process holds one stage
 with everything in it. Names are torchtitan's (`tok_embeddings`, `layers.3.attention.wq`, `norm`, `output`), and a block
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.context import own_positions
 from runtime.experts import MixtureOfExperts
+from runtime.positions import causal_bias, heads_of, inverse_frequencies
 from simulator.model import ModelSpec
 
 # Standard deviation of the initial matrices, as in GPT-2 and Llama.
@@ -33,37 +36,51 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
-def _norm(spec: ModelSpec, size: int) -> nn.Module:
-    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(size, eps=spec.norm_eps)
+def build_norm(spec: ModelSpec, size: int) -> nn.Module:
+    if spec.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=spec.norm_eps)
+    return nn.LayerNorm(size, eps=spec.norm_eps, bias=spec.norm_bias)
+
+
+def norms_behind(spec: ModelSpec) -> bool:
+    """Whether norms stand behind the residual sums, as in the first transformers, and not in front of each part."""
+    return spec.family in ("bert", "bart")
 
 
 def rope_table(spec: ModelSpec, seq_len: int, device: torch.device) -> Tensor:
-    """Cosines and sines of rotary position embedding (arXiv 2104.09864), float32 of shape (2, T, d/2)."""
-    pairs = torch.arange(0, spec.head_dim, 2, device=device, dtype=torch.float32)
-    angles = torch.outer(
-        torch.arange(seq_len, device=device, dtype=torch.float32), spec.rope_theta ** (-pairs / spec.head_dim)
-    )
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864), float32 of shape (2, T, r/2) for the r dims of
+    a head that are rotated: all of them, but for GPT-NeoX."""
+    places = torch.arange(seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(places, inverse_frequencies(spec, device))
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the halves of every head, x (B, T, a, d), as Hugging Face's Llama does."""
+    """Rotate the halves of every head's first dims, x (B, T, a, d), as Hugging Face's Llama does."""
     cos, sin = rope.to(x.dtype).unsqueeze(-2)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    rotated = 2 * rope.shape[-1]
+    left, right = x[..., :rotated].chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, x[..., rotated:]), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries. Under tensor parallelism a rank computes its share of the heads."""
+    """Self-attention with grouped queries. Under tensor parallelism a rank computes its share of the heads.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    `bias` is added to the scores of every sample, (a or 1, T, T), and holds the causal mask too. Without it the mask is
+    the plain causal one, or none at all if not `causal`.
+    """
+
+    def __init__(self, spec: ModelSpec, causal: bool = True, window: int = 0) -> None:
         super().__init__()
         h, d = spec.hidden_size, spec.head_dim
         self.head_dim = d
+        self.causal, self.window = causal, window
+        # T5 has its scale in the initial weights.
+        self.scale = 1.0 if spec.family == "t5" else None
         self.grouped = spec.num_key_value_heads != spec.num_attention_heads
         # What context parallelism puts in the place of the attention core.
         self.ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -71,22 +88,32 @@ class Attention(nn.Module):
         self.wk = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
         self.wv = nn.Linear(h, spec.num_key_value_heads * d, bias=spec.qkv_bias)
         self.wo = nn.Linear(spec.num_attention_heads * d, h, bias=spec.attention_out_bias)
-        self.q_norm = _norm(spec, d) if spec.qk_norm else None
-        self.k_norm = _norm(spec, d) if spec.qk_norm else None
+        self.q_norm = build_norm(spec, d) if spec.qk_norm else None
+        self.k_norm = build_norm(spec, d) if spec.qk_norm else None
+        self.bias: Tensor | None = None
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (w(x).view(batch, length, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+    def forward(self, x: Tensor, rope: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        return self.attend(x, x, rope, self.bias if bias is None else bias)
+
+    def attend(self, x: Tensor, memory: Tensor, rope: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Queries of x (B, T, h) look at the keys of `memory`, which is x itself in self-attention."""
+        q, k, v = (
+            weight(source).unflatten(-1, (-1, self.head_dim))
+            for weight, source in ((self.wq, x), (self.wk, memory), (self.wv, memory))
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.ring is not None:
-            out = self.ring(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+            return self.wo(self.ring(q, k, v).transpose(1, 2).flatten(2))
+        mask = None if bias is None else bias.to(q.dtype)
+        causal = self.causal and mask is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
+        )
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -108,22 +135,27 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward (or experts) on the residual stream, x (B, T, h)."""
+    """Attention and feed-forward (or experts) on the residual stream, x (B, T, h), each with a norm in front of it (or
+    behind the sum); with `parallel_residual` both read the same x."""
 
-    def __init__(self, spec: ModelSpec, index: int) -> None:
+    def __init__(self, spec: ModelSpec, index: int = 0) -> None:
         super().__init__()
-        self.attention_norm = _norm(spec, spec.hidden_size)
-        self.attention = Attention(spec)
-        self.ffn_norm = _norm(spec, spec.hidden_size)
+        self.norms_behind, self.parallel = norms_behind(spec), spec.parallel_residual
+        self.attention_norm = build_norm(spec, spec.hidden_size)
+        self.attention = Attention(spec, spec.block_is_causal(index), spec.block_window(index))
+        self.ffn_norm = build_norm(spec, spec.hidden_size)
         mixed = spec.block_kind(index) == "moe"
         self.feed_forward = None if mixed else FeedForward(spec, spec.intermediate_size)
         self.moe = _mixture(spec) if mixed else None
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Tensor | None, bias: Tensor | None = None) -> Tensor:
         feed_forward = self.moe or self.feed_forward
         assert feed_forward is not None
-        return x + feed_forward(self.ffn_norm(x))
+        if self.norms_behind:
+            x = self.attention_norm(x + self.attention(x, rope, bias=bias))
+            return self.ffn_norm(x + feed_forward(x))
+        attended = x + self.attention(self.attention_norm(x), rope, bias=bias)
+        return attended + feed_forward(self.ffn_norm(x if self.parallel else attended))
 
 
 def _mixture(spec: ModelSpec) -> MixtureOfExperts:
@@ -131,26 +163,19 @@ def _mixture(spec: ModelSpec) -> MixtureOfExperts:
     return MixtureOfExperts(spec, _ACTIVATIONS[spec.activation], FeedForward(spec, width) if width else None)
 
 
-class Stage(nn.Module):
-    """The blocks `layers` of a model; with the embedding if `first`, with final norm and head if `last`.
+class Transformer(nn.Module):
+    """What a stage of a model and a model in one piece have in common: blocks in `layers`, perhaps an embedding and a
+    head, and what blocks know of positions."""
 
-    The first stage takes token ids (B, T), the others the residual stream (B, T, h), which is also what a stage
-    returns, except for the last one: logits (B, T, V). With sequence parallelism T is a rank's share of the sequence
-    everywhere on the residual stream, with context parallelism T is a rank's share from the token ids on.
-    """
+    tok_embeddings: nn.Embedding | None
+    output: nn.Linear | None
+    layers: nn.ModuleDict
 
-    def __init__(self, spec: ModelSpec, seq_len: int, layers: Sequence[int], first: bool, last: bool) -> None:
+    def __init__(self, spec: ModelSpec, seq_len: int) -> None:
         super().__init__()
         self.spec, self.seq_len = spec, seq_len
-        self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size) if first else None
-        learned = first and spec.position == "learned"
-        self.pos_embeddings = nn.Embedding(spec.max_position_embeddings, spec.hidden_size) if learned else None
-        self.layers = nn.ModuleDict({str(index): Block(spec, index) for index in layers})
-        self.norm = _norm(spec, spec.hidden_size) if last else None
-        self.output = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False) if last else None
         self.rope: Tensor | None = None
         self.context_ranks, self.context_place = 1, 0
-        self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter where the model has them tied. Needed again after anything that
@@ -162,16 +187,64 @@ class Stage(nn.Module):
         """Where this rank's tokens stand in their sequence."""
         return own_positions(self.seq_len, self.context_ranks, self.context_place).to(device)
 
+    def place(self, device: torch.device) -> None:
+        """Make what blocks need to know of positions, on `device`. Blocks share one tensor of each kind."""
+        spec = self.spec
+        if spec.position == "rope":
+            self.rope = rope_table(spec, self.seq_len, device)[:, self.positions(device)]
+        made: dict[int, Tensor | None] = {}
+        for attention in (m for m in self.modules() if isinstance(m, Attention) and m.causal):
+            if attention.window not in made:
+                heads = heads_of(attention.wq.weight, spec.num_attention_heads)
+                made[attention.window] = causal_bias(spec, self.seq_len, attention.window, heads, device)
+            attention.bias = made[attention.window]
+
+
+class Stage(Transformer):
+    """The blocks `layers` of a model; with the embedding if `first`, with final norm and head if `last`.
+
+    The first stage takes token ids (B, T), the others the residual stream (B, T, h), which is also what a stage
+    returns, except for the last one: logits (B, T, V). With sequence parallelism T is a rank's share of the sequence
+    everywhere on the residual stream, with context parallelism T is a rank's share from the token ids on.
+
+    BERT's head for masked tokens transforms the stream before its norm; its pooler and its head for the next sentence
+    are not built, because nothing is trained on pairs of sentences, and every token is of the first segment.
+    """
+
+    def __init__(self, spec: ModelSpec, seq_len: int, layers: Sequence[int], first: bool, last: bool) -> None:
+        super().__init__(spec, seq_len)
+        h, bert = spec.hidden_size, spec.family == "bert"
+        self.tok_embeddings = nn.Embedding(spec.vocab_size, h) if first else None
+        learned = first and spec.position == "learned"
+        self.pos_embeddings = nn.Embedding(spec.max_position_embeddings, h) if learned else None
+        self.type_embeddings = nn.Embedding(spec.type_vocab_size, h) if first and bert else None
+        self.embedding_norm = build_norm(spec, h) if first and (bert or spec.embedding_norm) else None
+        self.layers = nn.ModuleDict({str(index): Block(spec, index) for index in layers})
+        self.transform = nn.Linear(h, h) if last and bert else None
+        self.norm = build_norm(spec, h) if last else None
+        self.output = nn.Linear(h, spec.vocab_size, bias=bert) if last else None
+        self.tie_weights()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.tok_embeddings is not None:
-            tokens, x = x, self.tok_embeddings(x)
-            if self.pos_embeddings is not None:
-                x = x + self.pos_embeddings(self.positions(tokens.device)[: tokens.shape[1]])
+            x = self._embed(x)
         for block in self.layers.values():
             x = block(x, self.rope)
+        if self.transform is not None:
+            x = _ACTIVATIONS[self.spec.activation](self.transform(x))
         if self.norm is not None and self.output is not None:
             x = self.output(self.norm(x))
         return x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        assert self.tok_embeddings is not None
+        x = self.tok_embeddings(tokens)
+        places = self.positions(tokens.device)[: tokens.shape[1]]
+        if self.pos_embeddings is not None:
+            x = x + self.pos_embeddings(places)
+        if self.type_embeddings is not None:
+            x = x + self.type_embeddings(torch.zeros_like(places))
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
 
 def named_weights(stage: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -189,7 +262,7 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def init_weights(stage: Stage, seed: int, device: torch.device) -> None:
+def init_weights(stage: Transformer, seed: int, device: torch.device) -> None:
     """Give a stage on the meta device memory on `device`, and initial values that do not depend on the layout.
 
     Every parameter is drawn whole from a generator seeded by (seed, its name), and each rank keeps its part of it:
@@ -197,8 +270,7 @@ def init_weights(stage: Stage, seed: int, device: torch.device) -> None:
     """
     stage.to_empty(device=device)
     stage.tie_weights()
-    if stage.spec.position == "rope":
-        stage.rope = rope_table(stage.spec, stage.seq_len, device)[:, stage.positions(device)]
+    stage.place(device)
     with torch.no_grad():
         for name, parameter in named_weights(stage):
             part = parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.context import apply_context_parallel
 from runtime.experts import MixtureOfExperts, replicate_weights, split_experts, spread_experts
-from runtime.model import Attention, Block, FeedForward, Stage, init_weights
+from runtime.model import Attention, Block, FeedForward, Transformer, init_weights, norms_behind
 from runtime.recompute import apply_recompute
 from simulator.expert_parallel import expert_grid
 from simulator.job import Job, Training
@@ -94,7 +94,7 @@ def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
 
 
 def parallelize(
-    stage: Stage,
+    stage: Transformer,
     layout: Layout,
     job: Job,
     mesh: DeviceMesh,
@@ -135,7 +135,9 @@ class ShardedPositions(ParallelStyle):
         return distribute_module(module, device_mesh, None, cut_input, to_local)
 
 
-def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool = True) -> None:
+def apply_tensor_parallel(
+    stage: Transformer, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool = True
+) -> None:
     """Heads, feed-forward width and vocabulary over the tensor axis (Megatron-LM, arXiv 1909.08053); with
     sequence_parallel the residual stream is cut along the sequence between them (arXiv 2205.05198).
 
@@ -150,12 +152,20 @@ def apply_tensor_parallel(stage: Stage, mesh: DeviceMesh, sequence_parallel: boo
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         "output": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
+    # BERT's transform is cut by columns, and its output gathered again; T5's biases by heads.
+    plan["transform"] = ColwiseParallel(input_layouts=stream, output_layouts=stream)
+    plan |= dict.fromkeys(("encoder_bias", "decoder_bias"), ColwiseParallel())
     if sequence_parallel:
-        plan |= {"norm": SequenceParallel(), "pos_embeddings": ShardedPositions()}
-    parallelize_module(stage, mesh, {name: style for name, style in plan.items() if getattr(stage, name) is not None})
+        local = SequenceParallel(use_local_output=True)
+        plan["norm"] = SequenceParallel()
+        plan |= {f"{side}embedding_norm": local for side in ("", "encoder_", "decoder_")} | {"encoder_norm": local}
+        tables = ("pos_embeddings", "type_embeddings", "encoder_positions", "decoder_positions")
+        plan |= dict.fromkeys(tables, ShardedPositions())
+    present = {name: style for name, style in plan.items() if getattr(stage, name, None) is not None}
+    parallelize_module(stage, mesh, present)
     stage.tie_weights()
     for block in stage.layers.values():
-        parallelize_module(block, mesh, _block_plan(block, stream))
+        parallelize_module(block, mesh, _block_plan(block, stream, norms_behind(stage.spec)))
         assert isinstance(block, Block)
         if block.moe is not None:
             _cut_mixture(block.moe, mesh, stream, cut_experts)
@@ -190,7 +200,7 @@ def _cut_mixture(mixture: MixtureOfExperts, mesh: DeviceMesh, stream: Shard | Re
     PrepareModuleOutput(output_layouts=(Partial(),), desired_output_layouts=(stream,))._apply(mixture, mesh)
 
 
-def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, ParallelStyle]:
+def _block_plan(block: nn.Module, stream: Shard | Replicate, behind: bool) -> dict[str, ParallelStyle]:
     attention = block.attention
     assert isinstance(attention, Attention)
     plan: dict[str, ParallelStyle] = {
@@ -198,8 +208,15 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
         "attention.wo": RowwiseParallel(output_layouts=stream),
     }
     plan |= {name: ColwiseParallel() for name in ("attention.wq", "attention.wk", "attention.wv")}
+    if hasattr(block, "cross_attention"):
+        replicated = (Replicate(), Replicate())
+        plan["cross_attention"] = PrepareModuleInput(input_layouts=(stream, stream), desired_input_layouts=replicated)
+        plan["cross_attention.wo"] = RowwiseParallel(output_layouts=stream)
+        plan |= {f"cross_attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
     if stream.is_shard():
-        plan |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
+        # A norm behind the sum gives the next residual stream, which is a plain tensor.
+        names = [name for name, _ in block.named_children() if name.endswith("norm")]
+        plan |= {name: SequenceParallel(use_local_output=behind) for name in names}
     if attention.q_norm is not None:
         # Over heads what sequence parallelism is over positions: one weight, each rank norms its own part.
         norm = SequenceParallel(sequence_dim=2, use_local_output=True)
@@ -207,14 +224,14 @@ def _block_plan(block: nn.Module, stream: Shard | Replicate) -> dict[str, Parall
     return plan
 
 
-def apply_expert_parallel(stage: Stage, mesh: DeviceMesh) -> None:
+def apply_expert_parallel(stage: Transformer, mesh: DeviceMesh) -> None:
     """Routed experts over the ep axis (GShard, arXiv 2006.16668)."""
     for block in stage.layers.values():
         if block.moe is not None:
             spread_experts(block.moe.experts, mesh)
 
 
-def apply_compile(stage: Stage) -> None:
+def apply_compile(stage: Transformer) -> None:
     """Compile each block for itself, before FSDP puts its hooks around it: blocks are alike, so that one compilation
     serves all of a stage, and what FSDP gathers stays outside of the graphs."""
     if stage.tok_embeddings is not None:
@@ -225,7 +242,9 @@ def apply_compile(stage: Stage) -> None:
         block.compile()
 
 
-def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMesh, experts: DeviceMesh | None) -> None:
+def apply_fsdp(
+    stage: Transformer, layout: Layout, training: Training, mesh: DeviceMesh, experts: DeviceMesh | None
+) -> None:
     """Shard each block, and embedding, final norm and head as one group with the root (they may share a weight).
 
     zero_stage 3 frees a block's parameters after its forward and gathers them again for the backward; the root is
@@ -256,7 +275,7 @@ def apply_fsdp(stage: Stage, layout: Layout, training: Training, mesh: DeviceMes
     fully_shard(stage, mesh=over, mp_policy=policy, reshard_after_forward=False)
 
 
-def apply_ddp(stage: Stage, mesh: DeviceMesh) -> DistributedDataParallel:
+def apply_ddp(stage: Transformer, mesh: DeviceMesh) -> DistributedDataParallel:
     """Replicate. Replicas are equal from the start, so nothing is broadcast; gradients live in DDP's buckets."""
     group = mesh.get_group()
     return DistributedDataParallel(stage, process_group=group, init_sync=False, gradient_as_bucket_view=True)

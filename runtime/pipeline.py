@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _PipelineScheduleRuntime
 
-from runtime.model import Stage
+from runtime.encoder_decoder import EncoderDecoder
+from runtime.model import Stage, Transformer
 from runtime.parallelize import activation_dtype
 from simulator.job import Training
 from simulator.layout import Layout
@@ -29,9 +30,11 @@ def blocks_of(layout: Layout, num_hidden_layers: int, stage: int) -> range:
     return range(bounds[stage], bounds[stage + 1])
 
 
-def build_stage(spec: ModelSpec, layout: Layout, seq_len: int, stage: int) -> Stage:
+def build_stage(spec: ModelSpec, layout: Layout, seq_len: int, stage: int) -> Transformer:
     """One stage of the model on the meta device; the whole model where the layout has no pipeline."""
     with torch.device("meta"):
+        if spec.encoder_decoder:
+            return EncoderDecoder(spec, seq_len)
         blocks = blocks_of(layout, spec.num_hidden_layers, stage)
         return Stage(spec, seq_len, blocks, first=stage == 0, last=stage == layout.stages - 1)
 

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,15 +14,18 @@ import torch.distributed as dist
 from planner.plan import Plan
 from runtime.checkpoint import Checkpointer
 from runtime.data import Batches
-from runtime.here import check_plan, check_profile
+from runtime.here import check_plan
 from runtime.metrics import MetricsFile
 from runtime.profiler import StepProfiler
 from runtime.record import Recorder
+from runtime.settings import Settings
 from runtime.step import Run, build_run
+from runtime.weights import export_model, load_safetensors
 from simulator.errors import UserError
 from simulator.results import Measurement
 
 Progress = Callable[[int, int, float, float, float], None]
+Note = Callable[[str], None]
 
 
 def find_device() -> torch.device:
@@ -33,67 +35,83 @@ def find_device() -> torch.device:
     return torch.device("cpu")
 
 
-def train(
-    plan: Plan,
-    steps: int,
-    warmup: int,
-    progress: Progress | None = None,
-    checkpointer: Checkpointer | None = None,
-    *,
-    metrics: Path | None = None,
-    profile: Path | None = None,
-) -> Measurement:
+def train(plan: Plan, settings: Settings, progress: Progress | None = None, note: Note | None = None) -> Measurement:
     """Train the plan's model with the plan's layout, and measure it.
 
     The process group must be initialised, with as many ranks as the layout has. Every rank returns the same
-    measurement.
+    measurement. The time of checkpoints is not in the step times.
 
     Args:
-        steps: optimizer steps in all; the first `warmup` of them are left out of the step times.
         progress: called after every step with (steps done, steps, loss, gradient norm, seconds).
-        checkpointer: where to go on from, and when to save and stop. Its time is not in the step times.
-        metrics: where rank 0 writes a line of metrics after every step.
-        profile: a folder for traces of the last step, which then is left out of the step times too.
+        note: called with what a user should know, in a sentence: where a run goes on from, why it stops.
 
     Raises:
-        UserError: the layout cannot run, there is nothing to train on, or checkpoints cannot be read or written.
+        UserError: the layout cannot run, there is nothing to train on, or a folder cannot be read or written.
     """
-    check_plan(plan, dist.get_world_size(), steps, warmup)
-    check_profile(profile, steps, warmup)
-    training = plan.job.training
+    check_plan(plan, dist.get_world_size())
+    settings.check()
     device = find_device()
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
-    recorder = Recorder(device)
     run = build_run(plan.job, plan.layout, device)
-    before = checkpointer.restore(plan, run, steps) if checkpointer else None
-    if checkpointer and before:
-        if before.steps >= steps:
-            checkpointer.finish()
-            return before
+    checkpointer = None if settings.checkpoint is None else Checkpointer(settings.checkpoint, settings.every, note)
+    before = checkpointer.restore(plan, run, settings.steps) if checkpointer else None
+    if before is None and settings.weights is not None:
+        load_safetensors(run.stages, settings.weights)
+    measured = before
+    if before is None or before.steps < settings.steps:
+        measured = _run_steps(plan, settings, run, batches, before, checkpointer, progress)
+    if checkpointer:
+        checkpointer.finish()
+    assert measured is not None
+    if settings.export is not None and measured.steps >= settings.steps:
+        export_model(run.stages, plan.layout, settings.export)
+    return measured
+
+
+def _run_steps(
+    plan: Plan,
+    settings: Settings,
+    run: Run,
+    batches: Batches,
+    before: Measurement | None,
+    checkpointer: Checkpointer | None,
+    progress: Progress | None,
+) -> Measurement:
+    """The steps that are left of a run that was measured `before` this, if it was."""
+    recorder, begin = Recorder(run.device), 0
+    if before is not None:
         recorder.go_on(before)
-    profiler = None if profile is None else StepProfiler(profile, steps - 1, device)
-    writes = dist.get_rank() == 0
-    with MetricsFile(metrics, plan, device) if metrics is not None and writes else contextlib.nullcontext() as file:
-        for step in range(before.steps if before else 0, steps):
+        begin = before.steps
+    profiler = None if settings.profile is None else StepProfiler(settings.profile, settings.steps - 1, run.device)
+    with contextlib.ExitStack() as opened:
+        file = None
+        if settings.metrics is not None and dist.get_rank() == 0:
+            file = opened.enter_context(MetricsFile(settings.metrics, plan, run.device, begin))
+        for step in range(begin, settings.steps):
             with contextlib.nullcontext() if profiler is None else profiler.around(step):
                 loss, norm, seconds, data_seconds = timed_step(run, batches, step)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(
-                    f"training diverged at step {step + 1} (loss {loss:g}, gradient norm {norm:g}); "
-                    f"lower training.learning_rate = {training.learning_rate:g}"
-                )
+            _check_finite(step, loss, norm, plan.job.training.learning_rate)
             recorder.add(seconds, loss, norm)
             if file is not None:
                 file.write(step + 1, loss, norm, seconds, data_seconds)
             if progress is not None:
-                progress(step + 1, steps, loss, norm, seconds)
-            if checkpointer and checkpointer.after_step(step + 1, steps, lambda: recorder.measurement(plan, warmup)):
+                progress(step + 1, settings.steps, loss, norm, seconds)
+            if checkpointer and checkpointer.after_step(
+                step + 1, settings.steps, lambda: recorder.measurement(plan, settings.warmup)
+            ):
                 break
-    if checkpointer:
-        checkpointer.finish()
-    if profiler is not None:
-        profiler.write_timeline(plan, recorder.seconds[-1])
-    return recorder.measurement(plan, warmup, profiled=profiler is not None)
+        else:
+            if profiler is not None:
+                profiler.write_timeline(plan, recorder.seconds[-1])
+    return recorder.measurement(plan, settings.warmup, profiled=profiler is not None)
+
+
+def _check_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(
+            f"training diverged at step {step + 1} (loss {loss:g}, gradient norm {norm:g}); "
+            f"lower training.learning_rate = {learning_rate:g}"
+        )
 
 
 def timed_step(run: Run, batches: Batches, step: int) -> tuple[float, float, float, float]:

@@ -6,70 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from simulator.checks import check_model
+from simulator.config_json import ACTIVATIONS
+from simulator.config_json import Config as _Config
 from simulator.errors import UserError, nearest
 from simulator.model import PATTERN, ModelSpec
-
-_ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
-}  # fmt: skip
-
-
-# No size of a model comes near; beyond it floats lose count.
-LARGEST = 2**40
-
-
-class _Config:
-    """A `config.json` with checked access: missing keys and values of the wrong kind are the user's error."""
-
-    def __init__(self, data: dict[str, Any], where: str) -> None:
-        self.data, self.where = data, where
-
-    def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The first of these keys that is present and not null; the later ones are aliases."""
-        for key in keys:
-            value = self.data.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
-                raise UserError(f"{self.where}: {key} = {repr(value)[:40]} must be an integer of at least {least}")
-            return value
-        if default is None:
-            if keys[0] in self.data:
-                raise UserError(f"{self.where}: {keys[0]} = null must be an integer of at least {least}")
-            raise UserError(f"{self.where}: the key '{keys[0]}' is missing{_hint(keys[0], self.data)}")
-        return default
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise UserError(f"{self.where}: {key} = {value!r} must be true or false")
-        return value
-
-    def number(self, *keys: str, default: float) -> float:
-        for key in keys:
-            value = self.data.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise UserError(f"{self.where}: {key} = {value!r} must be a positive number")
-            return float(value)
-        return default
-
-    def activation(self, *keys: str, default: str) -> Any:
-        name = next((self.data[k] for k in keys if self.data.get(k) is not None), default)
-        if str(name) not in _ACTIVATIONS:
-            raise UserError(f"{self.where}: {keys[0]} = {name!r} is not known{nearest(str(name), _ACTIVATIONS)}")
-        return _ACTIVATIONS[name]
-
-    def rope_theta(self, default: float = 10000.0) -> float:
-        """transformers 5 moved `rope_theta` into `rope_parameters`."""
-        inner = self.data.get("rope_parameters")
-        if isinstance(inner, dict) and "rope_theta" in inner:
-            return _Config(inner, self.where).number("rope_theta", default=default)
-        return self.number("rope_theta", default=default)
 
 
 def read_config(data: dict[str, Any], name: str) -> ModelSpec:
@@ -91,11 +31,6 @@ def read_config(data: dict[str, Any], name: str) -> ModelSpec:
     spec = ModelSpec(name=name, **_READERS[kind](config))
     check_model(spec, config.where)
     return spec
-
-
-def _hint(key: str, data: dict[str, Any]) -> str:
-    hint = nearest(key, data)
-    return hint if "did you mean" in hint else ""
 
 
 def _head_dim(c: _Config, heads: int, hidden: int) -> int:
@@ -122,11 +57,25 @@ def _llama(c: _Config) -> dict[str, Any]:
         "norm_eps": c.number("rms_norm_eps", default=1e-6),
         "activation": c.activation("hidden_act", default="silu"),
         "rope_theta": c.rope_theta(),
+        "rope_scaling": c.rope_scaling(),
+        "sliding_window": _sliding_window(c),
         "qkv_bias": attention_bias or qwen,
         "attention_out_bias": attention_bias and not qwen,
         "mlp_bias": c.flag("mlp_bias", False),
         "qk_norm": c.data["model_type"] in ("qwen3", "qwen3_moe"),
     }
+
+
+def _sliding_window(c: _Config) -> int:
+    """Mistral's window holds in every layer, Qwen's behind the first `max_window_layers` and only if it is used."""
+    kind = c.data["model_type"]
+    if kind == "mistral":
+        return c.integer("sliding_window", default=0, least=0)
+    if kind in ("qwen2", "qwen3") and c.flag("use_sliding_window", False):
+        if c.integer("max_window_layers", default=28, least=0) > 0:
+            raise UserError(f"{c.where}: use_sliding_window = true is supported with max_window_layers = 0 only")
+        return c.integer("sliding_window", default=4096, least=0)
+    return 0
 
 
 def _qwen3_moe(c: _Config) -> dict[str, Any]:
@@ -179,6 +128,8 @@ def _deepseek(c: _Config) -> dict[str, Any]:
 
 def _gpt2(c: _Config) -> dict[str, Any]:
     heads, hidden = c.integer("n_head"), c.integer("n_embd")
+    c.refuse("scale_attn_weights", True, "attention is scaled by the length of a head")
+    c.refuse("scale_attn_by_inverse_layer_idx", False, "every layer has the same scale")
     return {
         "family": "gpt",
         "num_hidden_layers": c.integer("n_layer"),
@@ -201,6 +152,8 @@ def _gpt2(c: _Config) -> dict[str, Any]:
 
 def _bert(c: _Config) -> dict[str, Any]:
     heads, hidden, layers = c.integer("num_attention_heads"), c.integer("hidden_size"), c.integer("num_hidden_layers")
+    c.refuse("position_embedding_type", "absolute", "positions are learned")
+    c.refuse("is_decoder", False, "it is an encoder")
     return {
         "family": "bert",
         "num_hidden_layers": layers,
@@ -227,11 +180,10 @@ def _t5(c: _Config) -> dict[str, Any]:
     heads, encoder = c.integer("num_heads"), c.integer("num_layers")
     projection = c.data.get("feed_forward_proj") or "relu"
     gated = str(projection).startswith("gated-")
-    activation = str(projection).removeprefix("gated-")
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"{c.where}: feed_forward_proj = {projection!r} is not known{nearest(activation, _ACTIVATIONS)}"
-        )
+    # transformers reads this one spelling as the GELU by tanh that T5 v1.1 was trained with.
+    activation = "gelu_new" if projection == "gated-gelu" else str(projection).removeprefix("gated-")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{c.where}: feed_forward_proj = {projection!r} is not known{nearest(activation, ACTIVATIONS)}")
     return {
         "family": "t5",
         "num_hidden_layers": encoder + c.integer("num_decoder_layers", default=encoder),
@@ -244,9 +196,10 @@ def _t5(c: _Config) -> dict[str, Any]:
         "vocab_size": c.integer("vocab_size"),
         "max_position_embeddings": c.integer("n_positions", default=512),
         "relative_attention_num_buckets": c.integer("relative_attention_num_buckets", default=32),
+        "relative_attention_max_distance": c.integer("relative_attention_max_distance", default=128),
         "tie_word_embeddings": c.flag("tie_word_embeddings", True),
         "norm_eps": c.number("layer_norm_epsilon", default=1e-6),
-        "activation": _ACTIVATIONS[activation],
+        "activation": ACTIVATIONS[activation],
         "gated_mlp": gated,
         "position": "relative",
     }
@@ -255,6 +208,7 @@ def _t5(c: _Config) -> dict[str, Any]:
 def _bart(c: _Config) -> dict[str, Any]:
     heads, hidden = c.integer("encoder_attention_heads"), c.integer("d_model")
     encoder = c.integer("encoder_layers")
+    c.refuse("normalize_before", False, "norms stand behind the residuals")
     for key, other in (("decoder_attention_heads", heads), ("decoder_ffn_dim", c.integer("encoder_ffn_dim"))):
         if c.integer(key, default=other) != other:
             raise UserError(f"{c.where}: {key} = {c.data[key]} differs from the encoder's {other}; they must be equal")
@@ -274,6 +228,7 @@ def _bart(c: _Config) -> dict[str, Any]:
         "activation": c.activation("activation_function", default="gelu"),
         "gated_mlp": False,
         "position": "learned",
+        "embedding_scale": hidden**0.5 if c.flag("scale_embedding", False) else 1.0,
         **_all_biases(),
     }
 
@@ -332,14 +287,22 @@ def _nemotron_experts(c: _Config) -> dict[str, Any]:
 
 
 def _neox(c: _Config) -> dict[str, Any]:
-    """GPT-NeoX, Pythia: rotary positions, LayerNorm, no gate. The attention and the feed-forward that run side by side
-    (`use_parallel_residual`) are taken to run one after the other."""
+    """GPT-NeoX, Pythia: rotary positions on a part of each head, LayerNorm, no gate. Attention and feed-forward that
+    stand side by side (`use_parallel_residual`) still run one after the other, each behind its own norm."""
+    inner = c.data.get("rope_parameters")
+    rotary = _Config(c.data | (inner if isinstance(inner, dict) else {}), c.where)
     return _plain_decoder(c, "num_attention_heads", "hidden_size", "num_hidden_layers") | {
         "intermediate_size": c.integer("intermediate_size"),
         "max_position_embeddings": c.integer("max_position_embeddings", default=2048),
         "tie_word_embeddings": c.flag("tie_word_embeddings", False),
         "norm_eps": c.number("layer_norm_eps", default=1e-5),
         "activation": c.activation("hidden_act", default="gelu"),
+        "rope_theta": c.rope_theta(),
+        "rope_scaling": c.rope_scaling(),
+        "partial_rotary_factor": rotary.number("rotary_pct", "partial_rotary_factor", default=0.25),
+        "parallel_residual": c.flag("use_parallel_residual", True),
+        "qkv_bias": c.flag("attention_bias", True),
+        "attention_out_bias": c.flag("attention_bias", True),
     }
 
 
@@ -347,37 +310,48 @@ def _opt(c: _Config) -> dict[str, Any]:
     hidden = c.integer("hidden_size")
     if c.integer("word_embed_proj_dim", default=hidden) != hidden:
         raise UserError(f"{c.where}: word_embed_proj_dim = {c.data['word_embed_proj_dim']} must be hidden_size")
+    c.refuse("do_layer_norm_before", True, "norms stand in front of attention and feed-forward")
+    c.refuse("_remove_final_layer_norm", False, "there is a norm in front of the head")
+    c.refuse("layer_norm_elementwise_affine", True, "norms have weights")
+    biases = c.flag("enable_bias", True)
     return _plain_decoder(c, "num_attention_heads", "hidden_size", "num_hidden_layers") | {
         "intermediate_size": c.integer("ffn_dim"),
         "max_position_embeddings": c.integer("max_position_embeddings", default=2048),
         "tie_word_embeddings": c.flag("tie_word_embeddings", True),
         "activation": c.activation("activation_function", default="relu"),
         "position": "learned",
+        **dict.fromkeys(_all_biases(), biases),
     }
 
 
 def _bloom(c: _Config) -> dict[str, Any]:
     hidden = c.integer("hidden_size", "n_embed")
+    c.refuse("apply_residual_connection_post_layernorm", False, "residuals go around the norms")
     return _plain_decoder(c, "n_head", "hidden_size", "n_layer") | {
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "max_position_embeddings": c.integer("seq_length", default=2048),
         "tie_word_embeddings": c.flag("tie_word_embeddings", True),
         "norm_eps": c.number("layer_norm_epsilon", default=1e-5),
+        "activation": "gelu_tanh",
         "position": "alibi",
+        "embedding_norm": True,
     }
 
 
 def _mpt(c: _Config) -> dict[str, Any]:
     attention = c.data.get("attn_config")
-    alibi = not isinstance(attention, dict) or bool(attention.get("alibi", True))
+    inner = _Config(attention if isinstance(attention, dict) else {}, f"{c.where}: attn_config")
+    alibi = bool(inner.data.get("alibi", True))
+    for key, plain in (("clip_qkv", 0), ("qk_ln", False), ("softmax_scale", 0), ("prefix_lm", False)):
+        inner.refuse(key, plain, "attention is the plain one")
+    inner.refuse("alibi_bias_max", 8, "slopes end at 2^-8")
     hidden, biases = c.integer("d_model"), not c.flag("no_bias", True)
     return _plain_decoder(c, "n_heads", "d_model", "n_layers") | {
         "intermediate_size": c.integer("expansion_ratio", default=4) * hidden,
         "max_position_embeddings": c.integer("max_seq_len", default=2048),
         "tie_word_embeddings": True,
-        # Without biases the norms have a scale alone, like RMSNorm's.
-        "norm": "layernorm" if biases else "rmsnorm",
+        "norm_bias": biases,
         "position": "alibi" if alibi else "learned",
         **dict.fromkeys(_all_biases(), biases),
     }

@@ -30,7 +30,8 @@ DEFAULT_SEQ_LEN = 8192
 class Training:
     """The recipe. global_batch_size is in sequences, seq_len in tokens; learning_rate, seed and data are for
     running a plan; peft = "lora" trains adapters beside frozen weights (their own cost is left out: about 1 % of the
-    weights). data is a folder of text files; empty means the Python standard library's own source."""
+    weights). data is a folder of text files or a file of token ids; empty means the Python standard library's own
+    source. tokenizer is a tokenizer.json for text; without it a token is a byte. Both are absolute paths."""
 
     global_batch_size: int
     seq_len: int
@@ -39,6 +40,7 @@ class Training:
     learning_rate: float = 3e-4
     seed: int = 0
     data: str = ""
+    tokenizer: str = ""
     peft: Literal["none", "lora"] = "none"
 
     __pydantic_config__ = STRICT
@@ -109,6 +111,9 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     cluster = presets.find_cluster(data["cluster"], folder, data.get("profile"))
     settings = dict(data.get("training", {}))
     stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)))
+    for key in ("data", "tokenizer"):
+        if isinstance(settings.get(key), str) and settings[key]:
+            settings[key] = presets.absolute(settings[key], folder)
     training = _training(settings, model, cluster, nodes, where)
     job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where))
     check_job(job, where)

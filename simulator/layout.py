@@ -360,6 +360,7 @@ class Layout:
             found.append(f"stack {stack.name} has no kernels for Mamba blocks")
         missing = stack.missing(job.model, expert_tp(self, stack))
         found += [f"stack {stack.name} cannot train {part}" for part in missing]
+        found += self._model_problems(job)
         if job.training.peft != "none" and not stack.peft:
             found.append(f"stack {stack.name} cannot train with peft = '{job.training.peft}' yet")
         if self.zero_stage not in (0, *stack.zero_stages):
@@ -390,6 +391,22 @@ class Layout:
             found.append(
                 f"stack {stack.name} cannot replicate sharded data parallel groups (dp_replicate and dp_shard)"
             )
+        return found
+
+    def _model_problems(self, job: Job) -> list[str]:
+        """What the stack does not do with the parts of this model."""
+        model, stack, found = job.model, job.stack, []
+        whole = set(stack.model_families) - set(stack.pipeline_families) if stack.pipeline_families else set()
+        if self.pp > 1 and model.family in whole:
+            found.append(f"stack {stack.name} does not cut the {model.family} family into stages: pp must be 1")
+        scaling = model.rope_scaling
+        if scaling is not None and stack.rope_scaling and scaling.rope_type not in stack.rope_scaling:
+            found.append(
+                f"stack {stack.name} has no rope_scaling of rope_type '{scaling.rope_type}'; "
+                f"it has {list(stack.rope_scaling)}"
+            )
+        if self.cp > 1 and not stack.masked_context and (model.position == "alibi" or model.sliding_window):
+            found.append(f"stack {stack.name}: cp = {self.cp} carries no masks: no alibi positions, no sliding_window")
         return found
 
     def short(self) -> str:

@@ -30,12 +30,29 @@ def seen_keys(keys: float, causal: bool, window: int) -> float:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for long contexts, in Hugging Face's names: `linear` divides them by `factor`;
+    `llama3` only those of wavelengths above `original_max_position_embeddings / low_freq_factor`, with a smooth passage
+    to those that stay. The other kinds are known by name alone."""
+
+    rope_type: Literal["linear", "llama3", "dynamic", "yarn", "longrope"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model, immutable. Built by `simulator.hf.read_config` from a `config.json`; all sizes are in elements.
 
     `num_hidden_layers` counts every block of the model, encoder and decoder together; `num_encoder_layers` says how
     many of them, from the front, are encoder blocks (0 for a decoder-only model, all of them for BERT).
     Queries see the last `sliding_window` keys (0: all), but in every `full_attention_interval`-th block all of them.
+    `partial_rotary_factor` of each head is rotated; with `parallel_residual` attention and feed-forward of a block read
+    the same input and are added side by side; `embedding_norm` is a norm behind the token embedding.
     """
 
     name: str
@@ -51,10 +68,16 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_bias: bool = True
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated_mlp: bool = True
     position: Literal["rope", "learned", "relative", "alibi", "none"] = "rope"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    parallel_residual: bool = False
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -62,6 +85,7 @@ class ModelSpec:
     num_encoder_layers: int = 0
     type_vocab_size: int = 0
     relative_attention_num_buckets: int = 0
+    relative_attention_max_distance: int = 128
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -155,8 +179,8 @@ class ModelSpec:
         return matrices * self.hidden_size * width + biases * self.mlp_bias
 
     def norm_parameters(self) -> int:
-        """Weights of one norm over h: a scale, and for LayerNorm a shift."""
-        return self.hidden_size * (2 if self.norm == "layernorm" else 1)
+        """Weights of one norm over h: a scale, and for LayerNorm a shift, unless the model has none."""
+        return self.hidden_size * (2 if self.norm == "layernorm" and self.norm_bias else 1)
 
     def router_parameters(self) -> int:
         return self.hidden_size * self.num_experts + self.num_experts * self.router_bias
@@ -201,7 +225,8 @@ class ModelSpec:
         h = self.hidden_size
         token = self.vocab_size * h
         if self.family in ("gpt", "neox"):
-            return token + self.max_position_embeddings * h * (self.position == "learned")
+            positions = self.max_position_embeddings * h * (self.position == "learned")
+            return token + positions + self.norm_parameters() * self.embedding_norm
         if self.family == "bert":
             return token + (self.max_position_embeddings + self.type_vocab_size) * h + self.norm_parameters()
         if self.family == "bart":
@@ -217,10 +242,10 @@ class ModelSpec:
         BERT's head is that of pre-training: pooler, masked-token transform with its vocabulary bias, next-sentence.
         """
         h = self.hidden_size
-        if self.family == "bert":
-            return (h * h + h) + (h * h + h + self.norm_parameters() + self.vocab_size) + (2 * h + 2)
-        final_norms = {"bart": 0, "t5": 2}.get(self.family, 1)
         projection = 0 if self.tie_word_embeddings else self.vocab_size * h
+        if self.family == "bert":
+            return (h * h + h) + (h * h + h + self.norm_parameters() + self.vocab_size) + (2 * h + 2) + projection
+        final_norms = {"bart": 0, "t5": 2}.get(self.family, 1)
         return final_norms * self.norm_parameters() + projection
 
     def parameters(self) -> int:

@@ -115,6 +115,17 @@ def _find(kind: str, name: str, suffix: str, folder: Path | None, what: str) -> 
     return _relative(name, folder)
 
 
+def absolute(name: str, folder: Path | None) -> str:
+    """The absolute path of data that a job file names: beside that file, or from where we are if it is only there. Data
+    that is nowhere yet may lie on the machine that will train, so it is no error here."""
+    path = Path(name).expanduser()
+    beside = (folder or Path()) / path
+    # A data set of several files is named by what their names have in common.
+    here = path.exists() or path.with_name(path.name + ".bin").exists()
+    there = beside.exists() or beside.with_name(beside.name + ".bin").exists()
+    return os.path.abspath(path if here and not there else beside)
+
+
 def _relative(name: str, folder: Path | None) -> Path:
     """A path as the job file means it: beside that file, or from where we are if it is not there."""
     try:

@@ -79,6 +79,9 @@ class Stack:
     reduces_every_projection: each of q, k, v (gate, up) is a column-parallel layer with collectives of its own, where
     others have one for their common input.
 
+    model_families and rope_scaling are what can be trained, everything where empty; pipeline_families those that can be
+    cut into stages. masked_context says whether context parallelism carries masks and biases (windows, alibi).
+
     selective_recompute says what recompute = "selective" runs again: the share of the kernels of a name ("q_b",
     "rmsnorm") or of a kind ("attention", "matmul", "pointwise"). What is kept are the inputs of the rest, or with
     selective_keeps_outputs (torch's selective checkpoint) the block's input, the outputs of the rest and those of
@@ -137,11 +140,14 @@ class Stack:
     overlap_ep: bool = False
     grouped_experts: bool = True
     expert_alignment: int = 1
-    lacks: tuple[Literal["latent_attention", "attention_sinks", "sliding_window"], ...] = ()
+    lacks: tuple[Literal["latent_attention", "attention_sinks"], ...] = ()
     context_precisions: tuple[str, ...] = ()
     overlap_cp: bool = True
     peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
+    pipeline_families: tuple[str, ...] = field(default_factory=tuple)
+    rope_scaling: tuple[str, ...] = field(default_factory=tuple)
+    masked_context: bool = True
 
     __pydantic_config__ = STRICT
 
@@ -151,7 +157,6 @@ class Stack:
         asked: dict[str, tuple[int | bool, str]] = {
             "latent_attention": (model.kv_lora_rank, f"latent attention yet (kv_lora_rank = {model.kv_lora_rank})"),
             "attention_sinks": (model.attention_sinks, "attention sinks yet (attention_sinks = true)"),
-            "sliding_window": (model.sliding_window, f"attention in windows yet ({model.sliding_window} keys)"),
         }
         found = [words for part, (used, words) in asked.items() if part in self.lacks and used]
         if model.num_experts:

@@ -123,7 +123,19 @@ _EXPERTS = [
     Case(Layout(dp_shard=4, zero_stage=3, ep=2, micro_batch_size=1), "tiny-moe", _SGD),
     Case(Layout(pp=2, **_REPLICATE, ep=2, schedule="1F1B", micro_batch_size=2), "tiny-shared-moe"),
 ]
-CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_CONTEXT, *_EXPERTS]
+# Other families and other positions. Alibi's slopes and T5's biases are cut by heads, BERT's transform by columns.
+_MODELS = [
+    Case(Layout(**_REPLICATE, micro_batch_size=2), "tiny-bert"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bert"),
+    Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), "tiny-bert-untied"),
+    Case(Layout(**_SHARD, micro_batch_size=2, recompute="full"), "tiny-t5"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-t5"),
+    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-bart"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-neox"),
+    Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bloom"),
+    Case(Layout(tp=2, micro_batch_size=8), "tiny-mistral"),
+]
+CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_CONTEXT, *_EXPERTS, *_MODELS]
 
 _SELECTIVE = {"recompute": "selective"}
 _LONG_TWO = [
@@ -242,7 +254,50 @@ _LONG_MEETINGS = [
     Case(Layout(dp_shard=2, zero_stage=1, ep=2, micro_batch_size=2), "tiny-moe"),
     Case(Layout(cp=2, zero_stage=1, micro_batch_size=2)),
 ]
-LONG_CASES = [*_LONG_MEETINGS, *_LONG_TWO, *_LONG_FOUR, *_LONG_EIGHT, *_LONG_CONTEXT, *_LONG_EXPERTS]
+_WHOLE = ["tiny-bert", "tiny-t5", "tiny-bart"]
+_CUT = ["tiny-bert-untied", "tiny-neox", "tiny-mistral", "tiny-llama3"]
+_LONG_MODELS = [
+    *(
+        Case(layout, model)
+        for model in [*_WHOLE, "tiny-neox", "tiny-bloom", "tiny-mistral", "tiny-llama3"]
+        for layout in (
+            Layout(tp=2, micro_batch_size=4),
+            Layout(micro_batch_size=2, recompute="full"),
+            Layout(**_REPLICATE, micro_batch_size=2, recompute="full"),
+            Layout(**_SHARD, micro_batch_size=4),
+            Layout(dp_shard=2, zero_stage=2, micro_batch_size=2),
+            Layout(tp=2, micro_batch_size=4, recompute="full"),
+            Layout(**_TENSOR, micro_batch_size=4, recompute="full"),
+            Layout(tp=4, sequence_parallel=True, micro_batch_size=8),
+            Layout(dp_replicate=2, dp_shard=2, zero_stage=3, micro_batch_size=2),
+            Layout(**_TENSOR, **_SHARD, micro_batch_size=2),
+            Layout(tp=2, **_REPLICATE, micro_batch_size=2),
+            Layout(dp_replicate=2, dp_shard=2, tp=2, zero_stage=3, sequence_parallel=True, micro_batch_size=2),
+        )
+    ),
+    *(
+        Case(layout, model)
+        for model in _CUT
+        for layout in (
+            Layout(pp=2, schedule="1F1B", micro_batch_size=2),
+            Layout(**_INTERLEAVED, **_TENSOR, micro_batch_size=4),
+        )
+    ),
+    *(
+        Case(layout, model, {"precision": "bf16"})
+        for model in [*_WHOLE, "tiny-bloom"]
+        for layout in (Layout(**_SHARD, micro_batch_size=4), Layout(**_TENSOR, micro_batch_size=8))
+    ),
+]
+LONG_CASES = [
+    *_LONG_MEETINGS,
+    *_LONG_TWO,
+    *_LONG_FOUR,
+    *_LONG_EIGHT,
+    *_LONG_CONTEXT,
+    *_LONG_EXPERTS,
+    *_LONG_MODELS,
+]
 
 
 def with_references(cases: Sequence[Case]) -> list[Case]:

@@ -23,6 +23,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from runtime.machine import leave
+    from runtime.settings import Settings
     from runtime.trainer import train
 
     torch.set_num_threads(1)
@@ -34,7 +35,7 @@ def main() -> None:
             begin = time.perf_counter()
             plan = tiny_plan(case.layout, MODELS[case.model], data=data, **case.training)
             try:
-                measured = train(plan, STEPS, 2)
+                measured = train(plan, Settings(STEPS, 2))
             except Exception:
                 print(case.name, file=sys.stderr)
                 traceback.print_exc()

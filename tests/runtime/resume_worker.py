@@ -46,7 +46,7 @@ def main() -> None:
 
 def run(pair: Pair, data: str, folder: Path, world_size: int) -> dict[str, Any]:
     """Losses and norms of what this world size has to run of a pair, in the order in which it has to."""
-    from runtime.checkpoint import Checkpointer
+    from runtime.settings import Settings
     from runtime.trainer import train
 
     found = {}
@@ -54,10 +54,10 @@ def run(pair: Pair, data: str, folder: Path, world_size: int) -> dict[str, Any]:
         tiny_plan(case.layout, MODELS[case.model], data=data, **case.training) for case in (pair.saved, pair.resumed)
     )
     if saved.layout.world_size == world_size:
-        found[f"{pair.name} undisturbed"] = train(saved, STEPS, 0)
-        train(saved, SAVED, 0, checkpointer=Checkpointer(folder, 2))
+        found[f"{pair.name} undisturbed"] = train(saved, Settings(STEPS, 0))
+        train(saved, Settings(SAVED, 0, checkpoint=folder, checkpoint_every=2))
     if resumed.layout.world_size == world_size:
-        found[pair.name] = train(resumed, STEPS, 0, checkpointer=Checkpointer(folder, STEPS))
+        found[pair.name] = train(resumed, Settings(STEPS, 0, checkpoint=folder, checkpoint_every=STEPS))
     return {name: {"losses": m.losses, "grad_norms": m.grad_norms} for name, m in found.items()}
 
 

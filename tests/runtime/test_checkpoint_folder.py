@@ -21,6 +21,7 @@ from runtime.checkpoint import allocate_state, named_tensors
 from runtime.checkpoint_folder import Checkpoint, complete, complete_checkpoints, find_checkpoint, part_of, remove_parts
 from runtime.here import run_here
 from runtime.model import canonical_name
+from runtime.settings import Settings
 from simulator.errors import UserError
 from simulator.layout import Layout
 from simulator.results import Measurement, Quantiles
@@ -159,11 +160,11 @@ def test_the_launcher_looks_before_it_starts(tmp_path: Path, monkeypatch: pytest
     save(tmp_path / "saved", 3)
     other = write_plan(tiny_plan(Layout(), seed=2), tmp_path / "plan.json")
     with pytest.raises(UserError, match=r"training\.seed = 1"):
-        run_here(other, tmp_path / "m.json", checkpoint=tmp_path / "saved")
+        run_here(other, tmp_path / "m.json", Settings(checkpoint=tmp_path / "saved"))
     with pytest.raises(UserError, match="max-restarts = 2 needs --checkpoint DIR"):
         run_here(other, tmp_path / "m.json", max_restarts=2)
     with pytest.raises(UserError, match="checkpoint-every = 0 must be at least 1"):
-        run_here(other, tmp_path / "m.json", checkpoint=tmp_path / "new", checkpoint_every=0)
+        run_here(other, tmp_path / "m.json", Settings(checkpoint=tmp_path / "new", checkpoint_every=0))
 
 
 def test_names_do_not_know_what_is_wrapped() -> None:

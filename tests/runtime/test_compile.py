@@ -19,6 +19,7 @@ import json, os, sys
 import torch, torch.distributed as dist
 from tiny_jobs import tiny_plan
 from runtime.machine import leave
+from runtime.settings import Settings
 from runtime.trainer import train
 from simulator.layout import Layout
 
@@ -35,7 +36,7 @@ if dist.get_world_size() == 2:
 found = []
 for layout in layouts:
     for stack in ("layoutwise-cuda", "layoutwise-cuda-compile"):
-        found.append(train(tiny_plan(layout, stack=stack, data=sys.argv[1]), 5, 1).losses)
+        found.append(train(tiny_plan(layout, stack=stack, data=sys.argv[1]), Settings(5, 1)).losses)
 if dist.get_rank() == 0:
     open(sys.argv[2], "w").write(json.dumps(found))
 dist.barrier()

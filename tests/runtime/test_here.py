@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_jobs import LLAMA, tiny_plan
@@ -15,6 +16,7 @@ from tiny_jobs import LLAMA, tiny_plan
 from planner.plan import write_plan
 from runtime import here
 from runtime.here import run_here
+from runtime.settings import Settings
 from simulator.errors import UserError
 from simulator.layout import Layout
 
@@ -29,7 +31,7 @@ def test_one_process_end_to_end(text_folder: Path, tmp_path: Path) -> None:
     plan = write_plan(tiny_plan(Layout(micro_batch_size=4), data=str(text_folder)), tmp_path / "plan.json")
     seen: list[tuple[int, int]] = []
     measured = run_here(
-        plan, tmp_path / "m.json", steps=6, warmup=2, progress=lambda *step: seen.append(step), timeout=120
+        plan, tmp_path / "m.json", Settings(6, 2), progress=lambda *step: seen.append(step), timeout=120
     )
     assert seen == [(step, 6) for step in range(1, 7)]
     assert measured.layout == Layout(micro_batch_size=4)
@@ -58,7 +60,7 @@ def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_pat
     ("layout", "options", "words"),
     [
         (Layout(dp_replicate=2), {"nproc": 3}, "needs 2 processes, not 3"),
-        (Layout(), {"steps": 5, "warmup": 5}, "less than steps = 5"),
+        (Layout(), {"settings": Settings(5, 5)}, "less than steps = 5"),
         (Layout(tp=3), {}, "tp = 3 must divide"),
         (
             Layout(pp=2, dp_shard=2, zero_stage=3, schedule="ZBVZeroBubble", virtual_stages=2),
@@ -68,7 +70,7 @@ def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_pat
     ],
 )
 def test_what_cannot_run_is_refused_at_once(
-    layout: Layout, options: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(here, "_run", lambda *_: pytest.fail("started processes"))
     with pytest.raises(UserError, match=words):

@@ -17,14 +17,14 @@ from tiny_jobs import tiny_plan
 from planner.plan import Plan, read_plan, write_plan
 from runtime.__main__ import _parse
 from runtime.launchers import LaunchOptions, launch_files
+from runtime.settings import Settings, settings_of
 from simulator.errors import UserError
 from simulator.job import build_job
 from simulator.layout import Layout
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
-OPTIONS = LaunchOptions(
-    steps=1000, warmup=10, image="registry/train:1", checkpoint="/shared/my run", checkpoint_every=100, max_restarts=3
-)
+SETTINGS = Settings(1000, 10, checkpoint=Path("/shared/my run"), checkpoint_every=50)
+OPTIONS = LaunchOptions(SETTINGS, image="registry/train:1", max_restarts=3)
 
 
 def gpu_plan(nodes: int = 2) -> Plan:
@@ -91,7 +91,7 @@ def ran(script: str, folder: Path, *arguments: str, **variables: str) -> list[st
 
 
 RUNTIME = ["-m", "runtime", "plan.json", "--steps=1000", "--warmup=10", "--output=measurement.json"]
-CHECKPOINTS = ["--checkpoint=/shared/my run", "--checkpoint-every=100"]
+CHECKPOINTS = ["--checkpoint=/shared/my run", "--checkpoint-every=50"]
 
 
 def test_torchrun_meets_at_the_head(tmp_path: Path) -> None:
@@ -159,8 +159,9 @@ def test_processors_have_what_the_profile_was_measured_with() -> None:
 
 
 def test_the_runtime_takes_what_the_scripts_give_it() -> None:
-    options = _parse(["plan.json", "--steps=1000", "--warmup=10", "--output=measurement.json"])
-    assert (options.steps, options.warmup) == (1000, 10)
+    settings = dataclasses.replace(SETTINGS, output=Path("measurement.json"))
+    assert settings_of(_parse(["plan.json", *settings.arguments()])) == settings
+    assert settings_of(_parse(["plan.json"])) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -168,8 +169,9 @@ def test_the_runtime_takes_what_the_scripts_give_it() -> None:
     [
         ("slrum", {}, "--on 'slrum' is not known.*slurm"),
         ("kubernetes", {"image": ""}, "needs --image"),
-        ("slurm", {"checkpoint": ""}, "checkpoint_every = 100 needs a folder"),
-        ("slurm", {"warmup": 1000}, "less than steps = 1000"),
+        ("slurm", {"settings": Settings()}, "max-restarts = 3 needs --checkpoint DIR"),
+        ("slurm", {"settings": Settings(checkpoint_every=9)}, "checkpoint-every = 9 needs a folder"),
+        ("slurm", {"settings": Settings(1000, 1000)}, "less than steps = 1000"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(target: str, changes: dict[str, Any], words: str) -> None:

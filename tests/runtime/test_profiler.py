@@ -10,6 +10,7 @@ from tiny_jobs import tiny_plan
 
 from planner.plan import write_plan
 from runtime.here import run_here
+from runtime.settings import Settings
 from simulator.errors import UserError
 from simulator.files import read_json, to_dataclass
 from simulator.layout import Layout
@@ -30,7 +31,7 @@ def test_the_ops_that_run_are_those_that_are_simulated(layout: Layout, text_fold
     plan = tiny_plan(layout, data=str(text_folder))
     path = write_plan(plan, tmp_path / "plan.json")
     folder = tmp_path / "profile"
-    measured = run_here(path, tmp_path / "m.json", steps=4, warmup=1, timeout=120, profile=folder)
+    measured = run_here(path, tmp_path / "m.json", Settings(4, 1, profile=folder), timeout=120)
     assert len(measured.losses) == 4
     timeline = to_dataclass(MeasuredTimeline, read_json(folder / "timeline.json", "timeline"), "timeline")
     assert (timeline.layout, timeline.step) == (layout, 4)
@@ -53,4 +54,4 @@ def test_the_ops_that_run_are_those_that_are_simulated(layout: Layout, text_fold
 def test_a_profile_leaves_a_step_to_measure(tmp_path: Path) -> None:
     path = write_plan(tiny_plan(Layout()), tmp_path / "plan.json")
     with pytest.raises(UserError, match=r"steps = 2 must be at least warmup\(1\) \+ 2"):
-        run_here(path, tmp_path / "m.json", steps=2, warmup=1, profile=tmp_path)
+        run_here(path, tmp_path / "m.json", Settings(2, 1, profile=tmp_path))

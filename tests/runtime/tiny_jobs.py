@@ -10,7 +10,7 @@ from simulator import presets
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
 from simulator.job import Job, Training
 from simulator.layout import Layout
-from simulator.model import ModelSpec
+from simulator.model import ModelSpec, RopeScaling
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
 
 LLAMA = ModelSpec(
@@ -58,7 +58,34 @@ SHARED_MOE = dataclasses.replace(
     MOE, name="tiny-shared-moe", num_shared_experts=2, first_k_dense_replace=1, moe_intermediate_size=48,
     router_bias=True, mlp_bias=True,
 )  # fmt: skip
-MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, GPT_UNTIED, DEEP, MOE, SHARED_MOE)}
+# Llama 3.1's scaled frequencies, whose context is so short here that all three rules for wavelengths occur.
+LLAMA3 = dataclasses.replace(
+    LLAMA, name="tiny-llama3", rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=64)
+)
+MISTRAL = dataclasses.replace(LLAMA, name="tiny-mistral", sliding_window=9)
+# Parallel residuals and partial rotation, as GPT-NeoX has them; alibi and a norm behind the embedding, as BLOOM.
+NEOX = dataclasses.replace(
+    GPT_UNTIED, name="tiny-neox", family="neox", position="rope", partial_rotary_factor=0.25, parallel_residual=True
+)
+BLOOM = dataclasses.replace(GPT, name="tiny-bloom", family="neox", position="alibi", embedding_norm=True)
+BERT = dataclasses.replace(GPT, name="tiny-bert", family="bert", num_encoder_layers=4, type_vocab_size=2)
+BERT_UNTIED = dataclasses.replace(BERT, name="tiny-bert-untied", tie_word_embeddings=False)
+BART = dataclasses.replace(GPT, name="tiny-bart", family="bart", num_encoder_layers=2)
+T5 = dataclasses.replace(
+    LLAMA,
+    name="tiny-t5",
+    family="t5",
+    num_encoder_layers=2,
+    num_key_value_heads=4,
+    position="relative",
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+    tie_word_embeddings=True,
+    gated_mlp=False,
+    activation="relu",
+)
+_DECODERS = (LLAMA, GPT, QWEN, GPT_UNTIED, DEEP, MOE, SHARED_MOE, LLAMA3, MISTRAL, NEOX, BLOOM)
+MODELS = {model.name: model for model in (*_DECODERS, BERT, BERT_UNTIED, BART, T5)}
 
 _FITS = {
     name: (CollectiveFit(2, 1e-4, 1.0),)
