@@ -13,4 +13,4 @@ exec torchrun \
     --nproc-per-node=4 \
     --max-restarts=3 \
     -m runtime plan.json \
-    --steps=1000 --warmup=10 --output=measurement.json '--checkpoint=/shared/my run' --checkpoint-every=100
+    --steps=1000 --warmup=10 --output=measurement.json '--checkpoint=/shared/my run' --checkpoint-every=50
