@@ -45,6 +45,10 @@ def _combinations(job: Job) -> Iterator[Layout]:
             if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
                 continue
             for data in _data_parallel(job, world // (tp * pp * cp), cp):
+                # FSDP2 reduces gradients once under a pipeline: zero_stage 1 is what 2 is, tried where it is named.
+                same = pp > 1 and data["zero_stage"] == 1 and job.stack.replicates_by_fsdp
+                if same and 2 in job.stack.pipeline_zero_stages and "zero_stage" not in job.search:
+                    continue
                 for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
                     yield Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
 
