@@ -1,9 +1,9 @@
 """`python -m runtime` on a rank that dies as it is told to.
 
 Run by test_elastic.py: `torchrun elastic_worker.py DEATHS ARGUMENTS...`. DEATHS is a JSON list: the n-th start of the
-ranks ends as its n-th entry says, and starts beyond it are left alone. An entry is [rank, where, seconds]: that rank is
-killed so many seconds after `where`: "step" (its first step in this start is done) or "save" (its second checkpoint
-in this start is written, but has not got its name).
+ranks ends as its n-th entry says, and starts beyond it are left alone. An entry is [rank, where, number, seconds]: that
+rank is killed so many seconds after `where` has come for the number-th time in this start: "step" (a step is done) or
+"save" (the files of a checkpoint are written, but it has not got its name).
 """
 
 from __future__ import annotations
@@ -34,29 +34,26 @@ def main() -> None:
     entry.run_rank()
 
 
-def arm(where: str, seconds: float) -> None:
-    if where == "save":
-        from runtime import checkpoint_folder
-
-        complete, saves = checkpoint_folder.complete, []
-
-        def second(*files: Any) -> Any:
-            saves.append(files)
-            return complete(*files) if len(saves) == 1 else die_later(seconds)
-
-        checkpoint_folder.complete = second
-        return
+def arm(where: str, number: int, seconds: float) -> None:
+    from runtime import checkpoint_folder
     from runtime.step import Run
 
-    step = Run.step
+    owner: Any = {"step": Run, "save": checkpoint_folder}[where]
+    name = {"step": "step", "save": "complete"}[where]
+    original, left = getattr(owner, name), number
 
-    def first(run: Run, *batch: Any) -> Any:
-        done = step(run, *batch)
-        Run.step = step  # type: ignore[method-assign]
-        die_later(seconds)
+    def count(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if where == "save" and left == 0:
+            die_later(seconds)
+            threading.Event().wait(seconds)
+        done = original(*arguments)
+        if where == "step" and left == 0:
+            die_later(seconds)
         return done
 
-    Run.step = first  # type: ignore[method-assign]
+    setattr(owner, name, count)
 
 
 if __name__ == "__main__":

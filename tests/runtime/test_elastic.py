@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,22 @@ def test_death_in_a_save_leaves_the_checkpoint_before_it(text_folder: Path, tmp_
     the run goes on from step 5."""
     plan = write_plan(tiny_plan(LAYOUT, data=str(text_folder)), tmp_path / "plan.json")
     undisturbed, _ = train(plan, 12, 12, [], tmp_path / "undisturbed.json")
-    disturbed, written = train(plan, 12, 5, [[0, "save", 0.0], [1, "step", 0.0]], tmp_path / "disturbed.json")
+    disturbed, written = train(plan, 12, 5, [[0, "save", 2, 0.0], [1, "step", 1, 0.0]], tmp_path / "disturbed.json")
     check_equal(disturbed, undisturbed, 12)
     folder = tmp_path / "disturbed"
     assert written.count(f"going on from '{folder / 'step-00000005'}'") == 2
+    assert len(re.findall(r"failed \(exitcode: -9\)", written)) == 2
     # The last two are kept, and nothing else.
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000012"]
 
 
 @pytest.mark.slow
 def test_ten_deaths_at_random_moments(text_folder: Path, tmp_path: Path) -> None:
+    """Each start is killed within its first steps, so that all ten deaths come before the run can end."""
     chance = random.Random(7)
     plan = write_plan(tiny_plan(LAYOUT, data=str(text_folder)), tmp_path / "plan.json")
-    undisturbed, _ = train(plan, 120, 120, [], tmp_path / "undisturbed.json")
-    deaths = [[chance.randrange(2), "step", chance.uniform(0.0, 1.0)] for _ in range(10)]
-    disturbed, written = train(plan, 120, 3, deaths, tmp_path / "disturbed.json")
-    check_equal(disturbed, undisturbed, 120)
-    assert written.count("going on from") >= 1
+    undisturbed, _ = train(plan, 200, 200, [], tmp_path / "undisturbed.json")
+    deaths = [[chance.randrange(2), "step", chance.randint(1, 8), chance.uniform(0.0, 0.1)] for _ in range(10)]
+    disturbed, written = train(plan, 200, 3, deaths, tmp_path / "disturbed.json")
+    check_equal(disturbed, undisturbed, 200)
+    assert len(re.findall(r"failed \(exitcode: -9\)", written)) == 10
