@@ -7,6 +7,7 @@ and writes files of bounded size, so that no rank ever holds the whole model.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -91,6 +92,8 @@ def save_safetensors(
     names = _file_names(len(everything))
     for (part, _), name in zip(everything, names, strict=True):
         if part in {own for own, _ in written}:
+            # The library makes files private; these are as readable as any that the user makes.
+            (folder / part).chmod(0o666 & ~_umask())
             (folder / part).replace(folder / name)
     # The index goes last, and only when every file that it names is there.
     _gather(None)
@@ -244,6 +247,12 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write '{folder}': {error.strerror}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _file_names(count: int) -> list[str]:

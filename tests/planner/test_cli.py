@@ -13,6 +13,7 @@ from command_line import call
 
 from simulator.cluster import AttentionFit, AttentionKernel, CollectiveFit, HostFit, MatmulFit
 from simulator.files import write_json
+from simulator.presets import find_model
 from simulator.profile import Profile
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -288,6 +289,19 @@ def test_this_machine_is_planned_with_its_own_constants(
     assert document["job"]["stack"]["name"] == "layoutwise-cpu"
 
 
+@pytest.mark.parametrize("model", ["bert-large", "t5-large", "bart-large"])
+def test_encoders_are_predicted_on_this_machine(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At least the six floating-point operations per weight and token take their time: 8e10 a second and processor."""
+    this_machine(folder)
+    assert call(monkeypatch, "simulate", "job.toml", "--set", f"model={model}", "--layout", "dp_shard=2", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["problems"] == []
+    flops = 6 * find_model(model).active_matmul_parameters() * 4 * 32
+    assert flops / 2 / 8e10 < document["step_seconds"] < 4 * flops / 2 / 8e10
+
+
 @pytest.mark.xdist_group("torchrun")
 def test_run_trains_and_measures(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -296,7 +310,8 @@ def test_run_trains_and_measures(
     pins = [word for axis in ("dp_replicate", "dp_shard", "tp", "pp") for word in ("--set", f"search.{axis}=1")]
     call(monkeypatch, "plan", "job.toml", *pins)
     capsys.readouterr()
-    assert call(monkeypatch, "run", "plan.json", "--steps", 3, "--warmup", 1, "--json") == 0
+    assert call(monkeypatch, "run", "plan.json", "--steps", 3, "--warmup", 1, "--export", "trained", "--json") == 0
+    assert {path.name for path in (folder / "trained").iterdir()} == {"config.json", "model.safetensors"}
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
         "layout", "world_size", "steps", "warmup", "step_seconds", "tokens_per_second", "peak_memory", "losses",

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiny_jobs import MODELS
+
 from simulator.layout import Layout
 
 STEPS = 10
@@ -124,13 +126,15 @@ _EXPERTS = [
     Case(Layout(pp=2, **_REPLICATE, ep=2, schedule="1F1B", micro_batch_size=2), "tiny-shared-moe"),
 ]
 # Other families and other positions. Alibi's slopes and T5's biases are cut by heads, BERT's transform by columns.
+# BART's norms behind the sums make a large step unstable: rounding differences of 1e-7 grow a hundredfold in ten.
+_GENTLE = {"tiny-bart": {"learning_rate": 3e-3}}
 _MODELS = [
     Case(Layout(**_REPLICATE, micro_batch_size=2), "tiny-bert"),
     Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bert"),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2), "tiny-bert-untied"),
     Case(Layout(**_SHARD, micro_batch_size=2, recompute="full"), "tiny-t5"),
     Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-t5"),
-    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-bart"),
+    Case(Layout(**_TENSOR, micro_batch_size=4), "tiny-bart", _GENTLE["tiny-bart"]),
     Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-neox"),
     Case(Layout(**_TENSOR, micro_batch_size=8), "tiny-bloom"),
     Case(Layout(tp=2, micro_batch_size=8), "tiny-mistral"),
@@ -258,7 +262,7 @@ _WHOLE = ["tiny-bert", "tiny-t5", "tiny-bart"]
 _CUT = ["tiny-bert-untied", "tiny-neox", "tiny-mistral", "tiny-llama3"]
 _LONG_MODELS = [
     *(
-        Case(layout, model)
+        Case(layout, model, _GENTLE.get(model, {}))
         for model in [*_WHOLE, "tiny-neox", "tiny-bloom", "tiny-mistral", "tiny-llama3"]
         for layout in (
             Layout(tp=2, micro_batch_size=4),
@@ -274,6 +278,7 @@ _LONG_MODELS = [
             Layout(tp=2, **_REPLICATE, micro_batch_size=2),
             Layout(dp_replicate=2, dp_shard=2, tp=2, zero_stage=3, sequence_parallel=True, micro_batch_size=2),
         )
+        if layout.tp <= MODELS[model].num_key_value_heads
     ),
     *(
         Case(layout, model)
@@ -284,7 +289,7 @@ _LONG_MODELS = [
         )
     ),
     *(
-        Case(layout, model, {"precision": "bf16"})
+        Case(layout, model, {"precision": "bf16"} | _GENTLE.get(model, {}))
         for model in [*_WHOLE, "tiny-bloom"]
         for layout in (Layout(**_SHARD, micro_batch_size=4), Layout(**_TENSOR, micro_batch_size=8))
     ),

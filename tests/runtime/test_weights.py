@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_golden import write_formula
 from tiny_jobs import MODELS
+from workers import start_worker
 
 from runtime.hf_config import hf_config
 from runtime.hf_names import Place
@@ -20,7 +18,6 @@ from runtime.pipeline import build_stage
 from runtime.weights import local_ranges
 from simulator.layout import Layout
 
-HERE = Path(__file__).parent
 _FSDP = {"dp_shard": 2, "zero_stage": 3}
 _TP = {"tp": 2, "sequence_parallel": True}
 _PP = {"pp": 2, "micro_batch_size": 2}
@@ -45,16 +42,7 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in {name for name, _ in CASES}:
         model = build_stage(MODELS[name], Layout(), 32, 0)
         write_formula(model, folder / name, hf_config(model.spec))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(HERE / "weights_worker.py"), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    start_worker("weights_worker.py", 4, str(folder))
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from simulator.errors import UserError
 from simulator.hf import read_config
+from simulator.model import RopeScaling
 from simulator.presets import DATA, find_model, names
 
 LLAMA: dict[str, Any] = json.loads((DATA / "models" / "llama-3.1-8b.json").read_text())
@@ -200,3 +201,34 @@ def test_every_preset_is_a_configuration_that_transformers_would_read() -> None:
     for name in names("models"):
         assert "model_type" in json.loads((DATA / "models" / f"{name}.json").read_text())
         assert find_model(name).name == name
+
+
+def test_what_changes_the_arithmetic_is_read() -> None:
+    neox, bloom, mpt = (read_config(config, "x") for config in (PYTHIA_6_9B, BLOOM_176B, MPT_7B))
+    assert (neox.partial_rotary_factor, neox.parallel_residual) == (0.25, True)
+    assert (bloom.embedding_norm, bloom.activation) == (True, "gelu_tanh")
+    assert (mpt.norm, mpt.norm_bias, mpt.norm_parameters()) == ("layernorm", False, 4096)
+    assert read_config(MISTRAL_7B | {"sliding_window": 4096}, "x").sliding_window == 4096
+    assert read_config(QWEN2_7B | {"sliding_window": 131072, "use_sliding_window": False}, "x").sliding_window == 0
+    scaling = find_model("llama-3.1-8b").rope_scaling
+    assert scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert read_config(LLAMA | {"rope_scaling": None}, "x").rope_scaling is None
+
+
+BART: dict[str, Any] = json.loads((DATA / "models" / "bart-large.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BART | {"normalize_before": True}, "normalize_before = True is not supported"),
+        (MPT_7B | {"attn_config": {"alibi": True, "clip_qkv": 6}}, "clip_qkv = 6 is not supported"),
+        (OPT_6_7B | {"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported"),
+        (QWEN2_7B | {"use_sliding_window": True, "max_window_layers": 28}, "with max_window_layers = 0 only"),
+        (LLAMA | {"rope_scaling": {"rope_type": "lama3"}}, "'lama3' is not known; did you mean 'llama3'"),
+    ],
+)
+def test_switches_that_nothing_honours_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(config, "x")
+    assert words in str(caught.value)

@@ -12,6 +12,7 @@ from simulator.errors import UserError
 from simulator.job import Job, build_job
 from simulator.kernels import Cut, Matmul, block_kernels
 from simulator.layout import Layout, parse_layout
+from simulator.model import RopeScaling
 from simulator.presets import find_stack, names
 from simulator.program import stage_costs
 from simulator.simulate import simulate
@@ -174,3 +175,30 @@ def test_the_runtime_refuses_adapters() -> None:
          "training": {"global_batch_size": 8, "seq_len": 2048, "stack": "layoutwise-cuda", "peft": "lora"}}, "job",
     )  # fmt: skip
     assert "stack layoutwise-cuda cannot train with peft = 'lora' yet" in Layout(dp_replicate=8).problems(base)
+
+
+def runtime_problems(model: str, layout: Layout, **changes: Any) -> list[str]:
+    base = build_job(
+        {"model": model, "cluster": "dgx-h100", "nodes": 1,
+         "training": {"global_batch_size": 16, "seq_len": 512, "stack": "layoutwise-cuda"}}, "job",
+    )  # fmt: skip
+    return layout.problems(dataclasses.replace(base, model=dataclasses.replace(base.model, **changes)))
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama-3.1-8b", "bert-large", "t5-large", "bart-large"])
+def test_the_runtime_trains_this_family(model: str) -> None:
+    assert runtime_problems(model, Layout(dp_shard=8, zero_stage=3)) == []
+
+
+def test_the_runtime_says_what_it_does_not_do_with_a_model() -> None:
+    pipeline = Layout(pp=2, dp_shard=4, zero_stage=3)
+    assert "stack layoutwise-cuda does not cut the t5 family into stages: pp must be 1" in runtime_problems(
+        "t5-large", pipeline
+    )
+    yarn = RopeScaling("yarn", 40.0)
+    assert runtime_problems("llama-3.1-8b", Layout(dp_shard=8, zero_stage=3), rope_scaling=yarn) == [
+        "stack layoutwise-cuda has no rope_scaling of rope_type 'yarn'; it has ['linear', 'llama3']"
+    ]
+    assert any(
+        "carries no masks" in words for words in runtime_problems("gpt2", Layout(dp_shard=4, cp=2), sliding_window=9)
+    )
