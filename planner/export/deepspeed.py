@@ -10,16 +10,15 @@ import json
 from typing import Any
 
 from planner.export import rules
-from planner.export.header import comment, header
+from planner.export.header import header
 from planner.plan import Plan
 
 WRITTEN_FOR = "DeepSpeed 0.19.8"
 CONFIG = "ds_config.json"
 _PIPELINE = '''
-from torch import nn
-
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
 
 
 def pipeline(layers: list[nn.Module], block: type[nn.Module], loss: nn.Module) -> PipelineModule:
@@ -110,8 +109,12 @@ def _script(plan: Plan) -> str:
         )
     if layout.tp > 1 and layout.zero_stage == 3:
         notes.append("Older releases train with AutoTP up to stage 2 only.")
+    nodes = ""
+    if job.nodes > 1:
+        nodes = f" --hostfile hostfile --num_nodes {job.nodes}"
+        notes.append("Lines of hostfile: NAME slots=GPUS.")
     command = (
-        f"deepspeed --hostfile hostfile --num_nodes {job.nodes} --num_gpus {layout.world_size // job.nodes} "
+        f"deepspeed{nodes} --num_gpus {layout.world_size // job.nodes} "
         f'"${{SCRIPT:?the training script}}" --deepspeed --deepspeed_config {CONFIG} "$@"'
     )
-    return header(plan, WRITTEN_FOR, (), tuple(notes)) + comment("Lines of hostfile: NAME slots=GPUS.") + command + "\n"
+    return header(plan, WRITTEN_FOR, (), tuple(notes)) + command + "\n"

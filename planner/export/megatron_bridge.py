@@ -94,8 +94,8 @@ def _body(plan: Plan) -> list[str]:
     lines += [f"cfg.ddp.{name} = {_shown(value)}" for name, value in ddp.items()]
     lines += [f"cfg.optimizer.use_distributed_optimizer = {sharded}"]
     lines += [f'cfg.checkpoint.ckpt_format = "{checkpoint}"'] if checkpoint else []
-    lines += ["cfg.dist.use_tp_pp_dp_mapping = True"] if mapping else []
     lines += [
+        f"cfg.dist.use_tp_pp_dp_mapping = {mapping}",
         f"cfg.train.micro_batch_size = {batch['micro_batch_size']}",
         f"cfg.train.global_batch_size = {batch['global_batch_size']}",
         f"cfg.model.seq_length = {batch['seq_length']}",

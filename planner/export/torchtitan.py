@@ -147,8 +147,12 @@ def recipe_text(plan: Plan, top: str, settings: dict[str, Any], base: list[str])
     if own and base:
         package, function, _ = own
         imports[-1:-1] = [
-            *(["from torchtitan.components.quantization import Float8LinearConverter"] if "Float8" in base[1] else []),
-            *([f"from torchtitan.models.{package} import model_registry"] if "model_registry" in base[1] else []),
+            *(
+                ["from torchtitan.components.quantization import Float8LinearConverter"]
+                if "Float8" in "".join(base)
+                else []
+            ),
+            *([f"from torchtitan.models.{package} import model_registry"] if "model_registry" in "".join(base) else []),
             f"from torchtitan.models.{package}.config_registry import {function}",
         ]
     parts = [top, "\n".join(sorted(imports)) + "\n"]
@@ -166,8 +170,7 @@ class _Code(str):
     """A value that is written as it is, not quoted."""
 
 
-_STAGES = '''
-# Decoder layers of every stage, in torch's order of stages.
+_STAGES = '''# Decoder layers of every stage, in torch's order of stages.
 LAYERS = {layers}
 
 
@@ -195,11 +198,16 @@ def _base(plan: Plan) -> list[str]:
     own = own_recipe(plan.job.model)
     if own is None:
         return []
-    quantised = ", converters=[CONVERTER]" if plan.job.training.precision == "fp8" else ""
+    quantised = ", converters=[converter]" if plan.job.training.precision == "fp8" else ""
     compiled = plan.job.stack.name not in _EAGER
     converter = f'Float8LinearConverter.Config(filter_fqns=["lm_head"], model_compile_enabled={compiled})'
-    registry = f'model_registry("{own[2]}"{quantised.replace("CONVERTER", converter)})'
-    return [f"config = {own[1]}()", f"config.model_spec = {registry}", "return layout(config)"]
+    registry = f'config.model_spec = model_registry("{own[2]}"{quantised})'
+    return [
+        f"config = {own[1]}()",
+        *([f"converter = {converter}"] if quantised else []),
+        registry,
+        "return layout(config)",
+    ]
 
 
 def _shown(value: Any) -> str:

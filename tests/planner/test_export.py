@@ -159,6 +159,8 @@ def recipe(text: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     class Anything(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
             return types.SimpleNamespace(Config=lambda **kwargs: name)
 
     packages = "torchtitan", "torchtitan.components", "torchtitan.distributed", "torchtitan.models"
@@ -309,7 +311,7 @@ def test_accelerate_takes_its_file(case: str, tmp_path: Path) -> None:
     """`accelerate launch` reads the file, makes its environment, and ParallelismConfig is built from that."""
     script = """
 from accelerate.commands import launch
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_multi_gpu_env
 parser = launch.launch_command_parser()
 args = parser.parse_args(["--config_file", "accelerate.yaml", "train.py"])
 args, defaults, _ = launch._validate_launch_command(args)
@@ -372,6 +374,8 @@ def test_torchtitan_has_every_field(case: str, tmp_path: Path) -> None:
 import sys, types
 class Anything(types.ModuleType):
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         return types.SimpleNamespace(Config=lambda **kwargs: name)
 for name in ("trainer", "models", "models.llama3", "models.llama3.config_registry", "models.qwen3",
              "models.qwen3.config_registry", "components.quantization"):
@@ -392,11 +396,11 @@ print(dims.world_size // dims.pp, config.activation_checkpoint)
 def test_megatron_reads_its_stages_as_ours(tmp_path: Path) -> None:
     script = """
 import sys
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 layout = PipelineParallelLayerLayout(sys.argv[1], 4)
 layout.validate_layer_layout(80, 0)
-print([layout.get_num_layers_to_build(vp_stage=None, pp_rank=rank) if False else
-       [stage.count(stage[1]) for stage in layout.layout[rank]] for rank in range(4)])
+print([[stage.count(LayerType.decoder) for stage in rank] for rank in layout.layout])
 """
     words = flags("instances", tmp_path)
     letters = words[words.index("--pipeline-model-parallel-layout") + 1]

@@ -6,5 +6,4 @@
 # The script's data: sequences of 8192 tokens.
 # Recompute is the model's business: model.gradient_checkpointing_enable() in the script.
 # Sequences are cut by Ulysses, with all-to-alls around attention; the plan's stack may do otherwise.
-# Lines of hostfile: NAME slots=GPUS.
-deepspeed --hostfile hostfile --num_nodes 1 --num_gpus 8 "${SCRIPT:?the training script}" --deepspeed --deepspeed_config ds_config.json "$@"
+deepspeed --num_gpus 8 "${SCRIPT:?the training script}" --deepspeed --deepspeed_config ds_config.json "$@"

@@ -4,5 +4,4 @@
 # predicted for the stack megatron-core: 1.5 s a step, 1,234 tokens/s per GPU, 60.5 GiB at the peak
 # That prediction is for megatron-core, not for DeepSpeed.
 # The script's data: sequences of 1024 tokens.
-# Lines of hostfile: NAME slots=GPUS.
-deepspeed --hostfile hostfile --num_nodes 1 --num_gpus 8 "${SCRIPT:?the training script}" --deepspeed --deepspeed_config ds_config.json "$@"
+deepspeed --num_gpus 8 "${SCRIPT:?the training script}" --deepspeed --deepspeed_config ds_config.json "$@"

@@ -34,6 +34,7 @@ def layout(cfg: ConfigContainer) -> ConfigContainer:
     cfg.ddp.data_parallel_sharding_strategy = "optim_grads_params"
     cfg.optimizer.use_distributed_optimizer = True
     cfg.checkpoint.ckpt_format = "fsdp_dtensor"
+    cfg.dist.use_tp_pp_dp_mapping = False
     cfg.train.micro_batch_size = 2
     cfg.train.global_batch_size = 64
     cfg.model.seq_length = 8192

@@ -32,6 +32,7 @@ def layout(cfg: ConfigContainer) -> ConfigContainer:
     cfg.ddp.use_megatron_fsdp = False
     cfg.ddp.data_parallel_sharding_strategy = "no_shard"
     cfg.optimizer.use_distributed_optimizer = False
+    cfg.dist.use_tp_pp_dp_mapping = False
     cfg.train.micro_batch_size = 4
     cfg.train.global_batch_size = 64
     cfg.model.seq_length = 1024

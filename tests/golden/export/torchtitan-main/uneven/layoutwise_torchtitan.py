@@ -10,7 +10,6 @@ from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.models.llama3.config_registry import llama3_70b
 from torchtitan.trainer import Trainer
 
-
 # Decoder layers of every stage, in torch's order of stages.
 LAYERS = (9, 10, 10, 10, 10, 10, 10, 11)
 

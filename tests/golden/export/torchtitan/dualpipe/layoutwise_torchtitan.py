@@ -10,7 +10,6 @@ from torchtitan.models.llama3 import model_registry
 from torchtitan.models.llama3.config_registry import llama3_8b
 from torchtitan.trainer import Trainer
 
-
 # Decoder layers of every stage, in torch's order of stages.
 LAYERS = (4, 4, 4, 4, 4, 4, 4, 4)
 
@@ -49,5 +48,6 @@ def layout(config: Trainer.Config) -> Trainer.Config:
 
 def llama3_8b_layout() -> Trainer.Config:
     config = llama3_8b()
-    config.model_spec = model_registry("8B", converters=[Float8LinearConverter.Config(filter_fqns=["lm_head"], model_compile_enabled=False)])
+    converter = Float8LinearConverter.Config(filter_fqns=["lm_head"], model_compile_enabled=False)
+    config.model_spec = model_registry("8B", converters=[converter])
     return layout(config)

@@ -11,7 +11,6 @@ from torchtitan.models.llama3 import model_registry
 from torchtitan.models.llama3.config_registry import llama3_70b
 from torchtitan.trainer import Trainer
 
-
 # Decoder layers of every stage, in torch's order of stages.
 LAYERS = (9, 10, 10, 10, 10, 10, 10, 11)
 
