@@ -153,6 +153,39 @@ def explain(
 
 
 @app.command()
+def export(
+    plan_file: PlanFile,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="torchtitan, torchtitan-main, megatron, megatron-bridge, transformers, accelerate or deepspeed.",
+        ),
+    ],
+    output: Folder = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Write the layout of a plan in another framework's configuration."""
+    from planner.export import export as write_for
+    from planner.export import find_target
+    from planner.plan import read_plan
+    from simulator.files import check_writable, write_text
+
+    target = find_target(to)
+    texts = {output / name: text for name, text in write_for(read_plan(plan_file), to).items()}
+    for path in texts:
+        check_writable(path)
+    for path, text in texts.items():
+        write_text(path, text)
+    if as_json:
+        files = {str(path): text for path, text in texts.items()}
+        _print_json({"target": to, "written_for": target.WRITTEN_FOR, "files": files})
+        return
+    for path in texts:
+        typer.echo(f"written to {path}")
+
+
+@app.command()
 def run(
     plan_file: PlanFile,
     steps: Steps = 20,
