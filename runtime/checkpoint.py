@@ -201,6 +201,16 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(part, sync_files=True)
         self.part, self.info, self.measured = part, info, measured
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """A full disk shows as torch's complaint about its own archive; what the system said is what led to it."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
     def finish(self, metadata: Any, results: Any) -> None:
         """Called on rank 0 alone; what goes wrong here reaches all ranks."""
         super().finish(metadata, results)
