@@ -55,7 +55,9 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
     check_alone(plan, rank)
     layout, device = plan.layout, find_device()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) if fake else contextlib.nullcontext()
+    # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
+    symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
+    mode = FakeTensorMode(allow_non_fake_inputs=True, **symbols) if fake else contextlib.nullcontext()
     log = CollectiveLog()
     with _stand_ins(mode, log, fake):
         batches = Batches(plan.job, layout, rank, device)
@@ -160,8 +162,13 @@ class CollectiveLog(TorchDispatchMode):
     def collectives(self, axes: dict[str, str]) -> tuple[Collective, ...]:
         if self.at_the_end:
             self.add("all_reduce", "dp_replicate", sum(p.nbytes for p in self.at_the_end))
-        found = [Collective(key[0], axes.get(key[1], key[1]), n, self.bytes[key]) for key, n in self.counts.items()]
-        return tuple(sorted(found, key=lambda one: (one.axis, one.name)))
+        # The world's group may be that of an axis too, so that two keys are one row.
+        rows = sorted({(axes.get(group, group), name) for name, group in self.counts})
+        return tuple(Collective(name, axis, *self._sums(name, axis, axes)) for axis, name in rows)
+
+    def _sums(self, name: str, axis: str, axes: dict[str, str]) -> tuple[int, float]:
+        keys = [key for key in self.counts if key[0] == name and axes.get(key[1], key[1]) == axis]
+        return sum(self.counts[key] for key in keys), float(sum(self.bytes[key] for key in keys))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):

@@ -38,7 +38,7 @@ class DecoderBlock(nn.Module):
         self.cross_attention_norm = build_norm(spec, spec.hidden_size)
         self.cross_attention = CrossAttention(spec)
         self.ffn_norm = build_norm(spec, spec.hidden_size)
-        self.feed_forward = FeedForward(spec, spec.intermediate_size)
+        self.feed_forward, self.moe = FeedForward(spec, spec.intermediate_size), None
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.norms_behind:

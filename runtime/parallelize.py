@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.context import apply_context_parallel
 from runtime.experts import MixtureOfExperts, replicate_weights, split_experts, spread_experts
-from runtime.model import Attention, Block, FeedForward, Transformer, init_weights, norms_behind
+from runtime.model import Attention, FeedForward, Transformer, init_weights, norms_behind
 from runtime.recompute import apply_recompute
 from simulator.expert_parallel import expert_grid
 from simulator.job import Job, Training
@@ -166,7 +166,6 @@ def apply_tensor_parallel(
     stage.tie_weights()
     for block in stage.layers.values():
         parallelize_module(block, mesh, _block_plan(block, stream, norms_behind(stage.spec)))
-        assert isinstance(block, Block)
         if block.moe is not None:
             _cut_mixture(block.moe, mesh, stream, cut_experts)
         else:

@@ -1,0 +1,102 @@
+"""One rank without the others: memory and collectives counted by hand, from real tensors and from fake ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import call
+from tiny_jobs import LLAMA, tiny_plan
+
+from planner.plan import write_plan
+from runtime.alone import run_alone
+from runtime.here import needs_fake
+from simulator.errors import UserError
+from simulator.layout import Layout
+from simulator.results import Alone
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+# Bytes of the whole model, and of what is not in its four blocks: embedding, final norm, head.
+WHOLE = 4 * LLAMA.parameters()
+ENDS = 4 * (2 * LLAMA.vocab_size + 1) * LLAMA.hidden_size
+BLOCKS = WHOLE - ENDS
+# A microbatch of one sample on the residual stream: 32 tokens of 64 numbers.
+STREAM = 4 * 32 * 64
+
+
+def moved(found: Alone) -> dict[tuple[str, str], tuple[int, float]]:
+    return {(one.name, one.axis): (one.count, one.bytes) for one in found.collectives}
+
+
+def alone(layout: Layout, text_folder: Path, rank: int = 0, fake: bool = False) -> Alone:
+    return run_alone(tiny_plan(layout, data=str(text_folder)), rank, steps=2, warmup=1, fake=fake)
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_one_process_holds_four_times_its_parameters(fake: bool, text_folder: Path) -> None:
+    found = alone(Layout(micro_batch_size=4), text_folder, fake=fake)
+    assert (found.memory.parameters, found.memory.gradients) == (WHOLE, WHOLE)
+    # AdamW's two moments, and a step counter for each parameter.
+    assert found.memory.optimizer == pytest.approx(2 * WHOLE, abs=200)
+    # Logits of four samples, their logarithms and the gradient of those are the least that a loss takes.
+    assert found.memory.activations + found.memory.temporary > 3 * 4 * 4 * 32 * 256
+    assert (found.step_seconds is None) == fake
+    assert sum(one.bytes for one in found.collectives) == 16
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_sharded_state_is_a_share_and_is_gathered_twice(fake: bool, text_folder: Path) -> None:
+    """Two microbatches: every block is gathered before its forward and its backward, the ends once."""
+    found = alone(Layout(dp_shard=4, zero_stage=3, micro_batch_size=1), text_folder, rank=3, fake=fake)
+    assert found.coordinates["dp_shard"] == 3
+    assert found.memory.parameters == WHOLE / 4
+    assert found.memory.optimizer == pytest.approx(WHOLE / 2, abs=200)
+    assert moved(found)["all_gather", "dp_shard"] == (2 * (4 + 4 + 1), 2 * (2 * BLOCKS + ENDS))
+    assert moved(found)["reduce_scatter", "dp_shard"] == (2 * 5, 2 * WHOLE)
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_replicas_reduce_all_gradients_once(fake: bool, text_folder: Path) -> None:
+    found = alone(Layout(dp_replicate=2, pp=2, micro_batch_size=1), text_folder, rank=3, fake=fake)
+    stage = BLOCKS / 2 + ENDS / 2 + 4 * LLAMA.hidden_size / 2
+    assert found.memory.parameters == stage
+    assert moved(found)["all_reduce", "dp_replicate"][1] == stage
+    # The last stage receives an activation and sends a gradient for each of four microbatches.
+    assert moved(found)["recv", "pp"] == moved(found)["send", "pp"] == (4, 4 * STREAM)
+
+
+def test_a_pipeline_of_a_thousand_ranks_runs_on_one(text_folder: Path) -> None:
+    layout = Layout(dp_replicate=64, dp_shard=4, zero_stage=3, pp=2, tp=2, sequence_parallel=True)
+    plan = tiny_plan(layout, data=str(text_folder), global_batch_size=512)
+    found = run_alone(plan, 777, steps=1, warmup=0, fake=True)
+    assert found.coordinates == {"tp": 1, "cp": 0, "dp_shard": 0, "dp_replicate": 33, "pp": 1}
+    # A quarter of half of half of the model; norms are not cut by tensor parallelism.
+    assert found.memory.parameters == pytest.approx(WHOLE / 16, rel=0.02)
+    assert {"all_gather", "reduce_scatter"} <= {name for name, axis in moved(found) if axis == "tp"}
+
+
+def test_the_command_shows_memory_beside_its_prediction(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = write_plan(tiny_plan(Layout(dp_shard=8, zero_stage=3), data=str(text_folder)), tmp_path / "plan.json")
+    arguments = ["--alone", "--rank", 5, "--fake", "--steps", 2, "-o", tmp_path]
+    assert call(monkeypatch, "run", plan, *arguments) == 0
+    shown = capsys.readouterr().out
+    assert "rank 5 of 8 (dp_shard=5)" in shown and "fake tensors: nothing was computed" in shown
+    assert "reduce_scatter" in shown and (tmp_path / "alone.json").exists()
+
+
+def test_ranks_that_there_are_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--rank 2 must be one of the layout's ranks, 0 to 1"):
+        run_alone(tiny_plan(Layout(dp_replicate=2)), 2, 2, 1, fake=False)
+    plan = write_plan(tiny_plan(Layout()), tmp_path / "plan.json")
+    assert call(monkeypatch, "run", plan, "--rank", 0) == 2
+
+
+def test_what_does_not_fit_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tiny_plan(Layout())
+    monkeypatch.setattr("runtime.here.memory_bytes", lambda: 1e9)
+    assert not needs_fake(plan, 0)
+    monkeypatch.setattr("runtime.here.memory_bytes", lambda: -1.0)
+    assert needs_fake(plan, 0)
