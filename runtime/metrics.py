@@ -75,7 +75,9 @@ def memory_bytes(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         return float(stats["active_bytes.all.peak"]), float(stats["reserved_bytes.all.peak"])
-    return float(resident_bytes()), peak_memory(device)
+    now = float(resident_bytes())
+    # The kernel brings its two counts up to date at different times.
+    return now, max(now, peak_memory(device))
 
 
 def _lines_of(path: Path, done: int) -> list[str]:
