@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from simulator.engine import run_program
 from simulator.job import Job, build_job
-from simulator.layout import Layout, parse_layout
+from simulator.layout import Layout
+from simulator.layout_text import parse_layout
 from simulator.program import build_program
 from simulator.simulate import simulate
 

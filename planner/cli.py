@@ -111,7 +111,7 @@ def simulate(
     from planner import show
     from simulator.files import write_json
     from simulator.job import read_job
-    from simulator.layout import parse_layout
+    from simulator.layout_text import parse_layout
     from simulator.simulate import simulate as predict
 
     job = read_job(job_file, overrides)

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from planner.plan import Plan
 from simulator.errors import UserError
-from simulator.layout import parse_layout
+from simulator.layout_text import parse_layout
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
 from simulator.simulate import simulate
 

@@ -82,10 +82,12 @@ def _run_alone(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="torch")
     import torch
 
-    from runtime.alone import run_alone
+    from runtime.alone import needs_fake, run_alone
+    from runtime.trainer import find_device
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    found = run_alone(plan, options.alone, options.steps, options.warmup, options.fake)
+    fake = options.fake or needs_fake(plan, options.alone, find_device())
+    found = run_alone(plan, options.alone, options.steps, options.warmup, fake)
     if options.output is None:
         print(json.dumps(plain(found), indent=2))
     else:

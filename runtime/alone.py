@@ -2,7 +2,7 @@
 
 torch's fake process group stands in for the other ranks: collectives return at once with numbers of the right shape
 and no meaning, so that seconds are the rank's own work, and losses are not looked at. Where the rank's share is too
-large for this machine, tensors are fake too (FakeTensorMode): then nothing is computed, no seconds are known, and
+much for this machine, tensors are fake too (FakeTensorMode): then nothing is computed, no seconds are known, and
 memory is what torch's MemTracker adds up from the same steps.
 """
 
@@ -34,11 +34,14 @@ import runtime.parallelize
 from planner.plan import Plan
 from runtime.data import Batch, Batches
 from runtime.here import check_alone
+from runtime.machine import memory_bytes
 from runtime.parallelize import apply_ddp
 from runtime.step import Run, build_run
 from runtime.trainer import find_device
 from simulator.results import Alone, Collective, TrackedMemory
 
+# Model FLOPs of a step that a processor is asked for: about a minute at 1e11 a second.
+MOST_FLOPS = 6e12
 # What MemTracker calls the kinds of memory, and what we do.
 _KINDS = {"Parameter": "parameters", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
 
@@ -81,6 +84,17 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"torch": torch.__version__},
     )
+
+
+def needs_fake(plan: Plan, rank: int, device: torch.device) -> bool:
+    """Whether the rank's share is too much for this machine: predicted to take nine tenths of its memory, or on a
+    processor minutes for every step."""
+    predicted = plan.best.memory_per_stage[plan.layout.coordinates(rank)["pp"]]
+    if device.type == "cuda":
+        return predicted.peak > 0.9 * torch.cuda.get_device_properties(device).total_memory
+    flops = plan.job.model.flops_per_token(plan.job.training.seq_len) * plan.job.tokens_per_step
+    too_long = flops / plan.layout.world_size > MOST_FLOPS
+    return too_long or predicted.peak - predicted.overhead > 0.9 * memory_bytes()
 
 
 def _timed(run: Run, batch: Batch, mode: Any) -> float:

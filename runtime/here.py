@@ -23,7 +23,7 @@ from pathlib import Path
 from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
-from runtime.machine import CPU_RANK_ENVIRONMENT, memory_bytes
+from runtime.machine import CPU_RANK_ENVIRONMENT
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
@@ -142,7 +142,7 @@ def run_alone_here(
     """Run one rank of a plan by itself (runtime/alone.py); what was measured is also written to `output`.
 
     Args:
-        fake: compute nothing; that is so too where the rank's predicted memory is more than this machine's.
+        fake: compute nothing, only count. The rank decides so itself where its share is too much for this machine.
 
     Raises:
         UserError: the plan cannot run, or has no such rank.
@@ -152,18 +152,11 @@ def run_alone_here(
     check_alone(plan, rank)
     settings.check()
     check_writable(output)
-    fake = fake or needs_fake(plan, rank)
     command = [sys.executable, "-m", "runtime", str(plan_path), f"--alone={rank}", *(["--fake"] if fake else [])]
     command += replace(settings, output=Path(output)).arguments()
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT, None, timeout)
     _raise_failure(code, tail, "the rank failed (exit code")
     return to_dataclass(Alone, read_json(output, "measurement"), f"measurement '{output}'")
-
-
-def needs_fake(plan: Plan, rank: int) -> bool:
-    """Whether what the rank is predicted to allocate leaves this machine less than a tenth of its memory."""
-    predicted = plan.best.memory_per_stage[plan.layout.coordinates(rank)["pp"]]
-    return predicted.peak - predicted.overhead > 0.9 * memory_bytes()
 
 
 def _raise_failure(code: int, tail: list[str], what: str) -> None:

@@ -124,7 +124,8 @@ def slurm_files(plan: Plan, nodes: Nodes, options: LaunchOptions) -> dict[str, s
         *_comments(plan, nodes, usage),
         "set -euo pipefail",
         'cd "$SLURM_SUBMIT_DIR"',
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # sed reads to the end: with pipefail a scontrol whose reader has gone would end the script.
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         "port=$((20000 + SLURM_JOB_ID % 10000))",
         *_exports(plan, options),
         _shell("srun torchrun", [*rendezvous, *_torchrun_options(nodes, options)], _arguments(options)),

@@ -75,9 +75,9 @@ def memory_bytes(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         return float(stats["active_bytes.all.peak"]), float(stats["reserved_bytes.all.peak"])
-    resident = float(resident_bytes())
-    # The system counts the peak now and then, so that it may lag behind.
-    return resident, max(resident, peak_memory(device))
+    now = float(resident_bytes())
+    # The kernel brings its two counts up to date at different times.
+    return now, max(now, peak_memory(device))
 
 
 def _lines_of(path: Path, done: int) -> list[str]:

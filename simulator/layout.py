@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_args
 
-from simulator.errors import UserError, nearest
+from simulator.errors import nearest
 from simulator.expert_parallel import expert_tp
 from simulator.files import STRICT
 
@@ -418,66 +416,3 @@ class Layout:
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
                 parts.append(f"{field.name}={value if isinstance(value, str) else shown}")
         return " ".join(parts) or "one process"
-
-
-def parse_layout(text: str, job: Job) -> Layout:
-    """A layout as a user writes it: `"tp=8 pp=4 micro_batch_size=2"`. What is not named follows from the job.
-
-    Ranks not named go to data parallelism, sharded as the stack shards by default; sequence_parallel is on with tp
-    where the stack has it; naming virtual_stages alone chooses Interleaved1F1B, naming a schedule of several stages
-    chooses two of them on each rank.
-
-    Raises:
-        UserError: a word that is no `field=value`, an unknown field, a value of the wrong kind.
-    """
-    hints = get_type_hints(Layout)
-    given: dict[str, Any] = {}
-    for word in text.replace(",", " ").split() if "stage_layers" not in text else text.split():
-        name, equals, value = word.partition("=")
-        if not equals or not value:
-            raise UserError(f"layout: '{word}' is not of the form field=value, like tp=8")
-        if name not in hints:
-            raise UserError(f"layout: unknown field '{name}'{nearest(name, hints)}")
-        if name in given:
-            raise UserError(f"layout: '{name}' is given twice")
-        given[name] = _parse_value(name, hints[name], value)
-    return complete(given, job)
-
-
-def complete(given: dict[str, Any], job: Job) -> Layout:
-    """Fill the fields that were not given, so that the grid covers the job's ranks and the stack can run it."""
-    fields = dict(given)
-    if fields.get("tp", 1) > 1:
-        fields.setdefault("sequence_parallel", bool(job.stack.sequence_parallel))
-    if fields.get("virtual_stages", 1) > 1:
-        fields.setdefault("schedule", "Interleaved1F1B")
-    elif fields.get("schedule") in MULTI_STAGE:
-        fields.setdefault("virtual_stages", 2)
-    if "dp_replicate" not in fields and "dp_shard" not in fields:
-        inner = math.prod(fields.get(axis, 1) for axis in ("tp", "cp", "pp"))
-        rest = max(1, job.world_size // inner) if inner > 0 else 1
-        shards = rest * max(1, fields.get("cp", 1))
-        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if shards > 1 else 0)
-        fields["dp_shard" if zero else "dp_replicate"] = rest
-    elif fields.get("dp_shard", 1) > 1:
-        fields.setdefault("zero_stage", job.stack.default_zero_stage or max(job.stack.zero_stages, default=0))
-    return Layout(**fields)
-
-
-def _parse_value(name: str, hint: Any, text: str) -> Any:
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        for choice in choices:
-            if str(choice) == text:
-                return choice
-        raise UserError(f"layout: {name} = '{text}' is not valid{nearest(text, map(str, choices))}")
-    if hint is bool:
-        if text not in ("true", "false"):
-            raise UserError(f"layout: {name} = '{text}' must be true or false")
-        return text == "true"
-    if hint is str:
-        return text
-    parts = [text] if hint is int else text.split(",")
-    if not all(re.fullmatch(r"-?[0-9]{1,12}", part) for part in parts):
-        raise UserError(f"layout: {name} = '{text}' must be an integer")
-    return int(text) if hint is int else tuple(map(int, parts))

@@ -26,7 +26,7 @@ from planner.export.header import header
 from planner.plan import Certificate, Plan, write_plan
 from simulator.errors import UserError
 from simulator.job import build_job
-from simulator.layout import parse_layout
+from simulator.layout_text import parse_layout
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "export"

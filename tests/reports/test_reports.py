@@ -14,7 +14,8 @@ from reports.plots import predicted_vs_measured
 from reports.tables import Comparison, comparison_table, prediction_table, speedups
 from reports.trace import chrome_trace
 from simulator.job import build_job
-from simulator.layout import Layout, parse_layout
+from simulator.layout import Layout
+from simulator.layout_text import parse_layout
 from simulator.results import Measurement, Prediction, Quantiles, Span, Timeline
 from simulator.simulate import simulate
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call
 from tiny_jobs import LLAMA, tiny_plan
 
 from planner.plan import write_plan
-from runtime.alone import run_alone
-from runtime.here import needs_fake
+from runtime.alone import needs_fake, run_alone
 from simulator.errors import UserError
 from simulator.layout import Layout
 from simulator.results import Alone
@@ -94,9 +94,15 @@ def test_ranks_that_there_are_not_are_refused(tmp_path: Path, monkeypatch: pytes
     assert call(monkeypatch, "run", plan, "--rank", 0) == 2
 
 
-def test_what_does_not_fit_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tiny_plan(Layout())
-    monkeypatch.setattr("runtime.here.memory_bytes", lambda: 1e9)
-    assert not needs_fake(plan, 0)
-    monkeypatch.setattr("runtime.here.memory_bytes", lambda: -1.0)
-    assert needs_fake(plan, 0)
+def test_what_is_too_much_for_this_machine_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, device = tiny_plan(Layout()), torch.device("cpu")
+    flops = LLAMA.flops_per_token(32) * 8 * 32
+    monkeypatch.setattr("runtime.alone.memory_bytes", lambda: 1e9)
+    monkeypatch.setattr("runtime.alone.MOST_FLOPS", flops)
+    assert not needs_fake(plan, 0, device)
+    monkeypatch.setattr("runtime.alone.MOST_FLOPS", 0.99 * flops)
+    assert needs_fake(plan, 0, device)
+    monkeypatch.setattr("runtime.alone.MOST_FLOPS", flops)
+    # The prediction of tiny plans is a peak of 0 bytes.
+    monkeypatch.setattr("runtime.alone.memory_bytes", lambda: -1.0)
+    assert needs_fake(plan, 0, device)

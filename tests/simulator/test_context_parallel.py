@@ -12,7 +12,8 @@ from simulator.compute import kernel_time, saved_bytes
 from simulator.context_parallel import context_seconds, key_value_bytes
 from simulator.job import Job, build_job
 from simulator.kernels import Attention, Cut, Matmul, block_kernels
-from simulator.layout import Layout, parse_layout
+from simulator.layout import Layout
+from simulator.layout_text import parse_layout
 from simulator.memory import memory_per_rank
 from simulator.presets import find_cluster, find_model, find_stack
 from simulator.program import stage_costs

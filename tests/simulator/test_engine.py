@@ -17,7 +17,8 @@ from simulator import schedules
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
 from simulator.engine import run_program
 from simulator.job import Job, build_job
-from simulator.layout import SCHEDULES, Layout, parse_layout
+from simulator.layout import SCHEDULES, Layout
+from simulator.layout_text import parse_layout
 from simulator.processors import Processors
 from simulator.program import Program, with_communication
 from simulator.schedules import Op, compute_order

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from simulator.errors import UserError
 from simulator.job import Job
-from simulator.layout import AXES, MULTI_STAGE, SCHEDULES, Layout, parse_layout
+from simulator.layout import AXES, MULTI_STAGE, SCHEDULES, Layout
+from simulator.layout_text import parse_layout
 
 sizes = st.integers(1, 6)
 grids = st.builds(Layout, dp_replicate=sizes, dp_shard=sizes, cp=st.integers(1, 3), tp=sizes, pp=sizes)
@@ -231,11 +232,6 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"dp_replicate": 16},
         {"stack_lacks": ("attention_sinks",), "model_attention_sinks": True},
         ["cannot train attention sinks"],
-    ),
-    (
-        {"dp_replicate": 16},
-        {"stack_lacks": ("sliding_window",), "model_sliding_window": 128},
-        ["cannot train attention in windows yet (128 keys)"],
     ),
     (
         {"dp_replicate": 2, "tp": 8},

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from simulator.job import Job, build_job
-from simulator.layout import Layout, parse_layout
+from simulator.layout import Layout
+from simulator.layout_text import parse_layout
 from simulator.memory import capacity, fullest, memory_per_rank, shortfall
 from simulator.program import stage_costs
 from simulator.results import MemoryBreakdown

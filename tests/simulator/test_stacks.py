@@ -11,7 +11,8 @@ from simulator.compute import host_optimizer_seconds, kernel_time, matmul_second
 from simulator.errors import UserError
 from simulator.job import Job, build_job
 from simulator.kernels import Cut, Matmul, block_kernels
-from simulator.layout import Layout, parse_layout
+from simulator.layout import Layout
+from simulator.layout_text import parse_layout
 from simulator.model import RopeScaling
 from simulator.presets import find_stack, names
 from simulator.program import stage_costs
