@@ -15,11 +15,19 @@ import sys
 import threading
 from typing import Any
 
+DEATH = "this rank is killed"
+
 
 def die_later(seconds: float) -> None:
     if seconds == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        die()
+    threading.Timer(seconds, die).start()
+
+
+def die() -> None:
+    # torchrun names the rank that it saw end first, which may be another that lost this one.
+    print(DEATH, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
