@@ -21,25 +21,16 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    PrepareModuleOutput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.context import apply_context_parallel
-from runtime.experts import MixtureOfExperts, replicate_weights, split_experts, spread_experts
-from runtime.model import Attention, FeedForward, Transformer, init_weights, norms_behind
+from runtime.experts import spread_experts
+from runtime.model import Transformer, init_weights
 from runtime.recompute import apply_recompute
+from runtime.tensor_parallel import apply_tensor_parallel
 from simulator.expert_parallel import expert_grid
 from simulator.job import Job, Training
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
@@ -117,110 +108,6 @@ def parallelize(
         apply_fsdp(stage, layout, training, mesh, experts)
     init_weights(stage, training.seed, device)
     return apply_ddp(stage, replica_mesh(layout, mesh)) if uses_ddp(layout, training) else stage
-
-
-class ShardedPositions(ParallelStyle):
-    """Position embedding under sequence parallelism: the table is replicated, each rank looks up its own positions.
-
-    SequenceParallel is no use here, because it takes inputs that are cut already.
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def cut_input(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
-            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(0)])
-
-        def to_local(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-            return output.to_local()
-
-        return distribute_module(module, device_mesh, None, cut_input, to_local)
-
-
-def apply_tensor_parallel(
-    stage: Transformer, mesh: DeviceMesh, sequence_parallel: bool, cut_experts: bool = True
-) -> None:
-    """Heads, feed-forward width and vocabulary over the tensor axis (Megatron-LM, arXiv 1909.08053); with
-    sequence_parallel the residual stream is cut along the sequence between them (arXiv 2205.05198).
-
-    PrepareModuleInput makes the gather before attention and feed-forward one collective, and its backward too: the
-    partial gradients of wq, wk, wv (w1, w3) are added before they are reduced.
-
-    Args:
-        cut_experts: cut routed experts by their width too; else each rank routes its share of the sequence.
-    """
-    stream = Shard(1) if sequence_parallel else Replicate()
-    plan: dict[str, ParallelStyle] = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
-        "output": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
-    }
-    # BERT's transform is cut by columns, and its output gathered again; T5's biases by heads.
-    plan["transform"] = ColwiseParallel(input_layouts=stream, output_layouts=stream)
-    plan |= dict.fromkeys(("encoder_bias", "decoder_bias"), ColwiseParallel())
-    if sequence_parallel:
-        local = SequenceParallel(use_local_output=True)
-        plan["norm"] = SequenceParallel()
-        plan |= {f"{side}embedding_norm": local for side in ("", "encoder_", "decoder_")} | {"encoder_norm": local}
-        tables = ("pos_embeddings", "type_embeddings", "encoder_positions", "decoder_positions")
-        plan |= dict.fromkeys(tables, ShardedPositions())
-    present = {name: style for name, style in plan.items() if getattr(stage, name, None) is not None}
-    parallelize_module(stage, mesh, present)
-    stage.tie_weights()
-    for block in stage.layers.values():
-        parallelize_module(block, mesh, _block_plan(block, stream, norms_behind(stage.spec)))
-        if block.moe is not None:
-            _cut_mixture(block.moe, mesh, stream, cut_experts)
-        else:
-            assert block.feed_forward is not None
-            _cut_feed_forward(block.feed_forward, mesh, stream)
-
-
-def _cut_feed_forward(feed_forward: FeedForward, mesh: DeviceMesh, stream: Shard | Replicate) -> None:
-    columns = ["w1"] + ["w3"] * (feed_forward.w3 is not None)
-    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
-    plan["w2"] = RowwiseParallel(output_layouts=stream)
-    parallelize_module(feed_forward, mesh, plan)
-    PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))._apply(feed_forward, mesh)
-
-
-def _cut_mixture(mixture: MixtureOfExperts, mesh: DeviceMesh, stream: Shard | Replicate, split: bool) -> None:
-    """Experts that are split take the whole sequence, as a feed-forward does; the sum of routed and shared experts is
-    reduced at once. Experts that are spread over ep take the tokens from the stream as it is."""
-    shared = mixture.shared_experts
-    replicate_weights(mixture.router, mesh)
-    if not split:
-        if shared is not None:
-            _cut_feed_forward(shared, mesh, stream)
-        return
-    split_experts(mixture.experts, mesh)
-    if shared is not None:
-        columns = ["w1"] + ["w3"] * (shared.w3 is not None)
-        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
-        parallelize_module(shared, mesh, plan | {"w2": RowwiseParallel(output_layouts=Partial())})
-    PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))._apply(mixture, mesh)
-    PrepareModuleOutput(output_layouts=(Partial(),), desired_output_layouts=(stream,))._apply(mixture, mesh)
-
-
-def _block_plan(block: nn.Module, stream: Shard | Replicate, behind: bool) -> dict[str, ParallelStyle]:
-    attention = block.attention
-    assert isinstance(attention, Attention)
-    plan: dict[str, ParallelStyle] = {
-        "attention": PrepareModuleInput(input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)),
-        "attention.wo": RowwiseParallel(output_layouts=stream),
-    }
-    plan |= {name: ColwiseParallel() for name in ("attention.wq", "attention.wk", "attention.wv")}
-    if hasattr(block, "cross_attention"):
-        replicated = (Replicate(), Replicate())
-        plan["cross_attention"] = PrepareModuleInput(input_layouts=(stream, stream), desired_input_layouts=replicated)
-        plan["cross_attention.wo"] = RowwiseParallel(output_layouts=stream)
-        plan |= {f"cross_attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
-    if stream.is_shard():
-        # A norm behind the sum gives the next residual stream, which is a plain tensor.
-        names = [name for name, _ in block.named_children() if name.endswith("norm")]
-        plan |= {name: SequenceParallel(use_local_output=behind) for name in names}
-    if attention.q_norm is not None:
-        # Over heads what sequence parallelism is over positions: one weight, each rank norms its own part.
-        norm = SequenceParallel(sequence_dim=2, use_local_output=True)
-        plan |= {"attention.q_norm": norm, "attention.k_norm": norm}
-    return plan
 
 
 def apply_expert_parallel(stage: Transformer, mesh: DeviceMesh) -> None:
