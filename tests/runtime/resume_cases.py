@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from parity_cases import _INTERLEAVED, _REPLICATE, _SGD, _SHARD, _TENSOR, Case
+from parity_cases import _INTERLEAVED, _REPLICATE, _SGD, _SHARD, _TENSOR, _ZBV, Case
 
 from simulator.layout import Layout
 
@@ -43,6 +43,11 @@ FAST = [
         Case(Layout(**_INTERLEAVED, **_SHARD, micro_batch_size=2)),
         Layout(pp=2, **_REPLICATE, micro_batch_size=1, stage_layers=(3, 1)),
     ),
+    # Experts lie on a mesh of their own.
+    Pair(
+        Case(Layout(**_SHARD, **_TENSOR, ep=2, micro_batch_size=2), "tiny-shared-moe"),
+        Layout(**_REPLICATE, cp=2, micro_batch_size=2),
+    ),
 ]
 # The second layout has at most as many ranks as the first: one start for each world size, the largest first.
 SHRINKING = [
@@ -64,6 +69,9 @@ SHRINKING = [
         Layout(**_TENSOR, micro_batch_size=8, recompute="full"),
     ),
     Pair(Case(Layout(**_SHARD, micro_batch_size=4, recompute="full"), "tiny-qwen"), Layout(tp=2, micro_batch_size=8)),
+    Pair(Case(Layout(dp_shard=4, zero_stage=3, ep=4, micro_batch_size=2), "tiny-moe"), Layout(micro_batch_size=2)),
+    Pair(Case(Layout(**_ZBV, dp_shard=2, zero_stage=2, micro_batch_size=1)), Layout(cp=2, micro_batch_size=4)),
+    Pair(Case(Layout(**_SHARD, micro_batch_size=2), "tiny-t5"), Layout(**_TENSOR, micro_batch_size=8)),
 ]
 # The second layout has more ranks: the smallest first.
 GROWING = [
@@ -71,4 +79,5 @@ GROWING = [
     Pair(Case(Layout(micro_batch_size=8)), Layout(pp=2, micro_batch_size=1, stage_layers=(3, 1))),
     Pair(Case(Layout(micro_batch_size=8), "tiny-gpt"), Layout(**_TENSOR, **_SHARD, micro_batch_size=4)),
     Pair(Case(Layout(**_SHARD, micro_batch_size=4), training=_SGD), Layout(tp=2, pp=2, micro_batch_size=4)),
+    Pair(Case(Layout(micro_batch_size=8), "tiny-moe"), Layout(pp=2, **_SHARD, ep=2, micro_batch_size=2)),
 ]
