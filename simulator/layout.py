@@ -248,11 +248,6 @@ class Layout:
             found.append(f"stack {stack.name} has no expert parallelism: ep = {self.ep} must be 1")
         if model.num_experts % self.ep:
             found.append(f"ep = {self.ep} must divide num_experts = {model.num_experts}")
-        if self.recompute == "selective" and not stack.selective_experts:
-            found.append(
-                f"stack {stack.name} has no recompute = 'selective' with ep = {self.ep}: experts gather their weights "
-                f"inside of a block, which torch's selective checkpoint takes for work to repeat"
-            )
         if self.tp > 1 and not self.sequence_parallel:
             found.append(f"ep = {self.ep} with tp = {self.tp} needs sequence_parallel = true")
         axis = "dp_shard" if self.zero_stage else "dp_replicate"

@@ -55,7 +55,7 @@ class Stack:
     a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
     spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
     grouped_experts multiplies all experts of a rank in one kernel instead of a call each; that kernel takes sizes that
-    are multiples of expert_alignment. selective_experts says whether recompute = "selective" goes with ep.
+    are multiples of expert_alignment.
 
     lacks are the parts of attention that it cannot train; context_precisions those that its context parallelism has
     kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention.
@@ -140,7 +140,6 @@ class Stack:
     overlap_ep: bool = False
     grouped_experts: bool = True
     expert_alignment: int = 1
-    selective_experts: bool = True
     lacks: tuple[Literal["latent_attention", "attention_sinks"], ...] = ()
     context_precisions: tuple[str, ...] = ()
     overlap_cp: bool = True

@@ -236,6 +236,8 @@ _LONG_MEETINGS = [
     Case(Layout(**_DUAL, **_TENSOR, ep=2, micro_batch_size=1), "tiny-shared-moe"),
     Case(Layout(cp=2, micro_batch_size=4, **_SELECTIVE)),
     Case(Layout(cp=2, **_TENSOR, zero_stage=3, micro_batch_size=4, **_SELECTIVE), "tiny-gpt"),
+    Case(Layout(**_SPREAD, micro_batch_size=2, **_SELECTIVE), "tiny-moe"),
+    Case(Layout(**_TENSOR, ep=2, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
     Case(Layout(**_TENSOR, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
     Case(Layout(dp_shard=2, zero_stage=1, ep=2, micro_batch_size=2), "tiny-moe"),
     Case(Layout(cp=2, zero_stage=1, micro_batch_size=2)),

@@ -234,11 +234,6 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         ["cannot train attention sinks"],
     ),
     (
-        {"dp_shard": 16, "ep": 2, "zero_stage": 3, "recompute": "selective"},
-        EIGHT_EXPERTS | {"stack_selective_experts": False},
-        ["no recompute = 'selective' with ep = 2"],
-    ),
-    (
         {"dp_replicate": 2, "tp": 8},
         EIGHT_EXPERTS | {"stack_expert_alignment": 8, "model_moe_intermediate_size": 96},
         ["experts of moe_intermediate_size = 12 on a rank, which must be a multiple of 8"],
