@@ -13,6 +13,7 @@ that several ranks hold is written once. When a checkpoint is complete, and what
 
 from __future__ import annotations
 
+import datetime
 import platform
 import signal
 import threading
@@ -35,6 +36,8 @@ from runtime.step import Run
 from simulator.errors import UserError
 from simulator.results import Measurement
 
+# A save of many gigabytes onto a slow disk is one collective for the ranks that are done before.
+SAVE_TIMEOUT = datetime.timedelta(hours=2)
 # Called with a sentence that the user should read.
 Note = Callable[[str], None]
 
@@ -53,7 +56,7 @@ class Checkpointer:
         self.folder, self.every = folder, every
         self.note: Note = note or (lambda _: None)
         # Of its own: torch writes in a thread, whose collectives must not mix with those of the training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.warned = threading.Event()
         self.saved = 0
         self._pending: Future[Any] | None = None

@@ -166,7 +166,8 @@ def complete(part: Path, checkpoint: Checkpoint, measured: Measurement, kept: in
     _sync(path.parent)
     for old in complete_checkpoints(path.parent)[:-kept]:
         # Under its own name a half-removed checkpoint would look complete.
-        shutil.rmtree(old.rename(old.with_name(old.name + _PART)))
+        # What cannot be removed now (a network file system holds open files) the next run removes.
+        shutil.rmtree(old.rename(old.with_name(old.name + _PART)), ignore_errors=True)
     return path
 
 

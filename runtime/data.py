@@ -90,7 +90,8 @@ class Batches:
         """A sample with hidden tokens, and targets: what was hidden, NO_TARGET elsewhere. The number of a sample in the
         global batch decides, so that layouts hide the same; as many are hidden in each, so that means of microbatches
         add up. An encoder in front of a decoder always sees the mask, as BART's token masking has it."""
-        random = np.random.default_rng([self.training.seed % 2**64, step, number])
+        # From 1: with a zero behind them seed and step alone would be the same stream, which places the samples.
+        random = np.random.default_rng([self.training.seed % 2**64, step, 1 + number])
         count = max(1, round(MASKED * len(sample)))
         places, chance = random.choice(len(sample), count, replace=False), random.random(count)
         anything = random.integers(0, self.stream.vocabulary or self.model.vocab_size, count)

@@ -23,6 +23,7 @@ from pathlib import Path
 from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
+from runtime.hf_config import check_exchanged, hf_config
 from runtime.machine import CPU_RANK_ENVIRONMENT
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
@@ -119,9 +120,14 @@ def run_here(
 def _check_folders(plan: Plan, settings: Settings) -> None:
     """Raises UserError for what would only be found out after the ranks have started, or at their end."""
     settings.check()
-    for path in (settings.output, settings.export and settings.export / "config.json"):
+    folders = {settings.export: "config.json", settings.profile: "timeline.json"}
+    for path in (settings.output, *(folder / name for folder, name in folders.items() if folder is not None)):
         if path is not None:
             check_writable(path)
+    if settings.export is not None:
+        hf_config(plan.job.model)
+    if settings.weights is not None:
+        check_exchanged(plan.job.model)
     if settings.weights is not None and not settings.weights.is_dir():
         raise UserError(
             f"weights '{settings.weights}' is not a folder; name one with safetensors and their config.json"

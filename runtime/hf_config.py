@@ -20,12 +20,21 @@ _ARCHITECTURES = {
 EXCHANGED = ("llama", "gpt", "neox", "bert", "t5", "bart")
 
 
+def check_exchanged(spec: ModelSpec) -> None:
+    """Raises UserError if the files of this family are not known."""
+    if spec.family not in EXCHANGED:
+        raise UserError(
+            f"weights of the {spec.family} family cannot be read or written; those of {', '.join(EXCHANGED)} can"
+        )
+
+
 def hf_config(spec: ModelSpec, dtype: str = "float32") -> dict[str, Any]:
     """The object of `config.json`: `read_config` of it is `spec`, and dropout is off, as in our runs.
 
     Raises:
         UserError: no architecture that we write has all of the spec's switches.
     """
+    check_exchanged(spec)
     kind = model_type(spec)
     config = {
         "gpt2": _gpt2, "gpt_neox": _neox, "opt": _opt, "bloom": _bloom, "mpt": _mpt, "bert": _bert, "t5": _t5,

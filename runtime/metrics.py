@@ -15,6 +15,7 @@ from planner.plan import Plan
 from runtime.machine import resident_bytes
 from runtime.record import peak_memory
 from simulator.errors import UserError
+from simulator.files import write_text
 
 GIB = 2**30
 
@@ -34,13 +35,11 @@ class MetricsFile:
         self.flops_per_token = job.model.flops_per_token(job.training.seq_len)
         self.peak_flops = gpu.peak[gpu.arithmetic(job.training.precision)]
         self.learning_rate = job.training.learning_rate
-        kept = _lines_of(path, done)
+        write_text(path, "".join(_lines_of(path, done)))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("w", encoding="utf-8", buffering=1)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(f"cannot write '{path}': {error.strerror}") from None
-        self.file.writelines(kept)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -84,9 +83,14 @@ def _lines_of(path: Path, done: int) -> list[str]:
     """The whole lines of steps 1 to `done` in an earlier file."""
     if not done or not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # The last line of a killed run may be cut off.
-        if line.endswith("}\n") and json.loads(line)["step"] <= done:
-            kept.append(line)
-    return kept
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if 1 <= _step_of(line) <= done]
+
+
+def _step_of(line: str) -> int:
+    """0 for what is no line of metrics: the last of a killed run may be cut off."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else 0
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) else 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
 
 from runtime.model import Stage
 
@@ -33,6 +33,14 @@ KEPT = frozenset(
         collectives.all_reduce.default,
         collectives.reduce_scatter_tensor.default,
     }
+)
+
+# Marks for a profiler are no work. FSDP of experts, which lie within a block, sets one more when the block runs again,
+# and torch 2.13 would look for what it had kept of it.
+SAC_IGNORED_OPS.update(
+    getattr(getattr(torch.ops.profiler, name), overload)
+    for name in ("_record_function_enter", "_record_function_enter_new", "_record_function_exit")
+    for overload in getattr(torch.ops.profiler, name).overloads()
 )
 
 

@@ -150,6 +150,8 @@ def _read_indexed(binary: Path, index: Path) -> np.ndarray:
         raise UserError(f"{where} is cut off: {sequences} sequences and {documents} documents do not fit into it")
     lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
     ids = _map(binary, np.dtype(_DTYPES[code]).newbyteorder("<"))
+    if sequences and int(lengths.min()) < 0:
+        raise UserError(f"{where} names a sequence of {int(lengths.min())} tokens")
     if (total := int(lengths.sum(dtype=np.int64))) != len(ids):
         raise UserError(f"training.data: '{binary}' holds {len(ids)} tokens, but its index counts {total}")
     return ids

@@ -15,6 +15,7 @@ from planner.plan import Plan
 from runtime.checkpoint import Checkpointer
 from runtime.data import Batches
 from runtime.here import check_plan
+from runtime.hf_config import hf_config
 from runtime.metrics import MetricsFile
 from runtime.profiler import StepProfiler
 from runtime.record import Recorder
@@ -50,6 +51,9 @@ def train(plan: Plan, settings: Settings, progress: Progress | None = None, note
     """
     check_plan(plan, dist.get_world_size())
     settings.check()
+    if settings.export is not None:
+        # What cannot be written is better known now than after the last step.
+        hf_config(plan.job.model)
     device = find_device()
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
     run = build_run(plan.job, plan.layout, device)
@@ -90,7 +94,11 @@ def _run_steps(
         for step in range(begin, settings.steps):
             with contextlib.nullcontext() if profiler is None else profiler.around(step):
                 loss, norm, seconds, data_seconds = timed_step(run, batches, step)
-            _check_finite(step, loss, norm, plan.job.training.learning_rate)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                # On all ranks alike. The last save is what another learning rate can go on from.
+                if checkpointer:
+                    checkpointer.wait()
+                raise _diverged(step, loss, norm, plan.job.training.learning_rate)
             recorder.add(seconds, loss, norm)
             if file is not None:
                 file.write(step + 1, loss, norm, seconds, data_seconds)
@@ -106,12 +114,11 @@ def _run_steps(
     return recorder.measurement(plan, settings.warmup, profiled=profiler is not None)
 
 
-def _check_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise UserError(
-            f"training diverged at step {step + 1} (loss {loss:g}, gradient norm {norm:g}); "
-            f"lower training.learning_rate = {learning_rate:g}"
-        )
+def _diverged(step: int, loss: float, norm: float, learning_rate: float) -> UserError:
+    return UserError(
+        f"training diverged at step {step + 1} (loss {loss:g}, gradient norm {norm:g}); "
+        f"lower training.learning_rate = {learning_rate:g}"
+    )
 
 
 def timed_step(run: Run, batches: Batches, step: int) -> tuple[float, float, float, float]:

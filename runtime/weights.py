@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from runtime.hf_config import EXCHANGED, hf_config
+from runtime.hf_config import check_exchanged, hf_config
 from runtime.hf_names import Place, hf_place
 from runtime.model import Transformer, named_weights
 from simulator.errors import UserError
@@ -40,10 +40,7 @@ def hf_names(spec: ModelSpec, names: Iterable[str]) -> dict[str, Place]:
     Raises:
         UserError: the files of this family are not known.
     """
-    if spec.family not in EXCHANGED:
-        raise UserError(
-            f"weights of the {spec.family} family cannot be read or written; those of {', '.join(EXCHANGED)} can"
-        )
+    check_exchanged(spec)
     return {name: hf_place(spec, name) for name in names}
 
 
@@ -81,14 +78,13 @@ def save_safetensors(
     """
     folder, owned = Path(folder), list(map(_transformer, stages))
     config = hf_config(owned[0].spec)
-    written: list[tuple[str, dict[str, int]]] = []
-    if writes:
-        _make_folder(folder)
-    for number, tensors in enumerate(_batches(owned, writes, file_bytes)):
-        name = f".part-{pp_rank}-{number}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        written.append((name, {key: tensor.nbytes for key, tensor in tensors.items()}))
-    everything = [part for parts in _gather(written) for part in parts]
+    written, failed = _write_parts(folder, _batches(owned, writes, file_bytes), pp_rank)
+    gathered = _gather((written, failed))
+    if reasons := [reason for _, reason in gathered if reason]:
+        for name, _ in written:
+            (folder / name).unlink(missing_ok=True)
+        raise UserError(f"cannot write '{folder}': {reasons[0]}")
+    everything = [part for parts, _ in gathered for part in parts]
     names = _file_names(len(everything))
     for (part, _), name in zip(everything, names, strict=True):
         if part in {own for own, _ in written}:
@@ -101,6 +97,26 @@ def save_safetensors(
         _write_index(folder, [(name, sizes) for name, (_, sizes) in zip(names, everything, strict=True)])
         write_json(folder / "config.json", config)
     _gather(None)
+
+
+def _write_parts(
+    folder: Path, batches: Iterator[dict[str, Tensor]], pp_rank: int
+) -> tuple[list[tuple[str, dict[str, int]]], str]:
+    """Names and sizes of what was written, and why no more was. After a failure the rest is gathered all the same,
+    because other ranks take part in that."""
+    written: list[tuple[str, dict[str, int]]] = []
+    failed = ""
+    for number, tensors in enumerate(batches):
+        name = f".part-{pp_rank}-{number}.safetensors"
+        if failed:
+            continue
+        written.append((name, {key: tensor.nbytes for key, tensor in tensors.items()}))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            failed = str(error)
+    return written, failed
 
 
 def export_model(stages: Iterable[nn.Module], layout: Layout, folder: Path | str) -> None:
@@ -136,7 +152,9 @@ class _Files:
         if not folder.is_dir():
             raise UserError(f"weights '{folder}' is not a folder; name one with safetensors and their config.json")
         if (folder / INDEX).exists():
-            listed = read_json(folder / INDEX, "weights").get("weight_map", {})
+            listed = read_json(folder / INDEX, "weights").get("weight_map")
+            if not isinstance(listed, dict) or not all(_is_name(file) for file in listed.values()):
+                raise UserError(f"weights '{folder / INDEX}': weight_map must give each tensor a file of this folder")
             self.where = {name: folder / file for name, file in listed.items()}
         else:
             found = sorted(folder.glob("*.safetensors"))
@@ -242,11 +260,9 @@ def _check_config(folder: Path, spec: ModelSpec) -> None:
             raise UserError(f"weights '{folder}' are of a model with {field.name} = {other}, but the job's has {ours}")
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write '{folder}': {error.strerror}") from None
+def _is_name(file: object) -> bool:
+    """Whether this is the name of a file, and no way to another folder."""
+    return isinstance(file, str) and Path(file).name == file
 
 
 def _umask() -> int:

@@ -45,6 +45,7 @@ _DUAL = {"pp": 2, "schedule": "DualPipeV", "virtual_stages": 2}
 _BREADTH = {"pp": 2, "schedule": "LoopedBFS", "virtual_stages": 2}
 _OPTIMIZER_STATE = {"dp_shard": 2, "zero_stage": 1}
 _SGD = {"optimizer": "sgd", "learning_rate": 0.5}
+_SELECTIVE = {"recompute": "selective"}
 
 # One process: gradient accumulation and recompute.
 _ONE = [
@@ -109,6 +110,7 @@ _EXPERTS = [
     Case(Layout(micro_batch_size=2, recompute="full"), "tiny-shared-moe"),
     Case(Layout(**_SPREAD, micro_batch_size=2), "tiny-moe", _SGD),
     Case(Layout(**_TENSOR, ep=2, micro_batch_size=4), "tiny-shared-moe"),
+    Case(Layout(**_SPREAD, micro_batch_size=2, **_SELECTIVE), "tiny-moe"),
     Case(Layout(pp=2, **_REPLICATE, ep=2, schedule="1F1B", micro_batch_size=2), "tiny-shared-moe"),
 ]
 # Other families and other positions. Alibi's slopes and T5's biases are cut by heads, BERT's transform by columns.
@@ -125,7 +127,6 @@ _MODELS = [
 ]
 CASES = [*_ONE, *_TWO, *_FOUR, *_HALF, *_CONTEXT, *_EXPERTS, *_MODELS]
 
-_SELECTIVE = {"recompute": "selective"}
 _LONG_TWO = [
     Case(Layout(**_REPLICATE, micro_batch_size=1, **_SELECTIVE), "tiny-gpt"),
     Case(Layout(**_SHARD, micro_batch_size=2, **_SELECTIVE)),
@@ -236,7 +237,6 @@ _LONG_MEETINGS = [
     Case(Layout(**_DUAL, **_TENSOR, ep=2, micro_batch_size=1), "tiny-shared-moe"),
     Case(Layout(cp=2, micro_batch_size=4, **_SELECTIVE)),
     Case(Layout(cp=2, **_TENSOR, zero_stage=3, micro_batch_size=4, **_SELECTIVE), "tiny-gpt"),
-    Case(Layout(**_SPREAD, micro_batch_size=2, **_SELECTIVE), "tiny-moe"),
     Case(Layout(**_TENSOR, ep=2, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
     Case(Layout(**_TENSOR, micro_batch_size=4, **_SELECTIVE), "tiny-shared-moe"),
     Case(Layout(dp_shard=2, zero_stage=1, ep=2, micro_batch_size=2), "tiny-moe"),
