@@ -71,7 +71,7 @@ def test_nothing_goes_before_the_next_has_its_name(tmp_path: Path, monkeypatch: 
     """Whatever is removed, two complete ones are there when it is."""
     seen = []
 
-    def look(path: Path) -> None:
+    def look(path: Path, **_: Any) -> None:
         seen.append([p.name for p in complete_checkpoints(tmp_path)])
 
     monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", look)
