@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parity_cases import CASES, LONG_CASES, STEPS, Case
+from parity_cases import CASES, LONG_CASES, STEPS, Case, with_references
 from workers import start_worker
 
 HERE = Path(__file__).parent
@@ -20,6 +20,7 @@ Runs = dict[str, dict[str, Any]]
 
 # Relative. In bf16 layouts round at different places, so that only the size of the difference can be held.
 TOLERANCE = {"fp32": {"losses": 1e-5, "grad_norms": 1e-5}, "bf16": {"losses": 5e-3, "grad_norms": 1e-1}}
+MOST_CASES = 40
 HEAD = """# Parity
 
 Every layout trains the same model: below is how far its losses and its gradient norms (before clipping) are from those
@@ -39,15 +40,18 @@ def write_text(folder: Path) -> None:
 
 
 def run_cases(text: Path, folder: Path, which: str) -> Runs:
-    """Losses and gradient norms by a case's name, of the cases ("fast" or "all") and their references: one torchrun
-    for each world size, which writes into `folder`."""
+    """Losses and gradient norms by a case's name, of the cases ("fast" or "all") and their references. Results are
+    written into `folder` by a torchrun for each world size, and another one for every MOST_CASES of them: the process
+    groups of a case, with their threads, stay until its process ends."""
     results: Runs = {}
-    cases = CASES if which == "fast" else CASES + LONG_CASES
-    for world_size in sorted({1, *(case.layout.world_size for case in cases)}):
-        output = folder / f"{world_size}.json"
-        timeout = 300 if which == "fast" else 1200
-        start_worker("parity_worker.py", world_size, str(text), str(output), which, timeout=timeout)
-        results |= json.loads(output.read_text())
+    cases = with_references(CASES if which == "fast" else CASES + LONG_CASES)
+    for world_size in sorted({case.layout.world_size for case in cases}):
+        names = [case.name for case in cases if case.layout.world_size == world_size]
+        for first in range(0, len(names), MOST_CASES):
+            todo, output = folder / "todo.json", folder / "done.json"
+            todo.write_text(json.dumps(names[first : first + MOST_CASES]))
+            start_worker("parity_worker.py", world_size, str(text), str(todo), str(output))
+            results |= json.loads(output.read_text())
     return results
 
 

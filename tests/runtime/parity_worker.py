@@ -1,6 +1,7 @@
-"""Train every case of one world size, one after the other, and write losses and gradient norms as JSON.
+"""Train some cases of one world size, one after the other, and write losses and gradient norms as JSON.
 
-Run by `parity_table.run_cases`: `torchrun --nproc-per-node N parity_worker.py DATA OUTPUT fast|all`; one
+Run by `parity_table.run_cases`: `torchrun --nproc-per-node N parity_worker.py DATA NAMES OUTPUT`, NAMES a
+JSON list of cases; one
 process needs no torchrun.
 """
 
@@ -18,7 +19,7 @@ from tiny_jobs import MODELS, tiny_plan
 
 
 def main() -> None:
-    data, output, which = sys.argv[1:]
+    data, todo, output = sys.argv[1:]
     import torch
     import torch.distributed as dist
 
@@ -30,8 +31,9 @@ def main() -> None:
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     results = {}
-    for case in with_references(CASES if which == "fast" else CASES + LONG_CASES):
-        if case.layout.world_size == dist.get_world_size():
+    names = set(json.loads(Path(todo).read_text()))
+    for case in with_references(CASES + LONG_CASES):
+        if case.name in names:
             begin = time.perf_counter()
             plan = tiny_plan(case.layout, MODELS[case.model], data=data, **case.training)
             try:
