@@ -13,6 +13,7 @@ from typing import Any
 from simulator.compute import UNFUSED
 from simulator.job import Job
 from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.program import MOST_UNSHARDED
 
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
@@ -45,12 +46,19 @@ def _combinations(job: Job) -> Iterator[Layout]:
             if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
                 continue
             for data in _data_parallel(job, world // (tp * pp * cp), cp):
-                # FSDP2 reduces gradients once under a pipeline: zero_stage 1 is what 2 is, tried where it is named.
-                same = pp > 1 and data["zero_stage"] == 1 and job.stack.replicates_by_fsdp
-                if same and 2 in job.stack.pipeline_zero_stages and "zero_stage" not in job.search:
-                    continue
                 for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
-                    yield Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
+                    layout = Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
+                    if "zero_stage" in job.search or not _has_a_twin(job, layout):
+                        yield layout
+
+
+def _has_a_twin(job: Job, layout: Layout) -> bool:
+    """Whether zero_stage 1 is as good as what 2 is, which is tried too: under a pipeline FSDP2 reduces gradients once
+    in both, and gathers once as long as no stage has to make room for another. The gathers stand at other places of
+    the program, so that their steps may differ by less than a percent."""
+    stack = job.stack
+    found = layout.pp > 1 and layout.zero_stage == 1 and stack.replicates_by_fsdp and 2 in stack.pipeline_zero_stages
+    return found and layout.virtual_stages <= MOST_UNSHARDED
 
 
 def _values(job: Job, name: str, default: list[Any]) -> list[Any]:

@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.futures import Future
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import runtime.parallelize
@@ -38,6 +39,7 @@ from runtime.machine import memory_bytes
 from runtime.parallelize import apply_ddp
 from runtime.step import Run, build_run
 from runtime.trainer import find_device
+from simulator.errors import UserError
 from simulator.results import Alone, Collective, TrackedMemory
 
 # Model FLOPs of a step that a processor is asked for: about a minute at 1e11 a second.
@@ -56,6 +58,11 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         UserError: the layout has no such rank, or the runtime cannot execute it.
     """
     check_alone(plan, rank)
+    if fake and plan.job.model.num_experts:
+        raise UserError(
+            f"rank {rank} of a mixture ({plan.job.model.name}) cannot be counted with fake tensors, because which "
+            f"tokens go to which expert is found by computing; choose a job whose share of a rank fits this machine"
+        )
     layout, device = plan.layout, find_device()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
@@ -123,6 +130,13 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
+    tensor_meta = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+        # DTensor finds shapes by running an op on tensors of the global size, which no rank ever holds.
+        with _disable_current_modes():
+            return tensor_meta(propagator, schema)
+
     original = runtime.parallelize.init_weights
 
     def init_weights(*arguments: Any) -> None:
@@ -141,6 +155,7 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(_PipelineSchedule, "_warmup_p2p", static, create=True),
+        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
         mock.patch.object(runtime.parallelize, "init_weights", init_weights),
         mock.patch.object(runtime.parallelize, "apply_ddp", ddp),
     ):
@@ -244,12 +259,32 @@ def _axes_of_groups(run: Run) -> dict[str, str]:
     return found | {world.group_name: whole[0] if whole and dist.get_world_size() > 1 else "world"}
 
 
+class _NoModules:
+    """Stands in for MemTracker's tracker of modules, whose hooks forbid a split backward."""
+
+    parents = frozenset({"Global"})
+
+    @property
+    def is_bw(self) -> bool:
+        return torch._C._current_graph_task_id() != -1
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def register_user_hooks(self, *hooks: object) -> None: ...
+
+    def clear_user_hooks(self) -> None: ...
+
+
 class RankMemory(MemTracker):
     """torch's MemTracker over whole steps: what there is before counts from the begin, and modules are not told apart
     (a stage runs once for every microbatch, which the tracker refuses to attribute)."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
+        self._mod_tracker = _NoModules()
         self.run = run
         self.track_external(*run.stages, run.optimizer)
 
@@ -259,14 +294,6 @@ class RankMemory(MemTracker):
             self._track_module_params_and_buffers(stage, install_grad_hooks=hooks)
         super().__enter__()
         return self
-
-    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None: ...
-
-    def _post_fw_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None: ...
-
-    def _pre_bw_hook(self, module: nn.Module, args: Any) -> None: ...
-
-    def _post_bw_hook(self, module: nn.Module, args: Any) -> None: ...
 
     def peak(self) -> TrackedMemory:
         """Bytes by kind at the fullest moment."""

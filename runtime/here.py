@@ -24,7 +24,7 @@ from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
 from runtime.hf_config import check_exchanged, hf_config
-from runtime.machine import CPU_RANK_ENVIRONMENT
+from runtime.machine import CPU_RANK_ENVIRONMENT, processors
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
@@ -41,6 +41,7 @@ RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # torchrun passes the signal on to its ranks, which then save and end; those that have not after 30 s it kills. It has
 # this long itself.
 GRACE_SECONDS = 35.0
+MOST_RANKS_PER_PROCESSOR = 16
 # What is kept of stderr to look for the ranks' error, and what of it is shown.
 _KEPT_LINES = 400
 _SHOWN_LINES = 40
@@ -105,6 +106,7 @@ def run_here(
     plan = read_plan(plan_path)
     nproc = plan.layout.world_size if nproc is None else nproc
     check_plan(plan, nproc)
+    _check_processors(nproc)
     settings = replace(settings, output=Path(output))
     _check_folders(plan, settings)
     if max_restarts and settings.checkpoint is None:
@@ -115,6 +117,16 @@ def run_here(
     code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
     _raise_failure(code, tail, "training failed (torchrun's exit code")
     return to_dataclass(Measurement, read_json(output, "measurement"), f"measurement '{output}'")
+
+
+def _check_processors(nproc: int) -> None:
+    """Raises UserError before so many processes start that the machine would do nothing else."""
+    count = processors()
+    if nproc > (most := MOST_RANKS_PER_PROCESSOR * count):
+        raise UserError(
+            f"the layout needs {nproc} processes, but with {count} processors this machine takes {most} at most; "
+            f"`layoutwise launch` starts it on a cluster, and `run --alone --rank R` runs one of its ranks here"
+        )
 
 
 def _check_folders(plan: Plan, settings: Settings) -> None:

@@ -120,6 +120,7 @@ def parallel(plan: Plan) -> dict[str, Any]:
     }
     if plan.job.model.num_experts:
         fields["expert_model_parallel_size"] = layout.ep
+        fields["moe_token_dispatcher_type"] = "alltoall"
         fields["expert_tensor_parallel_size"] = expert_tp(layout, plan.job.stack)
     if layout.pp > 1:
         fields |= _stages(plan)

@@ -250,16 +250,9 @@ _LONG_MODELS = [
         for model in [*_WHOLE, "tiny-neox", "tiny-bloom", "tiny-mistral", "tiny-llama3"]
         for layout in (
             Layout(tp=2, micro_batch_size=4),
-            Layout(micro_batch_size=2, recompute="full"),
-            Layout(**_REPLICATE, micro_batch_size=2, recompute="full"),
             Layout(**_SHARD, micro_batch_size=4),
-            Layout(dp_shard=2, zero_stage=2, micro_batch_size=2),
-            Layout(tp=2, micro_batch_size=4, recompute="full"),
             Layout(**_TENSOR, micro_batch_size=4, recompute="full"),
-            Layout(tp=4, sequence_parallel=True, micro_batch_size=8),
-            Layout(dp_replicate=2, dp_shard=2, zero_stage=3, micro_batch_size=2),
             Layout(**_TENSOR, **_SHARD, micro_batch_size=2),
-            Layout(tp=2, **_REPLICATE, micro_batch_size=2),
             Layout(dp_replicate=2, dp_shard=2, tp=2, zero_stage=3, sequence_parallel=True, micro_batch_size=2),
         )
         if layout.tp <= MODELS[model].num_key_value_heads

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import call
-from tiny_jobs import LLAMA, tiny_plan
+from tiny_jobs import LLAMA, MOE, tiny_plan
 
 from planner.plan import write_plan
 from runtime.alone import needs_fake, run_alone
 from simulator.errors import UserError
-from simulator.layout import Layout
+from simulator.layout import V_PLACEMENT, Layout
 from simulator.results import Alone
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -74,6 +76,29 @@ def test_a_pipeline_of_a_thousand_ranks_runs_on_one(text_folder: Path) -> None:
     # A quarter of half of half of the model; norms are not cut by tensor parallelism.
     assert found.memory.parameters == pytest.approx(WHOLE / 16, rel=0.02)
     assert {"all_gather", "reduce_scatter"} <= {name for name, axis in moved(found) if axis == "tp"}
+
+
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_a_split_backward_runs_alone(schedule: Any, text_folder: Path) -> None:
+    layout = Layout(pp=2, dp_shard=2, zero_stage=2, schedule=schedule, virtual_stages=2, micro_batch_size=1)
+    real, fake = (alone(layout, text_folder, rank=1, fake=fake) for fake in (False, True))
+    # The first pipeline rank has the embedding, and in a V the head too; two ranks share each.
+    ends = ENDS if schedule in V_PLACEMENT else 4 * LLAMA.vocab_size * LLAMA.hidden_size
+    assert real.memory.parameters == fake.memory.parameters == BLOCKS / 4 + ends / 2
+    assert real.collectives == fake.collectives
+
+
+def test_fake_tensors_take_what_real_ones_do(text_folder: Path) -> None:
+    """With a vocabulary so large that a tensor of its whole width would show: DTensor makes some to find shapes."""
+    wide = dataclasses.replace(LLAMA, vocab_size=8192)
+    plan = tiny_plan(Layout(tp=2, sequence_parallel=True, micro_batch_size=8), wide, data=str(text_folder))
+    real, fake = (run_alone(plan, 0, steps=2, warmup=1, fake=fake).memory.peak for fake in (False, True))
+    assert fake == pytest.approx(real, rel=0.02)
+
+
+def test_a_mixture_is_not_faked(text_folder: Path) -> None:
+    with pytest.raises(UserError, match="rank 0 of a mixture"):
+        run_alone(tiny_plan(Layout(), MOE, data=str(text_folder)), 0, steps=1, warmup=0, fake=True)
 
 
 def test_the_command_shows_memory_beside_its_prediction(

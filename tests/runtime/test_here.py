@@ -77,6 +77,14 @@ def test_what_cannot_run_is_refused_at_once(
         run_here(write_plan(tiny_plan(layout), tmp_path / "plan.json"), tmp_path / "m.json", **options)
 
 
+def test_a_plan_of_a_cluster_is_not_started_on_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "_run", lambda *_: pytest.fail("started processes"))
+    monkeypatch.setattr(here, "processors", lambda: 2)
+    plan = write_plan(tiny_plan(Layout(dp_replicate=64), global_batch_size=64), tmp_path / "plan.json")
+    with pytest.raises(UserError, match="needs 64 processes, but with 2 processors this machine takes 32 at most"):
+        run_here(plan, tmp_path / "m.json")
+
+
 def test_missing_data_is_refused_at_once(tmp_path: Path) -> None:
     plan = write_plan(tiny_plan(Layout(), data=str(tmp_path / "nowhere")), tmp_path / "plan.json")
     with pytest.raises(UserError, match=r"^training.data = '.*nowhere' is not a folder"):

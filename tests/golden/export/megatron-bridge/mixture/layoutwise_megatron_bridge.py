@@ -25,6 +25,7 @@ def layout(cfg: ConfigContainer) -> ConfigContainer:
     cfg.model.context_parallel_size = 1
     cfg.model.cp_comm_type = None
     cfg.model.expert_model_parallel_size = 8
+    cfg.model.moe_token_dispatcher_type = "alltoall"
     cfg.model.expert_tensor_parallel_size = 1
     cfg.model.gradient_accumulation_fusion = False
     cfg.ddp.use_distributed_optimizer = True

@@ -13,6 +13,7 @@ LAYOUT=(
     --pipeline-model-parallel-size 1
     --context-parallel-size 1
     --expert-model-parallel-size 8
+    --moe-token-dispatcher-type alltoall
     --expert-tensor-parallel-size 1
     --use-distributed-optimizer
     --use-megatron-fsdp
