@@ -216,7 +216,7 @@ def run(
     if not alone and (fake or rank is not None):
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
-        steps, _warmup(warmup, steps), None, checkpoint, checkpoint_every, weights, export,
+        steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
         output / "profile" if profile else None,
     )  # fmt: skip
     if alone:
@@ -248,7 +248,7 @@ def run(
 
 
 def _warmup(given: int | None, steps: int) -> int:
-    return min(5, steps - 1) if given is None else given
+    return max(0, min(5, steps - 1)) if given is None else given
 
 
 def _run_alone(plan_file: Path, path: Path, rank: int, settings: Any, fake: bool, as_json: bool) -> None:
@@ -286,6 +286,8 @@ def launch(
 
     settings = Settings(steps, _warmup(warmup, steps), checkpoint=checkpoint, checkpoint_every=checkpoint_every)
     files = launch_files(read_plan(plan_file), on, LaunchOptions(settings, image, max_restarts))
+    if any((output / name).resolve() == plan_file.resolve() for name in files):
+        raise UserError(f"-o '{output}' would overwrite '{plan_file}'; name another folder")
     for name, text in files.items():
         path = write_text(output / name, text)
         if name.endswith(".sh"):

@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ |= slurm_ranks(os.environ)
         _run(read_plan(options.plan), settings_of(options))
     except UserError as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        # In one write, so that the sentences of two ranks do not run into each other.
+        sys.stderr.write(f"{ERROR_PREFIX}{error}\n")
+        sys.stderr.flush()
         return error.exit_code
     return 0
 

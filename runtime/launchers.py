@@ -197,8 +197,10 @@ def _label(plan: Plan) -> str:
 def _comments(plan: Plan, nodes: Nodes, usage: str) -> list[str]:
     p, job = plan.best, plan.job
     backend = "NCCL" if _on_gpus(plan) else "gloo"
+    # On one line: what follows a comment's line is executed.
+    name = " ".join(job.model.name.split())
     return [
-        f"# {job.model.name} on {nodes.count} x {nodes.ranks} ranks ({backend}): {plan.layout.short()}",
+        f"# {name} on {nodes.count} x {nodes.ranks} ranks ({backend}): {plan.layout.short()}",
         f"# Predicted: {p.step_seconds:.4g} s a step, {p.tokens_per_second:,.0f} tokens/s, "
         f"{p.memory.peak / 2**30:.1f} GiB on the fullest rank.",
         f"# {usage}",

@@ -105,7 +105,9 @@ def _texts(folder: str) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in _SKIPPED and not f.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        # A pipe would be waited for, a link may lead nowhere.
+        found += [path for path in paths if path.is_file()]
     return sorted(path for path in found if folder or path.suffix == ".py")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -280,7 +281,8 @@ def _file_names(count: int) -> list[str]:
 def _write_index(folder: Path, files: list[tuple[str, dict[str, int]]]) -> None:
     kept = {name for name, _ in files}
     for old in folder.glob("model*.safetensors"):
-        if old.name not in kept:
+        # Of an earlier export; other files are the user's.
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name) and old.name not in kept:
             old.unlink()
     if len(files) == 1:
         (folder / INDEX).unlink(missing_ok=True)

@@ -179,6 +179,14 @@ def test_what_cannot_be_launched_is_refused(target: str, changes: dict[str, Any]
         launch_files(PLANS["gpu"], target, dataclasses.replace(OPTIONS, **changes))
 
 
+def test_a_name_of_two_lines_stays_a_comment() -> None:
+    plan = PLANS["gpu"]
+    model = dataclasses.replace(plan.job.model, name="a\ntouch b")
+    named = dataclasses.replace(plan, job=dataclasses.replace(plan.job, model=model))
+    for target, file in (("torchrun", "launch.sh"), ("slurm", "launch.sbatch")):
+        assert "\ntouch b" not in launch_files(named, target)[file]
+
+
 def test_stacks_of_others_and_uneven_nodes_are_refused() -> None:
     with pytest.raises(UserError, match="'megatron-core' is simulated only"):
         launch_files(tiny_plan(Layout(), stack="megatron-core"), "slurm")
