@@ -23,6 +23,7 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from runtime.shards import local_tensor
 from simulator.model import ModelSpec
 
 Activation = Callable[[Tensor], Tensor]
@@ -179,4 +180,4 @@ def scale_expert_gradients(stages: Iterable[nn.Module], tp: int, ep: int) -> Non
         return
     modules = (module for stage in stages for module in stage.modules() if isinstance(module, Experts))
     grads = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], tp / ep)
+    torch._foreach_mul_([local_tensor(g) for g in grads], tp / ep)

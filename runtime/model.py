@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from runtime.context import own_positions
 from runtime.experts import MixtureOfExperts
 from runtime.positions import causal_bias, heads_of, inverse_frequencies
+from runtime.shards import local_ranges, local_tensor
 from simulator.model import ModelSpec
 
 # Standard deviation of the initial matrices, as in GPT-2 and Llama.
@@ -273,34 +273,15 @@ def init_weights(stage: Transformer, seed: int, device: torch.device) -> None:
     stage.place(device)
     with torch.no_grad():
         for name, parameter in named_weights(stage):
-            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            part = local_tensor(parameter)
             if parameter.ndim == 1 or name.endswith("bias"):
                 part.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                part.copy_(local_part(_draw(parameter.shape, seed, name, device), parameter))
+                rows = tuple(slice(first, last) for first, last in local_ranges(parameter))
+                part.copy_(_draw(parameter.shape, seed, name, device)[rows])
 
 
 def _draw(shape: torch.Size, seed: int, name: str, device: torch.device) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
     return torch.empty(shape, device=device).normal_(0.0, INIT_STD, generator=generator)
-
-
-def local_part(full: Tensor, like: Tensor) -> Tensor:
-    """The part of a full tensor that this rank holds of `like`, without communication.
-
-    Mesh axes are undone from the innermost outwards: tensor parallelism cuts first, then FSDP cuts each piece, also
-    where both cut the same dim.
-    """
-    if not isinstance(like, DTensor):
-        return full
-    coordinates = like.device_mesh.get_coordinate()
-    assert coordinates is not None
-    for axis in reversed(range(like.device_mesh.ndim)):
-        placement = like.placements[axis]
-        if not placement.is_replicate():
-            pieces = full.chunk(like.device_mesh.size(axis), dim=placement.dim)
-            # A dim shorter than the axis leaves the last ranks with nothing.
-            index = coordinates[axis]
-            full = pieces[index] if index < len(pieces) else full.narrow(placement.dim, 0, 0)
-    return full

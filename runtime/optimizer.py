@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from runtime.shards import local_tensor
 from simulator.job import Training
 
 MAX_GRAD_NORM = 1.0
@@ -77,8 +78,3 @@ def _pieces(gradient: Tensor) -> int:
         return 1
     sizes = [gradient.device_mesh.size(i) for i, x in enumerate(gradient.placements) if not x.is_replicate()]
     return math.prod(sizes)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

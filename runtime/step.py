@@ -18,9 +18,10 @@ from torch.profiler import record_function
 
 from runtime.data import Batch
 from runtime.experts import scale_expert_gradients
-from runtime.optimizer import build_optimizer, clip_gradients, local_tensor, squared_norm, sum_partial_gradients
+from runtime.optimizer import build_optimizer, clip_gradients, squared_norm, sum_partial_gradients
 from runtime.parallelize import build_expert_mesh, build_mesh, gradient_sync, parallelize
 from runtime.pipeline import build_schedule, build_stage
+from runtime.shards import local_tensor
 from simulator.job import Job, Training
 from simulator.layout import Layout
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from runtime.hf_config import check_exchanged, hf_config
 from runtime.hf_names import Place, hf_place
 from runtime.model import Transformer, named_weights
+from runtime.shards import local_ranges, local_tensor
 from simulator.errors import UserError
 from simulator.files import read_json, write_json
 from simulator.hf import read_config
@@ -60,7 +61,7 @@ def load_safetensors(stages: Iterable[nn.Module], folder: Path | str) -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 place = places[name] if name != "output.weight" or tied is None else tied
-                part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                part = local_tensor(parameter)
                 part.copy_(files.read(place, parameter.shape, local_ranges(parameter)))
 
 
@@ -125,24 +126,6 @@ def export_model(stages: Iterable[nn.Module], layout: Layout, folder: Path | str
     place = layout.coordinates(dist.get_rank())
     writes = not any(number for axis, number in place.items() if axis != "pp")
     save_safetensors(stages, folder, pp_rank=place["pp"], writes=writes)
-
-
-def local_ranges(like: Tensor) -> tuple[tuple[int, int], ...]:
-    """For each dim the first index and the one behind the last of what this rank holds of a tensor: mesh axes are
-    undone from the innermost outwards, as in `local_part`."""
-    ranges = [(0, size) for size in like.shape]
-    if isinstance(like, DTensor):
-        coordinates = like.device_mesh.get_coordinate()
-        assert coordinates is not None
-        for axis in reversed(range(like.device_mesh.ndim)):
-            placement = like.placements[axis]
-            if not placement.is_replicate():
-                first, last = ranges[placement.dim]
-                # As torch.chunk cuts: all pieces but the last ones have the same size.
-                size = -(-(last - first) // like.device_mesh.size(axis))
-                start = min(first + coordinates[axis] * size, last)
-                ranges[placement.dim] = (start, min(start + size, last))
-    return tuple(ranges)
 
 
 class _Files:

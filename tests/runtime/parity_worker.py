@@ -1,8 +1,7 @@
 """Train some cases of one world size, one after the other, and write losses and gradient norms as JSON.
 
-Run by `parity_table.run_cases`: `torchrun --nproc-per-node N parity_worker.py DATA NAMES OUTPUT`, NAMES a
-JSON list of cases; one
-process needs no torchrun.
+Run by `parity_table.run_cases`: `torchrun --nproc-per-node N parity_worker.py DATA NAMES OUTPUT`, NAMES a JSON list of
+cases; one process needs no torchrun.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from workers import start_worker
 from runtime.hf_config import hf_config
 from runtime.hf_names import Place
 from runtime.pipeline import build_stage
-from runtime.weights import local_ranges
+from runtime.shards import local_ranges
 from simulator.layout import Layout
 
 _FSDP = {"dp_shard": 2, "zero_stage": 3}
