@@ -36,7 +36,8 @@ ERROR_PREFIX = "error: "
 NOTE_PREFIX = "note: "
 
 # torchrun, when it starts its ranks again, is to give them a new store: in the old one they find the addresses of ranks
-# that are gone (pytorch/pytorch#135712).
+# that are gone (pytorch/pytorch#135712). Only where it may start them again: the new store listens on a port that was
+# free a moment before, torchrun's own store on one that is its own.
 RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # torchrun passes the signal on to its ranks, which then save and end; those that have not after 30 s it kills. It has
 # this long itself.
@@ -114,7 +115,8 @@ def run_here(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += [f"--max-restarts={max_restarts}", "-m", "runtime", str(plan_path), *settings.arguments()]
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
-    code, tail = _run(command, os.environ | CPU_RANK_ENVIRONMENT | RESTART_ENVIRONMENT, progress, timeout)
+    environment = os.environ | CPU_RANK_ENVIRONMENT | (RESTART_ENVIRONMENT if max_restarts else {})
+    code, tail = _run(command, environment, progress, timeout)
     _raise_failure(code, tail, "training failed (torchrun's exit code")
     return to_dataclass(Measurement, read_json(output, "measurement"), f"measurement '{output}'")
 

@@ -17,10 +17,11 @@ def start_worker(script: str, world_size: int, *arguments: str, restarts: int = 
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     torchrun += [f"--max-restarts={restarts}"]
     alone = world_size == 1 and not restarts
+    restarting = RESTART_ENVIRONMENT if restarts else {}
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *([] if alone else torchrun), str(HERE / script), *arguments],
-        env=os.environ | RESTART_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | restarting | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=timeout,
