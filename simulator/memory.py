@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from simulator.compute import matmul_input_width
 from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
 from simulator.program import MOST_UNSHARDED
-from simulator.results import MemoryBreakdown
-from simulator.schedules import peak_in_flight
+from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    return tuple(_rank_memory(job, layout, stages, rank) for rank in range(layout.pp))
+    return tuple(_RankBytes(job, layout, stages, rank).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -40,20 +40,54 @@ def capacity(job: Job, layout: Layout) -> float:
     return spec.gpu.memory * spec.gpus_per_node * job.nodes / max(layout.world_size, job.nodes)
 
 
-def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
-    held = [stages[s] for s in layout.stages_of(rank)]
-    microbatches = layout.microbatches(job.training.global_batch_size)
-    moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
-    alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
-    items = {
-        **_state(job, layout, sum(s.parameters for s in held), sum(s.experts for s in held)),
-        "activations": alive + max(s.working for s in held),
-        "buffers": _buffers(job, layout, held),
-        "overhead": _overhead(job, layout),
-    }
-    gpu = job.cluster.gpu
-    items["overhead"] += gpu.fragmentation * sum(v for k, v in items.items() if k != "overhead")
-    return MemoryBreakdown(**items, peak=sum(items.values()))
+def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[tuple[MemoryMoment, ...], ...]:
+    """For each pipeline rank and each op of its program, in order, the bytes during and after it. Ops are forwards,
+    backwards, what is gathered, dropped and reduced between them (messages have no memory of their own: their buffers
+    are there all the time), and the optimizer's step."""
+    return tuple(_curve(_RankBytes(job, layout, stages, rank)) for rank in range(layout.pp))
+
+
+def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
+    return tuple(
+        MemoryMoment(
+            str(step.op),
+            max((bytes_of.at(moment) for moment in step.during), key=lambda memory: memory.peak),
+            bytes_of.at(Moment(Running(""), step.after)),
+        )
+        for step in lifetimes(*bytes_of.pipeline)
+    )
+
+
+class _RankBytes:
+    """Gives the counts of a rank's moments their bytes."""
+
+    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> None:
+        self.job, self.layout, self.stages = job, layout, stages
+        self.held = [stages[s] for s in layout.stages_of(rank)]
+        microbatches = layout.microbatches(job.training.global_batch_size)
+        zero_stage = layout.zero_stage
+        self.pipeline = (layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches, zero_stage)
+        self.always = {
+            **_state(job, layout, sum(s.parameters for s in self.held), sum(s.experts for s in self.held)),
+            "buffers": _buffers(job, layout, self.held),
+            "overhead": _overhead(job, layout),
+        }
+
+    def peak(self) -> MemoryBreakdown:
+        return max((self.at(moment) for moment in fullest_moments(*self.pipeline)), key=lambda memory: memory.peak)
+
+    def at(self, moment: Moment) -> MemoryBreakdown:
+        kind, stage, _ = moment.running
+        alive = sum(
+            self.stages[h.stage].saved * h.kept + self.stages[h.stage].deferred * h.deferred for h in moment.held
+        )
+        if stage is not None and kind in ("F", "B", "I", "W"):
+            cost = self.stages[stage]
+            alive += cost.saved + (cost.deferred if kind == "W" else 0.0) + (cost.working if kind != "F" else 0.0)
+        items = {**self.always, "activations": alive}
+        gpu = self.job.cluster.gpu
+        items["overhead"] += gpu.fragmentation * sum(v for k, v in items.items() if k != "overhead")
+        return MemoryBreakdown(**items, peak=sum(items.values()))
 
 
 def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[str, float]:
