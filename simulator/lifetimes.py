@@ -38,12 +38,13 @@ class Held(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward, and whether it
-    finds the blocks gathered that it drops or gathers one by one."""
+    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward or, without a
+    pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by one."""
 
     kind: str
     stage: int | None = None
     first: bool = False
+    last: bool = False
     gathered: bool = False
 
 
@@ -84,7 +85,8 @@ def lifetimes(
                 # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
                 kind = {"I": "NOTHING", "W": "B"}[kind]
             now, held[leaf.stage] = _around(kind, before, zero_stage == 3)
-            running = Running(kind, leaf.stage, not before.whole, zero_stage == 3 and bool(before.blocks))
+            last = ranks == 1 and leaf.microbatch == microbatches - 1
+            running = Running(kind, leaf.stage, not before.whole, last, zero_stage == 3 and bool(before.blocks))
             during.append(Moment(running, tuple((held | {leaf.stage: now}).values())))
         steps.append(Step(op, tuple(during), tuple(held.values())))
     return tuple(steps)
@@ -110,7 +112,7 @@ def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
     if kind == "RESHARD":
         return held, held._replace(ends=0, blocks=0)
     if kind == "REDUCE_GRAD":
-        return held._replace(whole=0, ends=0, fresh=0), held._replace(ends=0, blocks=0, whole=0, fresh=0, reduced=1)
+        return held._replace(whole=0, ends=0), held._replace(ends=0, blocks=0, whole=0, fresh=0, reduced=1)
     return held, held
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, StageBytes
+from simulator.passing import Sharding, StageBytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
 
@@ -140,9 +140,7 @@ def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
     but the last. torch allocates those of all microbatches ahead; others hold two of each."""
     if layout.pp == 1:
         return 0.0
-    tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
-    tokens /= layout.tp if layout.sequence_parallel else 1
-    size = tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute
+    size = stream_bytes(job, layout)
     if not job.stack.preallocates_receives:
         return 4 * size
     sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)

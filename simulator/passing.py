@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from simulator.compute import matmul_input_width
+from simulator.compute import activation_width, matmul_input_width
 from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.lifetimes import Running
@@ -26,6 +26,13 @@ from simulator.lifetimes import Running
 if TYPE_CHECKING:
     from simulator.job import Job
     from simulator.stage import StageCost, UnitCost
+
+
+def stream_bytes(job: Job, layout: Layout) -> float:
+    """Bytes of a microbatch on this rank's residual stream: what stages hand to each other."""
+    tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
+    tokens /= layout.tp if layout.sequence_parallel else 1
+    return tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute
 
 
 class Passing(NamedTuple):
@@ -97,7 +104,8 @@ class StageBytes:
         ends = [unit for unit, _ in stage.blocks if unit.stays_gathered]
         self.ends, self.end_experts = sum(unit.parameters for unit in ends), 0.0
         self.inner = stage.parameters - self.ends
-        self.saved, self.deferred = stage.saved, stage.deferred
+        self.stays, saved = self._outputs()
+        self.saved, self.deferred = stage.saved + saved, stage.deferred
         gathers = sharding.fsdp and not (sharding.drops and layout.pp == 1)
         self.ends_gathered = self.ends * sharding.compute * gathers
         self.blocks_gathered = self.inner * sharding.compute * gathers
@@ -113,11 +121,11 @@ class StageBytes:
     def passing(self, running: Running) -> Passing:
         """What passes within an op at its fullest."""
         if running not in self._known:
-            kind, _, first, gathered = running
+            kind, _, first, last, gathered = running
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":
-                found = self._backward(first, gathered)
+                found = self._backward(first, last, gathered)
             elif kind in ("I", "W"):
                 found = self._split(kind, first)
             elif kind == "REDUCE_GRAD":
@@ -134,6 +142,23 @@ class StageBytes:
         if not self.layout.zero_stage:
             return parameters
         return per_shard(self.layout, self.job.stack, parameters, experts)
+
+    def _outputs(self) -> tuple[float, float]:
+        """Torch's pipelines hold the output of a stage until its backward has ended: bytes that stay when the head
+        has used them, and bytes that come to what units save. The input of a stage lies in the buffer in which it was
+        received, so that a norm which keeps it takes nothing."""
+        job, layout = self.job, self.layout
+        if layout.pp == 1 or not job.stack.preallocates_receives:
+            return 0.0, 0.0
+        width = activation_width(job.training.precision)
+        stream = stream_bytes(job, layout)
+        first, last = (self.stage.blocks[i][0].stays_gathered for i in (0, -1))
+        keeps_input = job.stack.elementwise[job.model.norm].saved > 0 and self.layout.recompute == "none"
+        saved = 0.0 if first or not keeps_input else -stream
+        if not last:
+            return 0.0, saved + stream
+        logits = layout.micro_batch_size * job.training.seq_len / layout.cp * job.model.vocab_size / layout.tp * width
+        return (logits, saved) if job.stack.loss_in_place else (0.0, saved + logits)
 
     def _prefetched(self, unit: UnitCost | None) -> float:
         """Bytes of the gathered buffer of the unit that is needed next."""
@@ -155,18 +180,18 @@ class StageBytes:
             left -= count * own * gathered
         return max(points, key=lambda point: point.total, default=Passing(self.saved))
 
-    def _backward(self, first: bool, gathered: bool) -> Passing:
+    def _backward(self, first: bool, last: bool, gathered: bool) -> Passing:
         """Walk the units backwards: what they saved goes, gradients come."""
         how = self.how
         runs = self.stage.blocks[::-1]
         points: list[Passing] = []
-        left = self.stage.saved
+        left = self.saved
         # Of gradients: those added up or scattered, those of the ends that wait for the backward's end, and the buffer
         # of the reduction before.
         added = waiting = reducing = 0.0
         in_use = self.ends * how.compute * (how.fsdp and how.drops and self.layout.pp == 1)
         behind = 0.0
-        once = how.fsdp and not how.drops and how.scatters and self.layout.microbatches(self._batch) == 1
+        once = how.fsdp and not how.drops and last
         born = how.trains and not how.whole
         for number, (unit, count) in enumerate(runs):
             following = runs[number + 1][0] if number + 1 < len(runs) else None
@@ -174,7 +199,8 @@ class StageBytes:
             keeps = keeps or (born and first and not how.scatters)
             size = unit.parameters * how.compute
             shard = self._shard(unit.parameters, unit.experts) * how.gradients
-            for place in sorted({1, count}):
+            # The second of a run meets what the first has left.
+            for place in sorted({1, min(2, count), count}):
                 before = place - 1
                 own = 0.0 if unit.stays_gathered else size * how.drops * how.fsdp
                 ahead = following if place == count else unit
@@ -201,6 +227,8 @@ class StageBytes:
                     )
                 )
             left -= count * unit.saved
+            if number == 0:
+                left += self.stays
             if number == 0 and self._tied and how.trains:
                 # The embedding's gradient, which autograd holds from the head on.
                 waiting += self._tied * how.compute
@@ -217,7 +245,7 @@ class StageBytes:
                     added += count * (shard if how.scatters else unit.parameters * how.gradients)
                 behind += count * size
                 reducing = unit.parameters * how.reduce * (how.scatters and how.fsdp)
-        points.append(self._end_of_backward(first, gathered, added, waiting, once))
+        points.append(self._end_of_backward(first, added, waiting, once))
         return max(points, key=lambda point: point.total)
 
     @property
@@ -231,11 +259,7 @@ class StageBytes:
             * (model.tie_word_embeddings and self.layout.stages == 1)
         )
 
-    @property
-    def _batch(self) -> int:
-        return self.job.training.global_batch_size
-
-    def _end_of_backward(self, first: bool, gathered: bool, added: float, waiting: float, once: bool) -> Passing:
+    def _end_of_backward(self, first: bool, added: float, waiting: float, once: bool) -> Passing:
         """The gradients of the ends are reduced, or added up in the width of the reduction."""
         how = self.how
         if not (how.fsdp and how.trains):
@@ -247,7 +271,9 @@ class StageBytes:
             blocks = -self.stage.parameters * how.compute
         if how.scatters:
             shard = self._shard(self.ends, 0.0) * how.reduce
-            return Passing(0.0, added * first, blocks + waiting + self.ends * how.reduce + shard)
+            return Passing(0.0, added * first, blocks + max(waiting, shard) + self.ends * how.reduce)
+        if once:
+            return Passing(0.0, 0.0, blocks + self.ends * how.reduce)
         if how.apart:
             largest = max((u.parameters for u, _ in self.stage.blocks if u.stays_gathered), default=0.0)
             wide = (added + self.ends * how.gradients) if first else 0.0
@@ -261,10 +287,10 @@ class StageBytes:
         how = self.how
         working = max((unit.working for unit, _ in self.stage.blocks), default=0.0)
         if kind == "I":
-            return Passing(self.stage.saved + self.stage.deferred + working)
+            return Passing(self.saved + self.deferred + working)
         made = self.stage.parameters * (how.compute if how.apart else how.gradients) * how.trains
         largest = max((unit.parameters for unit, _ in self.stage.blocks), default=0.0) * how.compute
-        begin = Passing(self.stage.saved + self.stage.deferred, 0.0, largest * how.trains)
+        begin = Passing(self.saved + self.deferred, 0.0, largest * how.trains)
         end = Passing(0.0, made if first or how.apart else 0.0, largest * how.trains)
         return max(begin, end, key=lambda point: point.total)
 
@@ -273,6 +299,6 @@ class StageBytes:
         how = self.how
         if not how.fsdp or not how.trains:
             return Passing(0.0, self.whole, self.ends_gathered)
-        if how.scatters:
+        if how.scatters or self.layout.pp == 1:
             return Passing(0.0, self.whole, 0.0)
-        return Passing(0.0, self.whole + self.fresh, self.ends * how.reduce)
+        return Passing(0.0, self.whole, self.ends * how.reduce)
