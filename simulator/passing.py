@@ -247,7 +247,7 @@ class StageBytes:
                     added += count * (shard if how.scatters else unit.parameters * how.gradients)
                 behind += count * size
                 reducing = unit.parameters * how.reduce * (how.scatters and how.fsdp)
-        points.append(self._end_of_backward(first, added, waiting, once))
+        points.append(self._end_of_backward(first, added, waiting, once)._replace(activations=max(0.0, left)))
         return max(points, key=lambda point: point.total)
 
     @property
