@@ -74,12 +74,11 @@ def test_a_v_keeps_its_fullest_moment_of_both_chunks() -> None:
     """ZBV on two ranks, 16 microbatches. Rank 0 holds the first and the last stage: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1
     0F3 0I0 0W0 3F2 ... keeps three of stage 0 besides what stage 3 works on, or three besides stage 0's own forward or
     backward. Nobody waits for an input gradient of stage 0, so that it defers nothing."""
-    held = {
-        (moment.running.kind, moment.running.stage): {one.stage: (one.kept, one.deferred) for one in moment.held}
-        for moment in fullest_moments("ZBVZeroBubble", 0, 2, 2, 16, 1)
-    }
-    assert held["I", 3] == held["W", 3] == {0: (3, 0), 3: (0, 0)}
-    assert held["B", 0] == {0: (3, 0), 3: (0, 0)}
+    held: dict[tuple[str, int | None], list[tuple[int, ...]]] = {}
+    for running, stages_held in fullest_moments("ZBVZeroBubble", 0, 2, 2, 16, 1):
+        kept_deferred = [number for one in stages_held for number in (one.kept, one.deferred)]
+        held.setdefault((running.kind, running.stage), []).append(tuple(kept_deferred))
+    assert max(held["I", 3]) == max(held["W", 3]) == max(held["B", 0]) == (3, 0, 0, 0)
     task = job("torchtitan")
     layout = Layout(dp_replicate=4, pp=2, virtual_stages=2, schedule="ZBVZeroBubble")
     stages = stage_costs(task, layout)
@@ -234,7 +233,8 @@ def test_the_curve(axes: dict[str, Any], stack: str) -> None:
                 assert min(dataclasses.astuple(memory)) >= -1.0
         begin, end = moments[0].during, moments[-1].after
         assert end.activations == pytest.approx(0, abs=1)
-        assert end.gradients == pytest.approx(begin.gradients if axes == {"dp_replicate": 8} else 0, abs=1)
+        # DDP's buckets are there all the time.
+        assert end.gradients == pytest.approx(begin.gradients, abs=1)
         assert (end.parameters, end.optimizer) == (begin.parameters, begin.optimizer)
 
 
