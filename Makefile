@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation parity golden clean
+.PHONY: demo test test-all check bench validation parity memory-oracle golden clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -30,6 +30,9 @@ validation: $(READY)  ## predict all published runs anew: docs/validation.md and
 
 parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
 	$(BIN)/python tests/runtime/parity_table.py
+
+memory-oracle: $(READY)  ## count the memory of one rank of each of 60 layouts with fake tensors: docs/memory.md, in about ten minutes
+	$(BIN)/python tests/runtime/memory_table.py
 
 golden: $(READY)  ## write the golden files of export and launch anew, to be read before they are committed
 	LAYOUTWISE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/planner/test_export.py
