@@ -148,6 +148,9 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
         values = value if isinstance(value, list) and key != "stage_layers" else [value]
         if not values:
             raise UserError(f"{where}: search.{key} = [] leaves no layout; name at least one value")
+        if key == "staleness":
+            # TOML has no word for nothing.
+            values = [None if one == "none" else one for one in values]
         for one in values:
             shown = tuple(one) if isinstance(one, list) else one
             to_dataclass(Layout, {key: shown}, f"{where} [search]")
