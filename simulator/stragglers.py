@@ -75,7 +75,8 @@ class Stragglers:
             found = [_draw(self.spread, random.Random(f"{self.seed} rank {rank}"), 1) for rank in range(world_size)]
         for ranks, factor in self.factors.items():
             first, _, last = ranks.partition("-")
-            for rank in range(int(first), int(last or first) + 1):
+            # A machine that may be oversubscribed also takes layouts of fewer ranks.
+            for rank in range(int(first), min(int(last or first) + 1, world_size)):
                 found[rank] *= factor
         return found
 
