@@ -28,6 +28,9 @@ class Kind:
     limit: float
 
 
+# Rates are remembered by how many transfers of each kind there are; so many of them.
+MOST_KNOWN = 2**17
+
 Done = Callable[[object], None]
 
 
@@ -67,6 +70,8 @@ class Incast:
         counts = tuple(self.counts)
         rates = self._known.get(counts)
         if rates is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
             rates = self._known[counts] = fair_rates(self.kinds, self.capacities, counts)
         self.rates = rates
         self.alarm += 1
@@ -78,7 +83,7 @@ class Incast:
                     soonest = left
         if soonest < math.inf:
             alarm = self.env.timeout(soonest if soonest > 0 else 0.0, self.alarm)
-            alarm.callbacks.append(self._end)  # type: ignore[union-attr]
+            alarm.callbacks.append(self._end)
 
     def _end(self, alarm: simpy.Event) -> None:
         """End what is due, unless a start has changed the rates since the alarm was set."""

@@ -159,6 +159,10 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
             shown = tuple(one) if isinstance(one, list) else one
             to_dataclass(Layout, {key: shown}, f"{where} [search]")
         result[key] = values
+    owners = {"servers": "parameter_server", "staleness": "parameter_server", "sync_interval": "local_sgd"}
+    for key, owner in (owners | {"outer_optimizer": "local_sgd"}).items():
+        if key in result and owner not in result.get("sync", []):
+            raise UserError(f"{where}: search.{key} says nothing without '{owner}' in search.sync")
     return result
 
 

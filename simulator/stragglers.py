@@ -10,6 +10,8 @@ job's steps was 1.06 of its mean (arXiv 2505.05713); about one host in 200 is 10
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import random
 import re
@@ -88,6 +90,12 @@ class Stragglers:
             found[replica] = max(found[replica], factor)
         return found
 
+    def least_factor(self, layout: Layout) -> float:
+        """How many times as long as alone the fastest replica takes for `steps` steps of its own; at most 1."""
+        if self.none:
+            return 1.0
+        return _least_factor(self.seed, self.jitter, self.steps, tuple(self.replica_factors(layout)), layout.world_size)
+
     def jitters(self, replica: int, ranks: int) -> Iterator[float]:
         """Factors of a replica's steps, one after another: the largest of its ranks' own."""
         if not self.jitter:
@@ -98,6 +106,16 @@ class Stragglers:
         uniform = source.random
         while True:
             yield draw(uniform())
+
+
+@functools.cache
+def _least_factor(seed: int, jitter: str, steps: int, factors: tuple[float, ...], world_size: int) -> float:
+    drawn = Stragglers(jitter=jitter, seed=seed)
+    least = 1.0
+    for replica, factor in enumerate(factors):
+        jitters = drawn.jitters(replica, world_size // len(factors))
+        least = min(least, factor * sum(itertools.islice(jitters, steps)) / steps)
+    return least
 
 
 def _deviation(text: str) -> float:

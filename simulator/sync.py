@@ -6,7 +6,8 @@ behind (stale-synchronous parallel, Ho et al. 2013; 0 waits for all, None for no
 overlaps the way back of another, as in BytePS (OSDI'20). In rounds (all-reduce, local SGD) all replicas wait for each
 other every few steps.
 
-A step of the training is done whenever as many updates have come in as there are replicas.
+Over servers a step of the training is done whenever as many updates have come in as there are replicas, in rounds when
+every replica has done it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import simpy
 
 from simulator.incast import Incast, Kind
+from simulator.ranks import Process
 from simulator.results import Synchronisation
 
 
@@ -83,6 +85,7 @@ class Ledger:
         self.waits: list[float] = []
         self.staleness: collections.Counter[int] = collections.Counter()
         self.lead = 0
+        self.missing: dict[int, int] = {}  # of a step, the replicas that have not done it yet
 
     def finish(self, now: float) -> bool:
         """Note the end of a replica's step; True if it was the last."""
@@ -90,6 +93,16 @@ class Ledger:
         if self.count % self.replicas == 0:
             self.ends.append(now)
         return self.count >= self.total
+
+    def finish_together(self, step: int, now: float) -> bool:
+        """The same where a step is done when every replica has done it; steps count from 1. True if it was the last."""
+        self.count += 1
+        self.missing[step] = self.missing.get(step, self.replicas) - 1
+        self.lead = max(self.lead, step - len(self.ends) - 1)
+        if not self.missing[step]:
+            del self.missing[step]
+            self.ends.append(now)
+        return step * self.replicas >= self.total
 
     def synchronisation(self, events: int) -> Synchronisation:
         """The result; steps are told apart by when they end."""
@@ -157,7 +170,7 @@ class _ServerRun:
             events += 1
         return self.ledger.synchronisation(events)
 
-    def _train(self, state: _State) -> Iterator[Any]:
+    def _train(self, state: _State) -> Process:
         env, replica, ledger = self.env, state.replica, self.ledger
         while True:
             begin = env.now
@@ -200,7 +213,7 @@ class _ServerRun:
 
     def _serve(self, seconds: float, then: Any) -> None:
         self.free = max(self.free, self.env.now) + seconds
-        self.env.timeout(self.free - self.env.now).callbacks.append(then)  # type: ignore[union-attr]
+        self.env.timeout(self.free - self.env.now).callbacks.append(then)
 
     def _apply(self, state: _State, piece: int) -> None:
         """A piece is applied: it may be pulled, at once or when enough others have come."""
@@ -271,7 +284,8 @@ def in_rounds(replicas: list[Replica], exchange_seconds: float, interval: int, s
     meeting = _Meeting(env, len(replicas), exchange_seconds)
     over = env.event()
 
-    def train(replica: Replica) -> Iterator[Any]:
+    def train(replica: Replica) -> Process:
+        done = 0
         while True:
             round_seconds = 0.0
             for step in range(interval):
@@ -279,7 +293,8 @@ def in_rounds(replicas: list[Replica], exchange_seconds: float, interval: int, s
                 round_seconds += seconds
                 yield env.timeout(seconds)
                 if step + 1 < interval:
-                    ledger.finish(env.now)
+                    done += 1
+                    ledger.finish_together(done, env.now)
             met = env.now
             yield meeting.arrive()
             ledger.computing += round_seconds
@@ -287,11 +302,11 @@ def in_rounds(replicas: list[Replica], exchange_seconds: float, interval: int, s
             waited = env.now - met - exchange_seconds
             ledger.waits += [max(0.0, waited) / interval] * interval
             ledger.staleness[0] += interval
-            if ledger.finish(env.now):
+            done += 1
+            if ledger.finish_together(done, env.now):
                 if not over.triggered:
                     over.succeed()
                 return
-            ledger.lead = max(ledger.lead, interval - 1)
 
     for replica in replicas:
         env.process(train(replica))
@@ -314,6 +329,9 @@ class _Meeting:
         self.missing -= 1
         if not self.missing:
             self.missing, self.complete = self.size, self.env.event()
-            timer = self.env.timeout(self.seconds)
-            timer.callbacks.append(lambda event: complete.succeed())  # type: ignore[union-attr]
+            self.env.timeout(self.seconds).callbacks.append(lambda event: self._part(complete))
         return complete
+
+    @staticmethod
+    def _part(complete: simpy.Event) -> None:
+        complete.succeed()
