@@ -9,7 +9,7 @@ from simulator.layout import Layout
 from simulator.memory import fullest, memory_per_rank, shortfall
 from simulator.program import build_program
 from simulator.results import Prediction
-from simulator.sync_cost import is_simulated, spread_over, synchronise
+from simulator.sync_cost import is_simulated, synchronise
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -32,8 +32,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     run = run_program(job, layout, program, trace)
     step_seconds, breakdown, synchronisation = run.step_seconds, run.breakdown, None
     if is_simulated(job, layout):
-        synchronisation = synchronise(job, layout, run)
-        step_seconds, breakdown = synchronisation.mean, spread_over(run.breakdown, synchronisation)
+        synchronisation, breakdown = synchronise(job, layout, run)
+        step_seconds = synchronisation.mean
     memory = fullest(ranks)
     reason = shortfall(job, layout, memory)
     tokens = job.tokens_per_step / step_seconds

@@ -60,15 +60,17 @@ def byteps_seconds(n: int, k: int, size: float, bandwidth: float) -> float:
     return 2 * n * (n - 1) * size / ((n * n + k * n - 2 * k) * bandwidth)
 
 
-def bound_seconds(sync: str, n: int, servers: int, nodes: int, size: float, bandwidth: float) -> float:
-    """The bound of a way to synchronise where every replica has a link of `bandwidth`. Servers sit beside replicas: of
-    a server's traffic the part of its own machine's replicas stays there.
+def hosted_seconds(n: int, servers: int, nodes: int, push: float, pull: float, bandwidth: float) -> float:
+    """Servers beside replicas, one on every node in turn, where n/nodes replicas share the cards of a node, of which
+    each has B.
 
-    A lower bound for servers: what the most loaded server's machine receives, from the replicas elsewhere.
+    Rule: in every step the cards of a node with servers send what its replicas push to the servers of other nodes,
+    (1 - 1/S) · push each with S such nodes, and its servers' share of pull to all replicas elsewhere; and they receive
+    the same with the two exchanged. With a server on every node, and as much pulled as pushed, this is
+    `colocated_seconds`; with one server it is n-1 answers. On one node: `server_seconds`.
     """
-    if sync == "parameter_server":
-        places = min(servers, nodes)
-        share = math.ceil(servers / nodes) / servers
-        per_node = n / nodes
-        return share * (n - per_node) * size / (bandwidth * max(1.0, per_node)) if places and nodes > 1 else 0.0
-    return {"reduce_broadcast": centre_seconds}.get(sync, ring_seconds)(n, size, bandwidth)
+    if nodes == 1:
+        return server_seconds(n, servers, max(push, pull), bandwidth)
+    share, beside = math.ceil(servers / nodes) / servers, n / nodes
+    own, others = beside * (1 - 1 / min(servers, nodes)), share * (n - beside)
+    return max(own * push + others * pull, own * pull + others * push) / (beside * bandwidth)

@@ -24,6 +24,7 @@ from simulator.layout import Layout
 from simulator.program import build_program
 from simulator.results import Breakdown, Synchronisation
 from simulator.sync import Replica, Servers, in_rounds, with_servers
+from simulator.sync_bounds import centre_seconds, hosted_seconds, ring_seconds
 from simulator.sync_rules import changes_mathematics, server_nodes
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def is_simulated(job: Job, layout: Layout) -> bool:
     return layout.sync != "all_reduce" or not job.stragglers.none
 
 
-def synchronise(job: Job, layout: Layout, run: Run) -> Synchronisation:
-    """Simulate the steps of all replicas; `run` is one step of one of them."""
-    steps = job.stragglers.steps
+def synchronise(job: Job, layout: Layout, run: Run) -> tuple[Synchronisation, Breakdown]:
+    """Simulate the steps of all replicas, and say where a mean step goes; `run` is one step of one of them."""
+    steps, replica = job.stragglers.steps, run
     if layout.sync == "all_reduce":
         alone = dataclasses.replace(layout, sync="local_sgd")
         replica = run_program(job, alone, build_program(job, alone))
-        exposed = run.step_seconds - replica.step_seconds
+        # What nothing hides where all are alike.
+        exposed = max(0.0, run.step_seconds - replica.step_seconds)
         found = in_rounds(_replicas(job, layout, replica.breakdown), exposed, 1, steps)
     elif layout.sync == "local_sgd":
         replicas = _replicas(job, layout, run.breakdown)
@@ -57,10 +59,11 @@ def synchronise(job: Job, layout: Layout, run: Run) -> Synchronisation:
         replicas = _replicas(job, layout, run.breakdown, hosts)
         staleness = layout.staleness if layout.sync == "parameter_server" else 0
         found = with_servers(replicas, hosts.servers, staleness, steps)
-    return dataclasses.replace(found, changes_mathematics=changes_mathematics(layout))
+    found = dataclasses.replace(found, changes_mathematics=changes_mathematics(layout))
+    return found, _spread_over(replica.breakdown, found)
 
 
-def spread_over(replica: Breakdown, found: Synchronisation) -> Breakdown:
+def _spread_over(replica: Breakdown, found: Synchronisation) -> Breakdown:
     """Where a mean step goes: what a replica computes, its transfers (dp), and its waiting for others (bubble)."""
     scale = found.mean / (found.computing + found.communicating + found.waiting)
     own = replica.total()
@@ -100,6 +103,40 @@ def link_rates(job: Job) -> tuple[float, float]:
     spec = job.cluster
     out = spec.scale_out
     return _rate(spec.scale_up), _rate(out) * spec.nics_per_node if out else 0.0
+
+
+def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
+    """(bytes of a replica's gradients, bytes per second of all links between its nodes and others, those of its ranks).
+
+    A ring or a tree that goes from node to node has all cards of a node for what replicas on that node have in common.
+    """
+    inside, cards = link_rates(job)
+    ranks = layout.world_size / layout.dp_replicate
+    size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
+    if job.nodes == 1 or not cards:
+        return size, inside * pushing_ranks(layout), inside * pushing_ranks(layout)
+    own = cards / job.cluster.gpus_per_node * pushing_ranks(layout)
+    return size, max(own, cards * max(1.0, ranks / job.cluster.gpus_per_node)), own
+
+
+def exchange_bound(job: Job, layout: Layout) -> float:
+    """The least seconds of a step's exchange between the replicas, in the textbook (sync_bounds.py)."""
+    size, cards, own = exchange(job, layout)
+    replicas, recipe = layout.dp_replicate, job.stack.recipes[job.training.precision]
+    if layout.sync == "parameter_server":
+        pull = job.model.parameters() * recipe.compute
+        return hosted_seconds(replicas, layout.servers, job.nodes, size, pull, own)
+    if layout.sync == "reduce_broadcast":
+        return centre_seconds(replicas, size, cards) if job.nodes == 1 else _far(job, layout) * 2 * size / cards
+    if layout.sync == "local_sgd":
+        size = job.model.parameters() * recipe.parameters
+    return ring_seconds(replicas, size, cards) / layout.sync_interval
+
+
+def _far(job: Job, layout: Layout) -> int:
+    """Replicas that share no node with the first."""
+    nodes = _nodes_of(job, layout)
+    return sum(not set(own) & set(nodes[0]) for own in nodes)
 
 
 def _rate(link: Link) -> float:
@@ -179,28 +216,30 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
 
 
 def _centre(job: Job, layout: Layout) -> _Hosts:
-    """The first replica as the centre: the others send it their gradients and get the sum back, each over the cards of
-    its own ranks; those that share its node go over the scale-up network."""
+    """The first replica as the centre: the others send it their gradients and get the sum back, each over the
+    cards of its own ranks; those that share its node go over the scale-up network."""
     spec = job.cluster
-    inside, cards = link_rates(job)
+    inside, _ = link_rates(job)
     size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
     bare = Servers(
         {}, [], size, size, 1, _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up)
     )
     ranks = pushing_ranks(layout)
     nodes = _nodes_of(job, layout)
-    near = [set(own) == set(nodes[0]) for own in nodes]
-    card = cards / spec.gpus_per_node * ranks if cards else inside * ranks
+    near = [bool(set(own) & set(nodes[0])) for own in nodes]
+    # Nobody else receives meanwhile: the centre has all cards of its nodes. The others send at the same time.
+    _, card, own = exchange(job, layout)
+    local = inside * ranks
     kinds = [
-        Kind((("in", 1.0),), card),
-        Kind((("out", 1.0),), card),
-        Kind((("near in", 1.0),), inside * ranks),
-        Kind((("near out", 1.0),), inside * ranks),
+        Kind((("in", 1.0),), own),
+        Kind((("out", 1.0),), own),
+        Kind((("near in", 1.0),), local),
+        Kind((("near out", 1.0),), local),
     ]
-    capacities = {"in": card, "out": card, "near in": inside * ranks, "near out": inside * ranks}
-    place = [None if number == 0 else 2 * near[number] for number in range(len(nodes))]
-    bare = dataclasses.replace(bare, capacities=capacities, kinds=kinds)
-    return _Hosts(bare, tuple(place), tuple(None if kind is None else kind + 1 for kind in place))
+    capacities = {"in": card, "out": card, "near in": local, "near out": local}
+    places = [None if number == 0 else 2 * near[number] for number in range(len(nodes))]
+    servers = dataclasses.replace(bare, capacities=capacities, kinds=kinds)
+    return _Hosts(servers, tuple(places), tuple(None if kind is None else kind + 1 for kind in places))
 
 
 def _one_kind(layout: Layout, bare: Servers, capacity: float, limit: float) -> _Hosts:
