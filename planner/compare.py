@@ -83,7 +83,7 @@ def compare(job: Job, text: str = "", syncs: str = "all") -> Comparison:
         ("ring", "2(n-1)/n M/B", cards, ring_seconds(n, size, cards)),
         ("double tree", "2 M/B", cards, tree_seconds(n, size, cards)),
         ("all-gather (ZeRO-3)", "3(n-1)/n M/B", cards, gather_seconds(n, size, cards)),
-        ("centre", "2(n-1) M/B", cards, centre_seconds(n, size, cards)),
+        ("centre, all send to it", "2(n-1) M/B", cards, centre_seconds(n, size, cards)),
         (f"k = {k} servers, machines of their own", "max(1, n/k) M/B", rate, server_seconds(n, k, size, rate)),
     )
     return Comparison(tuple(ways), n, size, textbook)
@@ -109,7 +109,7 @@ def _layouts(job: Job, base: Layout, own: dict[str, Any], chosen: tuple[str, ...
             if outer["outer_optimizer"] != "none":
                 rows.append((f"DiLoCo, {interval} steps", outer))
         elif sync == "reduce_broadcast":
-            rows.append(("centre", named))
+            rows.append(("centre: reduce, broadcast", named))
         else:
             rows.append(("all-reduce", named))
             if base.zero_stage == 0 and 3 in job.stack.zero_stages and base.dp_replicate > 1:

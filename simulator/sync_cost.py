@@ -4,19 +4,20 @@ A replica's step comes from the engine, where replicas with another sync than an
 pulls cross the cards of the nodes with servers; a replica of several ranks has the cards of all of them.
 
     all_reduce        seconds of the engine's step with the reduction, less those without: what nothing hides
-    reduce_broadcast  all replicas send their gradients to the first and get the sum back: n - 1 each way over its cards
+    reduce_broadcast  a reduction of the gradients to the first replica and a broadcast of their sum
     parameter_server  gradients to every server its share, parameters back; the servers update
-    local_sgd         an all-reduce of the parameters every sync_interval steps
+    local_sgd         an all-reduce of the parameters, every sync_interval steps
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from simulator.cluster import Link, gpu_of, group_shape
-from simulator.collectives import collective_seconds
+from simulator.cluster import GroupShape, Link, gpu_of, group_shape
+from simulator.collectives import Collective, collective_seconds, message_seconds
 from simulator.compute import accumulation_seconds, host_optimizer_seconds, optimizer_seconds
 from simulator.engine import Run, run_program
 from simulator.incast import Kind
@@ -24,7 +25,7 @@ from simulator.layout import Layout
 from simulator.program import build_program
 from simulator.results import Breakdown, Synchronisation
 from simulator.sync import Replica, Servers, in_rounds, with_servers
-from simulator.sync_bounds import centre_seconds, hosted_seconds, ring_seconds
+from simulator.sync_bounds import hosted_seconds, ring_seconds
 from simulator.sync_rules import changes_mathematics, server_nodes
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ def synchronise(job: Job, layout: Layout, run: Run) -> tuple[Synchronisation, Br
     elif layout.sync == "local_sgd":
         replicas = _replicas(job, layout, run.breakdown)
         found = in_rounds(replicas, averaging_seconds(job, layout), layout.sync_interval, steps)
+    elif layout.sync == "reduce_broadcast":
+        found = in_rounds(_replicas(job, layout, run.breakdown), centre_seconds(job, layout), 1, steps)
     else:
-        hosts = _centre(job, layout) if layout.sync == "reduce_broadcast" else _servers(job, layout)
+        hosts = _servers(job, layout)
         replicas = _replicas(job, layout, run.breakdown, hosts)
-        staleness = layout.staleness if layout.sync == "parameter_server" else 0
-        found = with_servers(replicas, hosts.servers, staleness, steps)
+        found = with_servers(replicas, hosts.servers, layout.staleness, steps)
     found = dataclasses.replace(found, changes_mathematics=changes_mathematics(layout))
     return found, _spread_over(replica.breakdown, found)
 
@@ -79,17 +81,42 @@ def averaging_seconds(job: Job, layout: Layout) -> float:
     Rule: the all-reduce of collectives.py in the stack's buckets, of parameters in the width in which they are kept;
     nothing hides it. The outer step moves OUTER_TRAFFIC bytes per parameter.
     """
-    shards = job.model.parameters() / pushing_ranks(layout)
-    size = shards * job.stack.recipes[job.training.precision].parameters
+    own = job.model.parameters() / pushing_ranks(layout)
+    size = own * job.stack.recipes[job.training.precision].parameters
     pieces = max(1, round(size / job.stack.bucket_bytes))
-    tiers = {start for tier in job.cluster.tiers for start in layout.sibling_starts("dp_replicate", tier)} or {0}
-    shapes = [group_shape(job.graph, layout.group("dp_replicate"), start) for start in sorted(tiers)]
-    worst = max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
-    seconds = pieces * collective_seconds("all_reduce", size / pieces, worst, job.cluster)
+    seconds = pieces * collective_seconds("all_reduce", size / pieces, _peers(job, layout), job.cluster)
     if layout.outer_optimizer == "nesterov":
         gpu = job.cluster.gpu
-        seconds += shards * OUTER_TRAFFIC / (gpu.memory_bandwidth * gpu.memory_efficiency)
+        seconds += own * OUTER_TRAFFIC / (gpu.memory_bandwidth * gpu.memory_efficiency)
     return seconds
+
+
+def centre_seconds(job: Job, layout: Layout) -> float:
+    """A reduction of a replica's gradients to the first replica, then a broadcast of the sum.
+
+    Rule: under NCCL both are chains in pieces, in which every link carries the buffer once; they have the constants of
+    a reduce-scatter and an all-gather with as much on the bus (nccl-tests, doc/PERFORMANCE.md: factor 1). Under gloo
+    the reduction is a ring's reduce-scatter whose parts then go to the centre, the broadcast a binomial tree of whole
+    messages (gloo/reduce.cc, gloo/broadcast.cc).
+    Ignored: that the two might overlap; no table of either was fitted.
+    """
+    n = layout.dp_replicate
+    size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce / pushing_ranks(layout)
+    peers = _peers(job, layout)
+    if job.cluster.nccl:
+        bus = size * n / (n - 1)
+        kinds: tuple[Collective, ...] = ("reduce_scatter", "all_gather")
+        return sum(collective_seconds(kind, bus, peers, job.cluster) for kind in kinds)
+    reduced = collective_seconds("reduce_scatter", size, peers, job.cluster)
+    reduced += sum(message_seconds(size * (n - 1) / n, peers, job.cluster))
+    return reduced + math.ceil(math.log2(n)) * sum(message_seconds(size, peers, job.cluster))
+
+
+def _peers(job: Job, layout: Layout) -> GroupShape:
+    """How the ranks of the replicas that hold the same lie on the cluster, where they lie worst."""
+    starts = {start for tier in job.cluster.tiers for start in layout.sibling_starts("dp_replicate", tier)} or {0}
+    shapes = (group_shape(job.graph, layout.group("dp_replicate"), start) for start in sorted(starts))
+    return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
 
 
 def pushing_ranks(layout: Layout) -> int:
@@ -124,19 +151,20 @@ def exchange_bound(job: Job, layout: Layout) -> float:
     size, cards, own = exchange(job, layout)
     replicas, recipe = layout.dp_replicate, job.stack.recipes[job.training.precision]
     if layout.sync == "parameter_server":
-        pull = job.model.parameters() * recipe.compute
+        pull = job.model.parameters() * recipe.parameters
         return hosted_seconds(replicas, layout.servers, job.nodes, size, pull, own)
     if layout.sync == "reduce_broadcast":
-        return centre_seconds(replicas, size, cards) if job.nodes == 1 else _far(job, layout) * 2 * size / cards
+        # The centre takes and sends at least one whole buffer.
+        return 2 * size / cards
     if layout.sync == "local_sgd":
         size = job.model.parameters() * recipe.parameters
     return ring_seconds(replicas, size, cards) / layout.sync_interval
 
 
-def _far(job: Job, layout: Layout) -> int:
-    """Replicas that share no node with the first."""
-    nodes = _nodes_of(job, layout)
-    return sum(not set(own) & set(nodes[0]) for own in nodes)
+def _pieces(job: Job, size: float) -> int:
+    """Pieces in which a server's share travels: whole, or as the stack cuts it."""
+    piece = job.stack.server_piece_bytes
+    return max(1, min(MOST_PIECES, round(size / piece))) if piece else 1
 
 
 def _rate(link: Link) -> float:
@@ -201,8 +229,8 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
         {},
         [],
         push,
-        parameters * recipe.compute,
-        max(1, min(MOST_PIECES, round(push / servers / job.stack.bucket_bytes))),
+        parameters * recipe.parameters,
+        _pieces(job, push / servers),
         _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up),
         receive,
         finish,
@@ -213,33 +241,6 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
     capacity = min(cards / largest, _uplinks(job, hosting))
     limit = cards / spec.gpus_per_node * pushing_ranks(layout)
     return _kinds(bare, _nodes_of(job, layout), hosting, capacity, limit, inside * pushing_ranks(layout))
-
-
-def _centre(job: Job, layout: Layout) -> _Hosts:
-    """The first replica as the centre: the others send it their gradients and get the sum back, each over the
-    cards of its own ranks; those that share its node go over the scale-up network."""
-    spec = job.cluster
-    inside, _ = link_rates(job)
-    size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
-    bare = Servers(
-        {}, [], size, size, 1, _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up)
-    )
-    ranks = pushing_ranks(layout)
-    nodes = _nodes_of(job, layout)
-    near = [bool(set(own) & set(nodes[0])) for own in nodes]
-    # Nobody else receives meanwhile: the centre has all cards of its nodes. The others send at the same time.
-    _, card, own = exchange(job, layout)
-    local = inside * ranks
-    kinds = [
-        Kind((("in", 1.0),), own),
-        Kind((("out", 1.0),), own),
-        Kind((("near in", 1.0),), local),
-        Kind((("near out", 1.0),), local),
-    ]
-    capacities = {"in": card, "out": card, "near in": local, "near out": local}
-    places = [None if number == 0 else 2 * near[number] for number in range(len(nodes))]
-    servers = dataclasses.replace(bare, capacities=capacities, kinds=kinds)
-    return _Hosts(servers, tuple(places), tuple(None if kind is None else kind + 1 for kind in places))
 
 
 def _one_kind(layout: Layout, bare: Servers, capacity: float, limit: float) -> _Hosts:
