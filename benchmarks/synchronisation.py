@@ -44,7 +44,8 @@ def main() -> None:
         assert found is not None
         print(
             f"{name:22} {512 * updates:,} updates, {found.events:,} events in {seconds:.1f} s: "
-            f"{found.events / seconds:,.0f} events/s; a step takes {found.mean * 1e3:.1f} ms, p95 {found.p95 * 1e3:.1f} ms"
+            f"{found.events / seconds:,.0f} events/s; a step takes {found.mean * 1e3:.1f} ms, "
+            f"p95 {found.p95 * 1e3:.1f} ms"
         )
 
 

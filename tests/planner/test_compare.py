@@ -97,7 +97,7 @@ def test_only_named_ways_are_tried() -> None:
 
 
 def test_a_field_of_a_way_that_is_not_named_is_an_error() -> None:
-    with pytest.raises(UserError, match="search.sync_interval says nothing without 'local_sgd' in search.sync"):
+    with pytest.raises(UserError, match=r"search\.sync_interval says nothing without 'local_sgd' in search\.sync"):
         job({"sync_interval": [8]})
 
 
@@ -134,3 +134,15 @@ def test_stragglers_keep_the_certificate() -> None:
 def test_text_and_layout_are_the_same(text: str) -> None:
     layout = parse_layout(text, job())
     assert parse_layout(layout.short(), job()) == layout and text in layout.short()
+
+
+def test_a_comparison_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner.cli import main
+
+    monkeypatch.setattr("sys.argv", ["layoutwise", "compare", str(EXAMPLE), "--sync", "all_reduce,parameter_server"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    for words in ("stragglers: factors {'12-15': 1.4}", "servers, asynchronous *", "double tree", "2(n-1)/n M/B"):
+        assert words in shown
