@@ -3,7 +3,8 @@
     python benchmarks/synchronisation.py [UPDATES]
 
 512 workers on 64 nodes push to and pull from 16 servers, asynchronously, UPDATES (1,000) times each, with jitter, on
-one processor. The 8,192 flows of every moment are few kinds: workers beside a server and workers elsewhere, out and back.
+one processor. The 8,192 flows of every moment are few kinds: workers beside a server and workers elsewhere, out
+and back.
 """
 
 from __future__ import annotations

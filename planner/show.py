@@ -28,6 +28,8 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
     """A prediction without its timeline, which is a file of its own (`--trace`)."""
     document: dict[str, Any] = plain(prediction)
     document.pop("timeline")
+    if prediction.synchronisation is None:
+        document.pop("synchronisation")
     return document
 
 
