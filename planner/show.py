@@ -133,7 +133,6 @@ def print_comparison(found: Comparison, job: Job) -> None:
     for way in found.ways:
         p = way.prediction
         if p is None:
-            table.add_row(way.name, escape(way.problems[0]))
             continue
         s = p.synchronisation
         own = p.step_seconds - p.breakdown.dp - p.breakdown.bubble
@@ -146,6 +145,9 @@ def print_comparison(found: Comparison, job: Job) -> None:
             show_seconds(way.bound),
         )  # fmt: skip
     console.print(table)
+    for way in found.ways:
+        if way.problems:
+            console.print(escape(f"{way.name}: {way.problems[0]}"))
     console.print(
         "* another mathematics: gradients of older parameters, or replicas that agree only now and then. A step is not "
         "worth as much there; how much less, no simulator of time can say"

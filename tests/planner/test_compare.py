@@ -146,3 +146,16 @@ def test_a_comparison_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     shown = capsys.readouterr().out
     for words in ("stragglers: factors {'12-15': 1.4}", "servers, asynchronous *", "double tree", "2(n-1)/n M/B"):
         assert words in shown
+
+
+def test_ways_that_a_stack_lacks_are_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    from planner.show import print_comparison
+
+    where = build_job(
+        {"model": "gpt2", "cluster": "workstation-4x4090", "nodes": 1, "training": {"stack": "torchtitan"}},
+        "job 'test'",
+    )
+    found = compare(where, "micro_batch_size=4")
+    assert [way.name for way in found.ways if way.prediction] == ["all-reduce", "all-gather (ZeRO-3)"]
+    print_comparison(found, where)
+    assert "local SGD, 50 steps: stack torchtitan has no sync = 'local_sgd'" in capsys.readouterr().out
