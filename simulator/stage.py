@@ -367,8 +367,8 @@ class StageCosts:
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:
-        """The forward, run again. Where it stops early, its last matmul and the reduction behind that are left out; what
-        comes back from experts is weighted, whose backward needs it."""
+        """The forward, run again. Where it stops early, its last matmul and the reduction behind that are left out;
+        what comes back from experts is weighted, and the backward of that needs it."""
         job = self.job
         if not job.stack.recompute_stops_early:
             return self._work(forward.forward, forward.host_forward, beside, recompute=True)
