@@ -214,10 +214,18 @@ def print_alone(found: Alone, plan: Plan) -> None:
         error = f"{expected / measured - 1:+.1%}" if measured else ""
         table.add_row(name, show_bytes(expected), show_bytes(measured), error)
     console.print(table)
-    moved = _table("collectives of a step", "along", "count", "bytes")
-    for one in found.collectives:
-        moved.add_row(one.name, one.axis, str(one.count), show_bytes(one.bytes))
-    console.print(moved)
+    console.print(_communication(found))
+
+
+def _communication(found: Alone) -> Table:
+    """The collectives of a step, predicted beside counted."""
+    table = _table("collectives of a step", "along", "count predicted", "counted", "bytes predicted", "counted")
+    sides = [{(one.axis, one.name): one for one in side} for side in (found.communication, found.collectives)]
+    for axis, name in sorted(sides[0].keys() | sides[1].keys()):
+        pair = [side.get((axis, name)) for side in sides]
+        counts = [str(one.count) if one else "none" for one in pair]
+        table.add_row(name, axis, *counts, *(show_bytes(one.bytes) if one else "none" for one in pair))
+    return table
 
 
 def print_profile(profile: Profile) -> None:

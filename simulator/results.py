@@ -209,7 +209,8 @@ class TrackedMemory:
 
 @dataclass(frozen=True)
 class Alone:
-    """One rank, run without the others. step_seconds is its own work, None where tensors were fake."""
+    """One rank, run without the others. step_seconds is its own work, None where tensors were fake; `communication` is
+    what the simulator says that the rank's collectives are."""
 
     layout: Layout
     rank: int
@@ -218,6 +219,7 @@ class Alone:
     step_seconds: float | None
     memory: TrackedMemory
     collectives: tuple[Collective, ...]
+    communication: tuple[Collective, ...]
     device: str
     versions: dict[str, str]
     version: int = 1
