@@ -44,6 +44,10 @@ Checkpoint = Annotated[
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps between saves; 100.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
+SlowRank = Annotated[
+    str | None,
+    typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
+]
 
 
 def main() -> None:
@@ -190,7 +194,9 @@ def run(
     plan_file: PlanFile,
     steps: Steps = 20,
     warmup: Warmup = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes, servers included; the layout's own by default.")
+    ] = None,
     output: Folder = Path("."),
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
@@ -198,6 +204,7 @@ def run(
     weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")] = None,
     export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    slow_rank: SlowRank = None,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
@@ -217,7 +224,7 @@ def run(
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
         steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
-        output / "profile" if profile else None,
+        output / "profile" if profile else None, slow_rank,
     )  # fmt: skip
     if alone:
         _run_alone(plan_file, output / "alone.json", rank or 0, settings, fake, as_json)

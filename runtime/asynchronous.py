@@ -69,7 +69,7 @@ def _log(client: ServerClient, device: torch.device) -> list[Update]:
     if dist.get_rank() == 0:
         rows = [client.read_log().tolist()]
     dist.broadcast_object_list(rows, src=0, device=device)
-    return [Update(int(r), loss, norm, int(s), int(d), seconds) for r, loss, norm, s, d, seconds in rows[0]]
+    return [Update(int(r), loss, norm, int(x), int(s), seconds) for r, loss, norm, x, s, seconds in rows[0]]
 
 
 def whole_step(updates: list[Update], replicas: int, step: int) -> tuple[float, float, float]:
@@ -83,11 +83,11 @@ def whole_step(updates: list[Update], replicas: int, step: int) -> tuple[float, 
 
 def distribution(updates: list[Update], replicas: int) -> Updates:
     """How stale updates were, and how many each replica did."""
-    stale, delay = (Counter(getattr(update, name) for update in updates) for name in ("staleness", "delay"))
+    stale, lead = (Counter(getattr(update, name) for update in updates) for name in ("staleness", "lead"))
     done = Counter(update.replica for update in updates)
     return Updates(
         staleness=tuple(stale[n] for n in range(max(stale, default=-1) + 1)),
-        delay=tuple(delay[n] for n in range(max(delay, default=-1) + 1)),
+        lead=tuple(lead[n] for n in range(max(lead, default=-1) + 1)),
         by_replica=tuple(done[replica] for replica in range(replicas)),
     )
 
@@ -108,6 +108,6 @@ class UpdateNotes:
         seconds, loss, norm = whole_step(updates, self.replicas, step - 1)
         if self.file is not None:
             last = updates[-self.replicas :]
-            more = {name: [int(getattr(u, name)) for u in last] for name in ("replica", "staleness", "delay")}
+            more = {name: [int(getattr(u, name)) for u in last] for name in ("replica", "staleness", "lead")}
             self.file.write(step, loss, norm, seconds, 0.0, **more)
         self.progress(step, self.steps, loss, norm, seconds)

@@ -140,7 +140,9 @@ class Checkpointer:
             self.sync.client.load_optimizer()
         apart = isinstance(self.sync, LocalSgd)
         writer = _Writer(part_of(self.folder, step), info, measured)
-        self._pending = dcp.async_save(self._state(with_rng=True, apart=apart), storage_writer=writer, process_group=self.group)
+        self._pending = dcp.async_save(
+            self._state(with_rng=True, apart=apart), storage_writer=writer, process_group=self.group
+        )
         self.saved = step
 
     def wait(self) -> None:

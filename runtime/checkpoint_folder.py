@@ -64,7 +64,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def find_checkpoint(folder: Path, job: Job, layout: Layout | None = None) -> tuple[Path, Checkpoint, Measurement] | None:
+def find_checkpoint(
+    folder: Path, job: Job, layout: Layout | None = None
+) -> tuple[Path, Checkpoint, Measurement] | None:
     """The newest complete checkpoint with what was measured up to it; None where training is to begin.
 
     Raises:

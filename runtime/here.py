@@ -91,6 +91,11 @@ def check_layout(plan: Plan) -> None:
     problems = layout.problems(plan.job)
     if problems:
         raise UserError(f"the layout '{layout.short()}' cannot run: {problems[0]}")
+    if layout.sync != "all_reduce" and layout.cp > 1 and layout.dp_shard > 1:
+        raise UserError(
+            f"sync = '{layout.sync}' runs with cp = {layout.cp} or dp_shard = {layout.dp_shard} in a replica, not both; "
+            "plan with search.cp = 1"
+        )
     if plan.job.training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
 

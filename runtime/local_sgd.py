@@ -12,12 +12,11 @@ arXiv 2311.08105, section 2); torch has nothing for it. Every replica takes the 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.optim import PostLocalSGDOptimizer
 
 from runtime.optimizer import clip_gradients
 from runtime.replicas import FlatState, holds_dtensors
@@ -42,7 +41,7 @@ class LocalSgd:
         self.resumed = False
         self.flat = FlatState(run, run.device)
         self.outer: nn.Parameter | None = None
-        self.torchs: PostLocalSGDOptimizer | None = None
+        self.torchs: Any = None
         if layout.outer_optimizer == "nesterov":
             self.outer = nn.Parameter(self.flat.read_parameters().clone())
             self.outer_optimizer = torch.optim.SGD(
@@ -53,8 +52,12 @@ class LocalSgd:
             self.outer_optimizer.step()
         elif not holds_dtensors(run):
             with warnings.catch_warnings():
-                # That an interval of 1 is better done by DDP.
+                # That an interval of 1 is better done by DDP, and that it compiles what we do not use.
                 warnings.simplefilter("ignore")
+                # Here, because it takes half a second.
+                from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+                from torch.distributed.optim import PostLocalSGDOptimizer
+
                 averager = PeriodicModelAverager(self.interval, warmup_steps=self.interval - 1, process_group=peers)
             self.torchs = PostLocalSGDOptimizer(run.optimizer, averager)
 

@@ -71,13 +71,15 @@ def data_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
         return mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
     if not layout.zero_stage:
         return DeviceMesh._concatenate([replica_mesh(layout, mesh), mesh["dp_shard"]])
-    shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    shards = mesh["cp"] if layout.dp_shard == 1 else mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if layout.dp_replicate > 1 else shards
 
 
 def replica_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
     """The ranks that hold the same parameters where nothing is sharded."""
-    return mesh["dp_replicate"] if layout.cp == 1 else mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
+    if layout.cp == 1 or layout.dp_replicate == 1:
+        return mesh["dp_replicate" if layout.cp == 1 else "cp"]
+    return mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
 
 
 def uses_ddp(layout: Layout, training: Training) -> bool:

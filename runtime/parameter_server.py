@@ -40,9 +40,10 @@ from runtime.replicas import place_of
 from simulator.job import Training
 from simulator.layout import Layout
 
-# What the first server notes of every update. staleness: how many updates its replica was ahead of the slowest when it began to
-# compute. delay: updates of others between its pull and its push. seconds: since the first replica began.
-FIELDS = ("replica", "loss", "norm", "staleness", "delay", "seconds")
+# What the first server notes of every update. lead: how many updates its replica was ahead of the slowest when it began to
+# compute, which `staleness` of the layout bounds. staleness: updates of others between its pull and its push. seconds: since
+# the first replica began.
+FIELDS = ("replica", "loss", "norm", "lead", "staleness", "seconds")
 
 
 class Word(IntEnum):
@@ -61,8 +62,8 @@ class Update:
     replica: int
     loss: float
     norm: float
+    lead: int
     staleness: int
-    delay: int
     seconds: float
 
 
@@ -103,10 +104,10 @@ class Ledger:
     def add(self, replica: int, loss: float, norm: float) -> None:
         """An update has been applied. One whose loss is no number is the last."""
         with self.changed:
-            staleness, version = self.began.pop(replica)
+            lead, version = self.began.pop(replica)
             assert self.start is not None
             seconds = time.perf_counter() - self.start
-            self.log.append(Update(replica, loss, norm, staleness, len(self.log) - version, seconds))
+            self.log.append(Update(replica, loss, norm, lead, len(self.log) - version, seconds))
             self.clocks[replica] += 1
             if not math.isfinite(loss) or not math.isfinite(norm):
                 self.left = 0
@@ -146,7 +147,7 @@ class _Share:
         """Each weight counts once, however many ranks hold it."""
         parts = gradient.split([length for length, _ in self.pieces])
         squares = [
-            torch.linalg.vector_norm(part).double().square() / copies
+            torch.linalg.vector_norm(part, dtype=torch.float64).square() / copies
             for part, (_, copies) in zip(parts, self.pieces, strict=True)
         ]
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)

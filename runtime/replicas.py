@@ -91,8 +91,13 @@ class FlatState:
         for part, parameter in self._parts():
             if parameter.grad is None:
                 part.zero_()
-            else:
-                part.copy_(local_tensor(parameter.grad).flatten())
+                continue
+            gradient = parameter.grad
+            if isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+                # Of an embedding that is cut over the tensor axis each rank has the gradient of all of it.
+                gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+                parameter.grad = gradient
+            part.copy_(local_tensor(gradient).flatten())
         return self.buffer
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """How replicas keep together, executed: the run of a layout with any `sync`.
 
-    all_reduce        torch's own: DDP, or FSDP over two dimensions (parallelize.py)
-    reduce_broadcast  here: gradients to the first replica, their mean back to all
-    local_sgd         local_sgd.py
-    parameter_server  parameter_server.py, as seen by a worker: server_client.py
+all_reduce        torch's own: DDP, or FSDP over two dimensions (parallelize.py)
+reduce_broadcast  here: gradients to the first replica, their mean back to all
+local_sgd         local_sgd.py
+parameter_server  parameter_server.py, as seen by a worker: server_client.py
 """
 
 from __future__ import annotations

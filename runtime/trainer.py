@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
-from runtime.checkpoint import Checkpointer
 from runtime.asynchronous import train_asynchronously
+from runtime.checkpoint import Checkpointer
 from runtime.data import Batches
 from runtime.here import check_plan, check_settings
 from runtime.hf_config import hf_config
+from runtime.link import Link
 from runtime.metrics import MetricsFile
 from runtime.profiler import StepProfiler
 from runtime.record import Recorder
-from runtime.link import Link
 from runtime.server_client import ServerClient, Synchronous
 from runtime.settings import Settings
 from runtime.step import Run

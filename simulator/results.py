@@ -115,12 +115,12 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Updates:
-    """Updates that parameter servers applied. staleness[n] of them came from a replica that was n updates ahead of the
-    slowest when it began to compute; delay[n] of them met parameters with n more updates of others in them than those
-    that they were computed from. by_replica are those of each replica."""
+    """Updates that parameter servers applied. staleness[n] of them met parameters with n more updates of others in them
+    than those that they were computed from; lead[n] of them came from a replica that was n updates ahead of the slowest
+    when it began to compute, which the layout's `staleness` bounds. by_replica are those of each replica."""
 
     staleness: tuple[int, ...]
-    delay: tuple[int, ...]
+    lead: tuple[int, ...]
     by_replica: tuple[int, ...]
 
     __pydantic_config__ = STRICT

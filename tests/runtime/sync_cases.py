@@ -35,25 +35,35 @@ _LOCAL: dict[str, Any] = {"sync": "local_sgd", "sync_interval": 2}
 _DILOCO: dict[str, Any] = {**_LOCAL, "outer_optimizer": "nesterov"}
 _FOUR: dict[str, Any] = {"dp_replicate": 2, "micro_batch_size": 2}
 
-# On three processes; a worker more than one server is idle in some.
-THREE = [
+# On three processes. One worker with a server is sequential training, by another way.
+FAST = [
     SyncCase("one", Layout(micro_batch_size=2)),
-    SyncCase("all", Layout(**_TWO), like="one"),
     SyncCase("centre", Layout(**_TWO, sync="reduce_broadcast"), like="one"),
     SyncCase("server", Layout(**_TWO, **_SERVER), like="one"),
+    SyncCase("server again", Layout(**_TWO, **_SERVER), like="one", saved=3),
+    SyncCase("alone", Layout(micro_batch_size=2, **_SERVER, staleness=None), like="one"),
     SyncCase("one sgd", Layout(micro_batch_size=2), training=SGD),
     SyncCase("local 1", Layout(**_TWO, sync="local_sgd", sync_interval=1), like="one sgd", training=SGD),
+    SyncCase("alone sgd", Layout(micro_batch_size=2, **_SERVER, staleness=None), like="one sgd", training=SGD),
     SyncCase("asynchronous", Layout(**_TWO, **_SERVER, staleness=None), steps=12, slow_rank="1:3.0"),
     SyncCase("bounded", Layout(**_TWO, **_SERVER, staleness=1), steps=12, slow_rank="1:3.0"),
-    SyncCase("alone sgd", Layout(micro_batch_size=2, **_SERVER, staleness=None), like="one sgd", training=SGD),
-    SyncCase("alone", Layout(micro_batch_size=2, **_SERVER, staleness=None), like="one"),
     SyncCase("local 2", Layout(**_TWO, **_LOCAL)),
-    SyncCase("local 2 again", Layout(**_TWO, **_LOCAL), like="local 2", saved=3),
     SyncCase("diloco", Layout(**_TWO, **_DILOCO)),
     SyncCase("diloco again", Layout(**_TWO, **_DILOCO), like="diloco", saved=3),
-    SyncCase("server again", Layout(**_TWO, **_SERVER), like="one", saved=3),
+]
+MORE = [
+    SyncCase("one", Layout(micro_batch_size=2)),
+    SyncCase("one sgd", Layout(micro_batch_size=2), training=SGD),
+    SyncCase("all", Layout(**_TWO), like="one"),
+    SyncCase("server, random", Layout(**_TWO, **_SERVER), training={"sharding": "random"}),
+    SyncCase("all, random", Layout(**_TWO), like="server, random", training={"sharding": "random"}),
+    SyncCase("local 2", Layout(**_TWO, **_LOCAL)),
+    SyncCase("local 2 again", Layout(**_TWO, **_LOCAL), like="local 2", saved=3),
+    SyncCase("local 1 again", Layout(**_TWO, sync="local_sgd"), like="one sgd", training=SGD, saved=4),
     SyncCase("server after all", Layout(**_TWO, **_SERVER), like="one", saved=3, saved_as=Layout(**_TWO)),
+    SyncCase("all after server", Layout(**_TWO), like="one", saved=3, saved_as=Layout(**_TWO, **_SERVER)),
     SyncCase("two servers", Layout(micro_batch_size=2, **{**_SERVER, "servers": 2}, staleness=None), like="one"),
+    SyncCase("server, sgd", Layout(**_TWO, **_SERVER), like="one sgd", training=SGD, saved=2),
 ]
 # On six: two replicas of two ranks, and two servers.
 _SIX_SERVERS: dict[str, Any] = {**_SERVER, "servers": 2}
@@ -70,13 +80,18 @@ _INSIDE: dict[str, dict[str, Any]] = {
 SIX = [
     SyncCase("one", Layout(micro_batch_size=2)),
     SyncCase("one sgd", Layout(micro_batch_size=2), training=SGD),
+    SyncCase("one moe", Layout(micro_batch_size=2), training=SGD, model="tiny-moe"),
+    SyncCase("centre, ep", Layout(dp_replicate=2, **_SHARD, ep=2, sync="reduce_broadcast"), "one moe", SGD, "tiny-moe"),
+    SyncCase("server, ep", Layout(dp_replicate=2, **_SHARD, ep=2, **_SIX_SERVERS), "one moe", SGD, "tiny-moe"),
     *(
         SyncCase(f"{sync}, {name}", Layout(**_FOUR | {"micro_batch_size": 1}, **inside, **how), like="one")
         for name, inside in _INSIDE.items()
         for sync, how in (("centre", {"sync": "reduce_broadcast"}), ("server", _SIX_SERVERS))
     ),
     *(
-        SyncCase(f"local, {name}", Layout(**_FOUR | {"micro_batch_size": 1}, **inside, sync="local_sgd"), "one sgd", SGD)
+        SyncCase(
+            f"local, {name}", Layout(**_FOUR | {"micro_batch_size": 1}, **inside, sync="local_sgd"), "one sgd", SGD
+        )
         for name, inside in _INSIDE.items()
     ),
     SyncCase("server, bf16", Layout(dp_replicate=4, **_SIX_SERVERS), training={"precision": "bf16"}),

@@ -21,7 +21,9 @@ from simulator.layout import Layout
 KINDS = ("block", "sequential", "random", "hash")
 
 
-def epochs(kind: Any, samples: int, batch: int, *cuts: tuple[int, int], remainder: Any = "drop", seed: int = 0) -> Epochs:
+def epochs(
+    kind: Any, samples: int, batch: int, *cuts: tuple[int, int], remainder: Any = "drop", seed: int = 0
+) -> Epochs:
     training = Training(batch, 8, "fp32", seed=seed, sharding=kind, remainder=remainder)
     numbers = content_hash(np.arange(samples)[:, None])
     return Epochs(samples, training, tuple(Cut(*cut) for cut in cuts), lambda: numbers)
@@ -105,7 +107,12 @@ def test_a_change_of_replicas_in_an_epoch_loses_nothing(
         assert sorted(seen(found, epoch * parts, (epoch + 1) * parts)) == list(range(12 * parts))
 
 
-@given(parts=st.integers(4, 12), changes=CHANGES, first=st.sampled_from((1, 2, 3)), remainder=st.sampled_from(("drop", "pad")))
+@given(
+    parts=st.integers(4, 12),
+    changes=CHANGES,
+    first=st.sampled_from((1, 2, 3)),
+    remainder=st.sampled_from(("drop", "pad")),
+)
 @settings(max_examples=200, deadline=None)
 def test_uneven_shares_that_change_hands_lose_nothing(
     parts: int, changes: list[tuple[int, int]], first: int, remainder: str
@@ -180,7 +187,10 @@ def test_hash_reports_its_imbalance() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "samples", "words"),
-    [("random", 3, "finds 3 samples, not one global_batch_size = 4"), ("hash", 6, "'hash' leaves a replica fewer than")],
+    [
+        ("random", 3, "finds 3 samples, not one global_batch_size = 4"),
+        ("hash", 6, "'hash' leaves a replica fewer than"),
+    ],
 )
 def test_too_few_samples_are_refused(kind: str, samples: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -189,7 +199,9 @@ def test_too_few_samples_are_refused(kind: str, samples: int, words: str) -> Non
 
 def test_a_rank_reads_its_windows(text_folder: Path) -> None:
     """Two replicas under tensor parallelism: each reads its samples of the round robin, its tp ranks the same ones."""
-    plan = tiny_plan(Layout(dp_replicate=2, tp=2, micro_batch_size=4), LLAMA, data=str(text_folder), sharding="sequential")
+    plan = tiny_plan(
+        Layout(dp_replicate=2, tp=2, micro_batch_size=4), LLAMA, data=str(text_folder), sharding="sequential"
+    )
     ranks = [Batches(plan.job, plan.layout, rank, torch.device("cpu")) for rank in range(4)]
     loaded = [batches.load(1).inputs[0] for batches in ranks]
     ids = ranks[0].stream.ids
