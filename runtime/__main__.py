@@ -74,7 +74,7 @@ def _run(plan: Plan, settings: Settings) -> None:
             _serve(plan, settings, link)
             return
         first = seat.number == 0
-        measurement = train(plan, settings, *((_show_step, _note) if first else (None, None)), link)
+        measurement = train(plan, settings, _show_step if first else None, _note if first else None, link)
         if not first:
             return
         if settings.output is None:

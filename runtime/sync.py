@@ -84,7 +84,6 @@ def build_synchronised(
             return run, client
         sync = Synchronous(client)
     else:
-        kinds = {"reduce_broadcast": ReduceBroadcast, "local_sgd": LocalSgd}
-        sync = kinds[layout.sync](run, layout, peers)
+        sync = (LocalSgd if layout.sync == "local_sgd" else ReduceBroadcast)(run, layout, peers)
     run.update = sync
     return run, sync
