@@ -91,6 +91,11 @@ class Layout:
         return self.dp * self.cp * self.tp * self.pp
 
     @property
+    def reducing_replicas(self) -> tuple[str, ...]:
+        """The axis along which replicas all-reduce within a step, empty where they keep together in another way."""
+        return ("dp_replicate",) if self.sync == "all_reduce" else ()
+
+    @property
     def shards(self) -> int:
         """Ranks that shard the state of everything but spread experts: cp ranks hold the same parameters too."""
         return self.dp_shard * self.cp if self.zero_stage else 1

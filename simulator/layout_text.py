@@ -22,6 +22,11 @@ def parse_layout(text: str, job: Job) -> Layout:
     Raises:
         UserError: a word that is no `field=value`, an unknown field, a value of the wrong kind.
     """
+    return complete(parse_fields(text), job)
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    """The fields that a layout's text names. Raises UserError as `parse_layout` does."""
     hints = get_type_hints(Layout)
     given: dict[str, Any] = {}
     for word in text.replace(",", " ").split() if "stage_layers" not in text else text.split():
@@ -33,7 +38,7 @@ def parse_layout(text: str, job: Job) -> Layout:
         if name in given:
             raise UserError(f"layout: '{name}' is given twice")
         given[name] = _parse_value(name, hints[name], value)
-    return complete(given, job)
+    return given
 
 
 def complete(given: dict[str, Any], job: Job) -> Layout:

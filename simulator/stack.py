@@ -95,7 +95,8 @@ class Stack:
 
     compile: blocks run through torch.compile.
 
-    syncs: the ways in which it keeps replicas together (sync_rules.py).
+    syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
+    server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Stack:
     rope_scaling: tuple[str, ...] = field(default_factory=tuple)
     masked_context: bool = True
     syncs: tuple[Sync, ...] = ("all_reduce",)
+    server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
 

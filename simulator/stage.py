@@ -203,7 +203,7 @@ class StageCosts:
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
         layout = self.layout
-        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        shard, replicate = ["dp_shard"], [*layout.reducing_replicas]
         (shard if layout.zero_stage else replicate).append("cp")
         axes = (["tp"], ["cp"], shard, replicate)
         dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]

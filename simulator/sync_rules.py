@@ -1,7 +1,7 @@
 """Ways to keep replicas together: what each needs of a layout, and where the parameter servers sit.
 
     all_reduce        the replicas sum their gradients among each other (dp_replicate), every step
-    reduce_broadcast  one replica, the centre, sums the gradients of the others and sends the sum back, every step
+    reduce_broadcast  one replica, the centre, gets the sum of all gradients and sends it back, every step
     parameter_server  `servers` processes hold the parameters, each its share; replicas push gradients and pull
                       parameters; `staleness` says how far apart they may be
     local_sgd         replicas take `sync_interval` steps of their own, then average their parameters
