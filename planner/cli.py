@@ -390,6 +390,41 @@ def validate_published(
         typer.echo(f"written to {path}")
 
 
+@validate.command("sync")
+def validate_sync(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.toml", help="What to train; 12 M parameters on bytes by default.")
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N", help="Numbers of replicas.")] = "2,4",
+    slow: Annotated[float, typer.Option(min=1, help="How many times as long the last of them computes.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 60,
+    output: Folder = Path("out/sync"),
+    as_json: AsJson = False,
+) -> None:
+    """Run every way to keep replicas together here, with a straggler: speed beside its prediction, and what it learns."""
+    from planner import show
+    from planner.sync_trial import Trial, run_trial, trial_job
+    from simulator.files import check_writable
+    from simulator.job import read_job
+
+    counts = [int(one) if one.strip().isdigit() else 0 for one in workers.split(",")]
+    if min(counts) < 2:
+        raise UserError(f"--workers '{workers}' must be numbers of at least 2, like 2,4")
+    check_writable(output / "sync.md")
+    job = trial_job(None) if job_file is None else read_job(job_file)
+    trial = Trial(tuple(counts), slow, steps, min(5, steps - 1))
+    with _progress("training", quiet=as_json, lines=True) as report:
+        found = run_trial(job, trial, output, report)
+    if as_json:
+        _print_json(found)
+        return
+    from reports.synchronisation import COLUMNS, SyncRow, cells
+
+    for count, ways in found["workers"].items():
+        show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
+    typer.echo(f"written to {output / 'sync.md'}")
+
+
 @app.command()
 def demo(output: Folder = Path("out/demo")) -> None:
     """The whole story in a few minutes: plan a large job, then measure, plan, run and compare on this machine."""

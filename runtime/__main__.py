@@ -84,7 +84,8 @@ def _run(plan: Plan, settings: Settings) -> None:
 
 
 def _serve(plan: Plan, settings: Settings, link: Link) -> None:
-    """Be a parameter server until the workers are done. The first one shows steps where replicas have none in common."""
+    """Be a parameter server until the workers are done. The first one shows steps where replicas have none in
+    common."""
     from runtime.asynchronous import UpdateNotes
     from runtime.parameter_server import Server
 

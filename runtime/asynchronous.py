@@ -1,7 +1,7 @@
 """Training without steps: replicas that push gradients to parameter servers, each at its own pace.
 
-A run of n steps is n updates for each replica on average: n times the global batch in all, however many of them a replica
-does. A replica goes through its own share of the data, so that a fast one begins its next epoch sooner.
+A run of n steps is n updates for each replica on average: n times the global batch in all, however many of them a
+replica does. A replica goes through its own share of the data, so that a fast one begins its next epoch sooner.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def _check_same_replicas(path: Path, saved: Layout, now: Layout) -> None:
     """Local SGD leaves every replica with parameters and a state of its own, which nobody else can go on from."""
     if saved.sync == "local_sgd" and saved != now:
         raise UserError(
-            f"checkpoint '{path}' holds {saved.dp_replicate} replicas of local SGD, which differ; go on with its layout "
-            f"'{saved.short()}', or begin with --weights from what it exports"
+            f"checkpoint '{path}' holds {saved.dp_replicate} replicas of local SGD, which differ; go on with its "
+            f"layout '{saved.short()}', or begin with --weights from what it exports"
         )
 
 

@@ -56,8 +56,8 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of one rank: `load(step)` is its share of the global batch of a step. By default that is a function of
-    (seed, step) alone, so that every layout sees the same samples, and a run can be continued at any step.
+    """The batches of one rank: `load(step)` is its share of the global batch of a step. By default that is a function
+    of (seed, step) alone, so that every layout sees the same samples, and a run can be continued at any step.
 
     Args:
         cuts: among how many replicas samples were cut from which step on; None for the layout's, from the first step.

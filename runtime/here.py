@@ -93,8 +93,8 @@ def check_layout(plan: Plan) -> None:
         raise UserError(f"the layout '{layout.short()}' cannot run: {problems[0]}")
     if layout.sync != "all_reduce" and layout.cp > 1 and layout.dp_shard > 1:
         raise UserError(
-            f"sync = '{layout.sync}' runs with cp = {layout.cp} or dp_shard = {layout.dp_shard} in a replica, not both; "
-            "plan with search.cp = 1"
+            f"sync = '{layout.sync}' runs with cp = {layout.cp} or dp_shard = {layout.dp_shard} in a replica, "
+            "not both; plan with search.cp = 1"
         )
     if plan.job.training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
@@ -123,8 +123,8 @@ def run_here(
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
     Args:
-        nproc: processes to start, parameter servers included; None takes what the layout needs, and nothing else is right.
-        max_restarts: how often torchrun may start all ranks again when one has died.
+        nproc: processes to start, parameter servers included; None takes what the layout needs, and nothing else is
+        right. max_restarts: how often torchrun may start all ranks again when one has died.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
 

@@ -1,13 +1,13 @@
 """Workers and parameter servers in one launch: who is which, and messages between them.
 
 A launch starts world_size + servers processes. On every node the workers come first, as without servers, and the node's
-servers behind them; server j sits on node j modulo the number of nodes, as the simulator places it. Workers form the default
-process group, so that everything else runs as if there were no servers; servers form one of their own, over which they
-agree on norms.
+servers behind them; server j sits on node j modulo the number of nodes, as the simulator places it. Workers form the
+default process group, so that everything else runs as if there were no servers; servers form one of their own, over
+which they agree on norms.
 
 Messages are torch's point-to-point of gloo, on a group that workers and servers share. It is a ProcessGroupGloo of its
-own and no `new_group`, which exists only inside a default group, and that one is the workers'. Not torch.distributed.rpc:
-it is slower over TCP and no longer developed.
+own and no `new_group`, which exists only inside a default group, and that one is the workers'. Not
+torch.distributed.rpc: it is slower over TCP and no longer developed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HEADER = 4
 
 @dataclass(frozen=True)
 class Seat:
-    """What a process is: worker `number` of `workers`, or if it `serves` server `number` of `servers`. On its node it is
-    worker local_rank of local_workers."""
+    """What a process is: worker `number` of `workers`, or if it `serves` server `number` of `servers`. On its node it
+    is worker local_rank of local_workers."""
 
     serves: bool
     number: int

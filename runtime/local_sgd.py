@@ -1,9 +1,10 @@
 """Replicas that take steps of their own and meet now and then: local SGD, and DiLoCo.
 
 Every replica clips and updates for itself; after each `sync_interval` steps parameters are averaged over the replicas
-(Stich, arXiv 1805.09767; Lin et al., arXiv 1808.07217). State of the inner optimizers stays where it is. Where no parameter
-is cut, this is torch's PostLocalSGDOptimizer with its PeriodicModelAverager; these take no DTensors (they put whole
-parameters of one kind into one vector), so that a replica with tensor parallelism or FSDP averages its local parts here.
+(Stich, arXiv 1805.09767; Lin et al., arXiv 1808.07217). State of the inner optimizers stays where it is. Where no
+parameter is cut, this is torch's PostLocalSGDOptimizer with its PeriodicModelAverager; these take no DTensors (they put
+whole parameters of one kind into one vector), so that a replica with tensor parallelism or FSDP averages its local
+parts here.
 
 With the outer optimizer "nesterov" the mean change of the replicas is a gradient for SGD with Nesterov momentum (DiLoCo,
 arXiv 2311.08105, section 2); torch has nothing for it. Every replica takes the same outer step from the same numbers.
@@ -62,7 +63,8 @@ class LocalSgd:
             self.torchs = PostLocalSGDOptimizer(run.optimizer, averager)
 
     def begin(self, step: int) -> None:
-        """Start with parameters as they are now, after `step` steps, and with the state of a checkpoint if it had one."""
+        """Start with parameters as they are now, after `step` steps, and with the state of a checkpoint if it had
+        one."""
         self.done = step
         if self.torchs is not None:
             self.torchs.averager.step = step

@@ -50,8 +50,8 @@ class MetricsFile:
     def write(
         self, step: int, loss: float, grad_norm: float, seconds: float, data_seconds: float, **more: list[int]
     ) -> None:
-        """One line: `step` counts from 1, `seconds` are the step's from end to end, data_seconds of them loading; `more`
-        comes last."""
+        """One line: `step` counts from 1, `seconds` are the step's from end to end, data_seconds of them loading;
+        `more` comes last."""
         rate = self.tokens_per_step / seconds / self.devices
         active, reserved = memory_bytes(self.device)
         line = {

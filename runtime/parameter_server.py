@@ -1,7 +1,8 @@
-"""Parameter servers: processes that hold parameters and optimizer, to which replicas push gradients (Li et al., OSDI 2014).
+"""Parameter servers: processes that hold parameters and optimizer, to which replicas push gradients (Li et al., OSDI
+2014).
 
-Each rank of a replica has a vector of parameters; each server holds its share of the vectors of all ranks. A server has a
-thread for every worker, which waits for a word of it and answers:
+Each rank of a replica has a vector of parameters; each server holds its share of the vectors of all ranks. A server has
+a thread for every worker, which waits for a word of it and answers:
 
     BEGIN n, k       lengths (of the share, and of the k pieces that so many ranks hold), then the share itself
     PUSH loss, norm  a gradient
@@ -11,11 +12,11 @@ thread for every worker, which waits for a word of it and answers:
     LOG              -> rows of FIELDS, of the first server
     END
 
-staleness = 0: a server waits for the gradients of all, clips and applies their mean, and answers every PUSH with the norm and
-the new share: the same mathematics as an all-reduce. Otherwise a gradient, clipped by its replica, is applied at once, and the
-first server keeps count: a replica may be `staleness` updates ahead of the slowest (stale synchronous parallel, Ho et al.,
-NIPS 2013), or with None any number (Hogwild's way, Recht et al., NIPS 2011; Dean et al., NIPS 2012). Servers apply in the order in
-which gradients reach them, so that with several the orders may differ.
+staleness = 0: a server waits for the gradients of all, clips and applies their mean, and answers every PUSH with the
+norm and the new share: the same mathematics as an all-reduce. Otherwise a gradient, clipped by its replica, is applied
+at once, and the first server keeps count: a replica may be `staleness` updates ahead of the slowest (stale synchronous
+parallel, Ho et al., NIPS 2013), or with None any number (Hogwild's way, Recht et al., NIPS 2011; Dean et al., NIPS
+2012). Servers apply in the order in which gradients reach them, so that with several the orders may differ.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from runtime.replicas import place_of
 from simulator.job import Training
 from simulator.layout import Layout
 
-# What the first server notes of every update. lead: how many updates its replica was ahead of the slowest when it began to
-# compute, which `staleness` of the layout bounds. staleness: updates of others between its pull and its push. seconds: since
-# the first replica began.
+# What the first server notes of every update. lead: how many updates its replica was ahead of the slowest when it began
+# to compute, which `staleness` of the layout bounds. staleness: updates of others between its pull and its push.
+# seconds: since the first replica began.
 FIELDS = ("replica", "loss", "norm", "lead", "staleness", "seconds")
 
 

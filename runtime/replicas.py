@@ -1,8 +1,8 @@
 """Replicas that keep together in another way than by all-reduce: each is a run of its own, over its own ranks.
 
-What lies inside a replica (tp, cp, pp, dp_shard) is built as ever, with dp_replicate = 1 and its share of the global batch;
-ranks with the same place in their replicas are peers. Inside, gradients are complete; what peers do with theirs is the
-run's `update` (sync.py, local_sgd.py, parameter_server.py).
+What lies inside a replica (tp, cp, pp, dp_shard) is built as ever, with dp_replicate = 1 and its share of the global
+batch; ranks with the same place in their replicas are peers. Inside, gradients are complete; what peers do with theirs
+is the run's `update` (sync.py, local_sgd.py, parameter_server.py).
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     random       as sequential, in an order that is drawn anew for every epoch
     hash         a sample belongs to the replica that its tokens say, wherever it stands in the stream
 
-A sample of the last four is a window of seq_len tokens, one behind the other. Sequential and random cut a global batch that
-does not depend on the number of replicas; block and hash own samples, so that another number of replicas is another
-order. What a change of that number in the middle of an epoch has left over is cut anew, so that no sample is lost or seen
-twice there either.
+A sample of the last four is a window of seq_len tokens, one behind the other. Sequential and random cut a global batch
+that does not depend on the number of replicas; block and hash own samples, so that another number of replicas is
+another order. What a change of that number in the middle of an epoch has left over is cut anew, so that no sample is
+lost or seen twice there either.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Run:
     """What one rank holds during a training run. `step` does one optimizer step.
 
     Where replicas keep together in another way than by all-reduce (sync.py), layout, training and mesh are those of one
-    replica, `group` are its ranks, and `update` is what follows the gradients of a step; it takes this run and the rank's
-    share of the replica's loss, and returns loss and gradient norm.
+    replica, `group` are its ranks, and `update` is what follows the gradients of a step; it takes this run and the
+    rank's share of the replica's loss, and returns loss and gradient norm.
     slowdown: an artificial straggler computes so many times as long.
     """
 

@@ -100,11 +100,11 @@ def train(
 
 
 def _sharding(batches: Batches, note: Note | None) -> Sharding | None:
-    """How an epoch is cut; what is uneven, left out or seen twice is said too."""
+    """How an epoch is cut; that it is uneven is said too."""
     shares = batches.shares()
     if shares is None:
         return None
-    if note is not None and (shares.imbalance > 1e-9 or shares.dropped or shares.repeated):
+    if note is not None and shares.imbalance > 1e-9:
         note(
             f"data.sharding = '{batches.training.sharding}': shares of {min(shares.sizes):.6g} to "
             f"{max(shares.sizes):.6g} samples, the largest {shares.imbalance:.1%} above the mean; of each epoch "

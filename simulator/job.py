@@ -35,8 +35,8 @@ class Training:
     running a plan; peft = "lora" trains adapters beside frozen weights (their own cost is left out: about 1 % of the
     weights). data is a folder of text files or a file of token ids; empty means the Python standard library's own
     source. tokenizer is a tokenizer.json for text; without it a token is a byte. Both are absolute paths. Gradients
-    are scaled down to max_grad_norm. sharding is how samples are cut among replicas, remainder what becomes of those that
-    make no whole step (runtime/sharding.py)."""
+    are scaled down to max_grad_norm. sharding is how samples are cut among replicas, remainder what becomes of those
+    that make no whole step (runtime/sharding.py)."""
 
     global_batch_size: int
     seq_len: int

@@ -174,8 +174,8 @@ class Sharding:
 class Measurement:
     """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
     `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out. Where replicas do
-    not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are their
-    means."""
+    not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are
+    their means."""
 
     layout: Layout
     world_size: int

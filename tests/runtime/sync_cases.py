@@ -1,5 +1,5 @@
-"""Layouts that synchronise in different ways, and what their losses must be those of. All of a list take as many processes
-or fewer."""
+"""Layouts that synchronise in different ways, and what their losses must be those of. All of a list take as many
+processes or fewer."""
 
 from __future__ import annotations
 

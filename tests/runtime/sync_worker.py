@@ -1,7 +1,7 @@
 """Train some layouts that synchronise in different ways, one after the other, and write what was measured as JSON.
 
-Run by test_sync.py: `torchrun --nproc-per-node N sync_worker.py LIST DATA FOLDER OUTPUT`, LIST one of sync_cases. Processes
-that a case has no use for wait.
+Run by test_sync.py: `torchrun --nproc-per-node N sync_worker.py LIST DATA FOLDER OUTPUT`, LIST one of sync_cases.
+Processes that a case has no use for wait.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Samples of an epoch, cut among replicas: none lost, none seen twice, also where a run is continued by more or fewer."""
+"""Samples of an epoch, cut among replicas: none lost, none seen twice, also where a run is continued by more or
+fewer."""
 
 from __future__ import annotations
 

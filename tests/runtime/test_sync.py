@@ -1,4 +1,5 @@
-"""Ways to synchronise, executed: those that promise the mathematics of an all-reduce keep it, the others their bounds."""
+"""Ways to synchronise, executed: those that promise the mathematics of an all-reduce keep it, the others their
+bounds."""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def test_one_asynchronous_worker_is_sequential_training(name: str, fast: Runs) -
 
 @pytest.mark.xdist_group("distributed")
 def test_nobody_is_further_ahead_than_the_bound(fast: Runs) -> None:
-    """12 steps of two replicas, one of them three times as slow. Bounded by 1: leads are 0 and 1. Between its pull and its
-    push a replica sees at most the bound's and one more update of the other. Unbounded: the fast one does more."""
+    """12 steps of two replicas, one of them three times as slow. Bounded by 1: leads are 0 and 1. Between its pull and
+    its push a replica sees at most the bound's and one more update of the other. Unbounded: the fast one does more."""
     bounded, free = fast["bounded"]["updates"], fast["asynchronous"]["updates"]
     for found in (bounded, free):
         assert sum(found["staleness"]) == sum(found["lead"]) == sum(found["by_replica"]) == 24
@@ -124,8 +125,8 @@ def test_launched_with_servers_end_to_end(text_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_ledger_by_hand() -> None:
-    """Two replicas, bound 1, five updates. Replica 0 begins, ends and begins again (1 ahead), ends: now it is 2 ahead and
-    must wait; replica 1, which began with nothing applied, ends and meets 2 updates of the other."""
+    """Two replicas, bound 1, five updates. Replica 0 begins, ends and begins again (1 ahead), ends: now it is 2 ahead
+    and must wait; replica 1, which began with nothing applied, ends and meets 2 updates of the other."""
     ledger = Ledger(2, bound=1, total=5)
     assert ledger.next(0) and ledger.next(1)
     ledger.add(0, 1.0, 1.0)
@@ -227,10 +228,11 @@ def test_what_a_replica_cannot_hold_is_refused() -> None:
 
 
 def test_the_outer_step_is_nesterov_on_the_mean_change() -> None:
-    """arXiv 2311.08105, algorithm 1, by hand with lr 0.7 and momentum 0.9: parameters 1.0, replicas come to 0.4 and 0.8.
+    """arXiv 2311.08105, algorithm 1, by hand with lr 0.7 and momentum 0.9: parameters 1.0, replicas come to 0.4 and
+    0.8.
 
-    Outer gradient 1.0 - 0.6 = 0.4; momentum 0.4; Nesterov step 0.7 (0.4 + 0.9 · 0.4) = 0.532; then 0.468. A second meeting
-    without change, gradient 0: momentum 0.36, step 0.7 · 0.9 · 0.36 = 0.2268.
+    Outer gradient 1.0 - 0.6 = 0.4; momentum 0.4; Nesterov step 0.7 (0.4 + 0.9 · 0.4) = 0.532; then 0.468. A second
+    meeting without change, gradient 0: momentum 0.36, step 0.7 · 0.9 · 0.36 = 0.2268.
     """
     from runtime.local_sgd import OUTER_LEARNING_RATE, OUTER_MOMENTUM
 
