@@ -401,7 +401,7 @@ def validate_sync(
     output: Folder = Path("out/sync"),
     as_json: AsJson = False,
 ) -> None:
-    """Run every way to keep replicas together here, with a straggler: speed beside its prediction, and what it learns."""
+    """Run every way to keep replicas together here, with a straggler: speed, its prediction, and what it learns."""
     from planner import show
     from planner.sync_trial import Trial, run_trial, trial_job
     from simulator.files import check_writable

@@ -73,8 +73,8 @@ def plan_of(job: Job, layout: Layout) -> Plan:
 
 
 def run_trial(job: Job, trial: Trial, output: Path, report: Progress) -> dict[str, Any]:
-    """Run all ways on all numbers of workers, one after the other. Leaves a folder for each run, sync.md and a figure for
-    each number of workers in `output`, and returns what sync.json holds."""
+    """Run all ways on all numbers of workers, one after the other. Leaves a folder for each run, sync.md and a figure
+    for each number of workers in `output`, and returns what sync.json holds."""
     from reports.synchronisation import SyncRun, loss_curves, read_curve, rows, table
     from runtime.here import run_here
     from runtime.settings import Settings

@@ -1,7 +1,7 @@
 """Runs of one job that synchronise in different ways: how fast each step is, and what the model has learnt for it.
 
-A step is as many updates as there are replicas, so that after as many steps all runs have seen as many samples. Times are
-those of metrics.jsonl, added up, so that they are the training's alone.
+A step is as many updates as there are replicas, so that after as many steps all runs have seen as many samples. Times
+are those of metrics.jsonl, added up, so that they are the training's alone.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SyncRun:
 
 @dataclass(frozen=True)
 class SyncRow:
-    """Seconds are means over the steps after the warm-up; speedups are over the first run, errors those of the predicted
-    speedup. equal_samples and equal_time are losses: at the end, and when the run that ends first has ended."""
+    """Seconds are means over the steps after the warm-up; speedups are over the first run, errors those of the
+    predicted speedup. equal_samples and equal_time are losses: at the end, and when the first run to end has ended."""
 
     name: str
     layout: str

@@ -6,8 +6,9 @@ parameter is cut, this is torch's PostLocalSGDOptimizer with its PeriodicModelAv
 whole parameters of one kind into one vector), so that a replica with tensor parallelism or FSDP averages its local
 parts here.
 
-With the outer optimizer "nesterov" the mean change of the replicas is a gradient for SGD with Nesterov momentum (DiLoCo,
-arXiv 2311.08105, section 2); torch has nothing for it. Every replica takes the same outer step from the same numbers.
+With the outer optimizer "nesterov" the mean change of the replicas is a gradient for SGD with Nesterov momentum
+(DiLoCo, arXiv 2311.08105, section 2); torch has nothing for it. Every replica takes the same outer step from the same
+numbers.
 """
 
 from __future__ import annotations
