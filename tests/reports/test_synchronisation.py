@@ -49,7 +49,7 @@ def test_rows_by_hand() -> None:
     assert (fast.equal_samples, fast.equal_time) == (2.5, 2.5)
     assert (fast.mean_staleness, fast.most_staleness, fast.most_lead) == (0.5, 2, 1)
     assert (slow.mean_staleness, slow.most_staleness) == (None, None)
-    assert cells(fast)[:6] == ["asynchronous", "1 s", "1 s", "2.00", "2.20", "+10.0%"]
+    assert cells(fast)[:6] == ["asynchronous", "1.00 s", "1.00 s", "2.00", "2.20", "+10.0%"]
 
 
 def test_a_table_and_a_figure(tmp_path: Path) -> None:
