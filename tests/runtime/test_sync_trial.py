@@ -13,15 +13,24 @@ import pytest
 from tiny_jobs import tiny_plan
 
 from planner.sync_trial import WAYS, Trial, layouts, run_trial
+from simulator.cluster import AttentionFit, AttentionKernel
 from simulator.errors import UserError
+from simulator.job import Job
 from simulator.layout import Layout
+
+
+def with_attention(job: Job) -> Job:
+    """The same job, which can be predicted too."""
+    rate = AttentionFit(1e10, 0.0, 1e10, 0.0)
+    gpu = dataclasses.replace(job.cluster.gpu, attention={"sdpa": (AttentionKernel(16, rate, rate),)})
+    return dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, gpu=gpu))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_every_way_converges(workers: int, text_folder: Path, tmp_path: Path) -> None:
     """30 steps of 8 samples; from 5.5, the logarithm of 256, all come below 3. The last worker is twice as slow."""
-    job = tiny_plan(Layout(dp_replicate=workers), data=str(text_folder), sharding="random").job
+    job = with_attention(tiny_plan(Layout(dp_replicate=workers), data=str(text_folder), sharding="random").job)
     run_trial(job, Trial((workers,), 2.0, 30, 2), tmp_path, lambda *_: None)
     found = json.loads((tmp_path / "sync.json").read_text())["workers"][str(workers)]
     assert [row["name"] for row in found] == list(WAYS)
@@ -38,4 +47,4 @@ def test_every_way_converges(workers: int, text_folder: Path, tmp_path: Path) ->
 def test_workers_that_do_not_divide_a_batch_are_refused() -> None:
     job = tiny_plan(Layout(dp_replicate=3)).job
     with pytest.raises(UserError, match=r"on 3 workers: global_batch_size = 8 is not a multiple"):
-        layouts(dataclasses.replace(job), 3)
+        layouts(job, 3)
