@@ -19,7 +19,7 @@ _MEANING = {
     "ep": "expert exchange that nothing hides",
     "pp": "waiting for a tensor on a link",
     "dp": "gradients and parameters that nothing hides",
-    "bubble": "waiting for another stage",
+    "bubble": "waiting for another stage or replica",
     "optimizer": "update and gradient norm",
     "host": "launching kernels that the device outruns",
     "parameters": "weights",

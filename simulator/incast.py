@@ -38,7 +38,7 @@ class Incast:
     """Transfers on links of `capacities` bytes per second. Those of a link are numbered as they come in `kinds`."""
 
     def __init__(self, env: simpy.Environment, capacities: dict[str, float], kinds: list[Kind]) -> None:
-        self.env, self.capacities, self.kinds = env, capacities, kinds
+        self.env, self.sharing = env, Sharing(kinds, capacities)
         self.counts = [0] * len(kinds)
         self.rates = [0.0] * len(kinds)
         self.clocks = [0.0] * len(kinds)
@@ -72,7 +72,7 @@ class Incast:
         if rates is None:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            rates = self._known[counts] = fair_rates(self.kinds, self.capacities, counts)
+            rates = self._known[counts] = self.sharing.rates(counts)
         self.rates = rates
         self.alarm += 1
         soonest = math.inf
@@ -107,28 +107,37 @@ class Incast:
             done(what)
 
 
-def fair_rates(kinds: list[Kind], capacities: dict[str, float], counts: tuple[int, ...]) -> list[float]:
-    """Max-min fair bytes per second of one transfer of each kind (progressive filling, as network.max_min_rates): all
-    rates rise together until a link is full or a transfer is at its limit; those stay, the others rise on."""
-    free = dict(capacities)
-    rates = [0.0] * len(kinds)
-    active = [place for place, count in enumerate(counts) if count]
-    while active:
-        weights: dict[str, float] = {}
-        for place in active:
-            for link, weight in kinds[place].links:
-                weights[link] = weights.get(link, 0.0) + weight * counts[place]
-        shares = {link: max(0.0, free[link]) / weight for link, weight in weights.items() if weight}
-        level = min(min(shares.values(), default=math.inf), min(kinds[place].limit for place in active))
-        full = {link for link, share in shares.items() if share <= level * (1 + 1e-12)}
-        fixed = [
-            place
-            for place in active
-            if kinds[place].limit <= level or any(weight and link in full for link, weight in kinds[place].links)
-        ]
-        for place in fixed:
-            rates[place] = level
-            for link, weight in kinds[place].links:
-                free[link] -= weight * counts[place] * level
-        active = [place for place in active if place not in fixed]
-    return rates
+class Sharing:
+    """Max-min fair rates of transfers by kind (progressive filling, as network.max_min_rates): all rates rise together
+    until a link is full or a transfer is at its limit; those stay, the others rise on."""
+
+    def __init__(self, kinds: list[Kind], capacities: dict[str, float]) -> None:
+        names = list(capacities)
+        self.capacities = list(capacities.values())
+        self.limits = [kind.limit for kind in kinds]
+        self.crossed = [[(names.index(link), weight) for link, weight in kind.links if weight] for kind in kinds]
+
+    def rates(self, counts: tuple[int, ...]) -> list[float]:
+        """Bytes per second of one transfer of each kind, where there are so many of each."""
+        limits, crossed, free = self.limits, self.crossed, self.capacities[:]
+        rates = [0.0] * len(counts)
+        active = [place for place, count in enumerate(counts) if count]
+        while active:
+            load, level = [0.0] * len(free), math.inf
+            for place in active:
+                if limits[place] < level:
+                    level = limits[place]
+                for link, weight in crossed[place]:
+                    load[link] += weight * counts[place]
+            shares = [left / weight if weight else math.inf for left, weight in zip(free, load, strict=True)]
+            level = max(0.0, min(level, *shares)) if shares else level
+            bar, rising = level * (1 + 1e-12), []
+            for place in active:
+                if limits[place] > level and all(shares[link] > bar for link, _ in crossed[place]):
+                    rising.append(place)
+                    continue
+                rates[place] = level
+                for link, weight in crossed[place]:
+                    free[link] -= weight * counts[place] * level
+            active = rising
+        return rates

@@ -10,7 +10,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.incast import Incast, Kind, fair_rates
+from simulator.incast import Incast, Kind, Sharing
 from simulator.network import Flow, Link, Network, Route, max_min_rates
 
 KINDS = [
@@ -70,7 +70,7 @@ def test_rates_of_kinds_are_those_of_their_flows(counts: list[int]) -> None:
     routes = [Route(tuple((links[name], weight) for name, weight in kind.links), kind.limit) for kind in KINDS]
     flows = {(k, i): Flow(routes[k], 1.0, lambda: None, 0.0) for k, count in enumerate(counts) for i in range(count)}
     one_by_one = max_min_rates(list(flows.values()))
-    rates = fair_rates(KINDS, CAPACITIES, tuple(counts))
+    rates = Sharing(KINDS, CAPACITIES).rates(tuple(counts))
     for (kind, _), flow in flows.items():
         assert rates[kind] == pytest.approx(one_by_one[flow])
 

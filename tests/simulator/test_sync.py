@@ -209,7 +209,8 @@ def test_synchronous_servers_update_once() -> None:
 @given(fleets, st.sampled_from([0, 1, 3, None]), st.sampled_from([FREE, apart(1), apart(2, 3)]))
 @settings(deadline=None, max_examples=40)
 def test_time_is_accounted_for(draws: list[list[float]], staleness: int | None, servers: Servers) -> None:
-    """Computing, transfers and waiting of the replicas are all the time there is, but for those under way at the end."""
+    """Computing, transfers and waiting of the replicas are all the time there is, but for who is
+    on the way at the end."""
     steps = 60
     found = with_servers(drawn(draws), servers, staleness, steps)
     own = found.computing + found.communicating + found.waiting
