@@ -68,7 +68,7 @@ def test_one_asynchronous_worker_is_sequential_training(name: str, fast: Runs) -
 @pytest.mark.xdist_group("distributed")
 def test_nobody_is_further_ahead_than_the_bound(fast: Runs) -> None:
     """12 steps of two replicas, one of them three times as slow. Bounded by 1: leads are 0 and 1. Between its pull and
-    its push a replica sees at most the bound's and one more update of the other. Unbounded: the fast one does more."""
+    its push a replica sees at most 3 updates of the other: from 1 behind it to 2 ahead."""
     bounded, free = fast["bounded"]["updates"], fast["asynchronous"]["updates"]
     for found in (bounded, free):
         assert sum(found["staleness"]) == sum(found["lead"]) == sum(found["by_replica"]) == 24
@@ -76,7 +76,6 @@ def test_nobody_is_further_ahead_than_the_bound(fast: Runs) -> None:
     assert len(bounded["staleness"]) - 1 <= 2 * 1 + 1
     first, second = bounded["by_replica"]
     assert abs(first - second) <= 2
-    assert free["by_replica"][0] > free["by_replica"][1]
     assert fast["server"]["updates"] == {"staleness": [12], "lead": [12], "by_replica": [6, 6]}
 
 
