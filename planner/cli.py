@@ -391,9 +391,10 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
     import dataclasses
+    import math
 
     from planner.explain import explain, sentences
-    from planner.other_nodes import node_counts, plans_for
+    from planner.other_nodes import PATIENCE, node_counts, plans_for
     from planner.plan import read_plan
     from reports.page import write_report
     from reports.page_inputs import find_inputs, find_plan
@@ -405,7 +406,7 @@ def report(
     counts = node_counts(read, nodes)
     inputs = find_inputs(read, path.parent, validation)
     with _progress("planning", quiet=as_json) as progress:
-        plans, notes = plans_for(read, counts, progress)
+        plans, notes = plans_for(read, counts, progress, PATIENCE if nodes is None else math.inf)
     written = write_report(
         read,
         dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),

@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 from planner.plan import Plan
 from reports import page_charts, page_sections
+from reports.page_candidates import candidate_table, candidates
+from reports.page_html import esc, folded, table
 from reports.page_inputs import Inputs, ratio
-from reports.page_sections import esc, folded, table
 from reports.page_timeline import packed_timeline
 from reports.timeline import cells, join, totals_by_kind
 from simulator.files import write_json, write_text
@@ -35,9 +36,11 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
     """
     known = ratio(inputs.exam, plan.job)
     data: dict[str, Any] = {"charts": {}}
-    sections = [("candidates", "Candidates", page_sections.candidate_table(plan))]
+    sections = [("candidates", "Candidates", candidate_table(plan))]
     sections.append(("time", "Where the time goes", page_sections.time_section(plan, inputs, known)))
-    memory = _chart(data, "memory", "Memory of the fullest rank over the step", page_charts.memory_chart(traced, plan.job))
+    memory = _chart(
+        data, "memory", "Memory of the fullest rank over the step", page_charts.memory_chart(traced, plan.job)
+    )
     sections.append(("memory", "Memory", page_sections.memory_section(plan, memory)))
     sections.append(("step", "Timeline", _timeline(data, traced, inputs)))
     if inputs.comparisons:
@@ -60,7 +63,8 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
         sections.append(("files", "Beside this page", listed))
     notes = "".join(f'<p class="hint">{esc(note)}</p>' for note in inputs.notes)
     body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{esc(heading)}</h2>{content}</section>'
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{esc(heading)}</h2>'
+        f"{content}</section>"
         for name, heading, content in sections
     )
     places = {
@@ -120,8 +124,10 @@ def write_report(plan: Plan, inputs: Inputs, folder: Path) -> list[Path]:
 
     traced = simulate(plan.job, plan.layout, trace=True)
     beside = folder / BESIDE
-    named = [(one.name, one.prediction) for one in page_sections.candidates(plan)]
-    files = [(write_json(beside / "predicted.trace.json", chrome_trace(traced)), "the predicted step, for ui.perfetto.dev")]
+    named = [(one.name, one.prediction) for one in candidates(plan)]
+    files = [
+        (write_json(beside / "predicted.trace.json", chrome_trace(traced)), "the predicted step, for ui.perfetto.dev")
+    ]
     if inputs.measured:
         trace = write_json(beside / "measured.trace.json", measured_trace(inputs.measured))
         files.append((trace, "the measured step, for ui.perfetto.dev"))

@@ -1,8 +1,8 @@
 """Curves and scatters of a page as plain data, which web/chart.js draws, and as tables for who cannot see them.
 
 A chart: `x` and `y` axes (`label`, `log`), `series` of (`name`, `kind` points | line | steps, `color` a place in the
-palette, `points` [x, y, low, high, text], low and high null where no interval is known), `levels` (`y`, `label`) and
-`diagonals` (factors of x).
+palette, `points` [x, y, low, high, text], low and high null where no interval is known), `levels` (`y`, `label`, and
+`below` where that stands) and `diagonals` (factors of x).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def memory_chart(prediction: Prediction, job: Job) -> Chart | None:
         "series": [series(f"pipeline rank {rank}", "steps", 0, points)],
         "levels": [
             {"y": _short(capacity(job, prediction.layout) / GIB), "label": "capacity"},
-            {"y": _short(always / GIB), "label": "always there"},
+            {"y": _short(always / GIB), "label": "always there", "below": True},
         ],
     }
 
@@ -187,7 +187,5 @@ def _run_text(row: ExamRow) -> str:
 
 def table_of(chart: Chart) -> Table:
     """The points of a chart as a table, for who cannot see it."""
-    rows = [
-        [one["name"], f"{point[0]:,.6g}", f"{point[1]:,.6g}"] for one in chart["series"] for point in one["points"]
-    ]
+    rows = [[one["name"], f"{point[0]:,.6g}", f"{point[1]:,.6g}"] for one in chart["series"] for point in one["points"]]
     return ["", chart["x"]["label"], chart["y"]["label"]], rows

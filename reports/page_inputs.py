@@ -164,9 +164,10 @@ def _compare(name: str, plan: Plan, path: Path) -> Comparison:
 def ratio(exam: Exam | None, job: Job) -> Ratio | None:
     """How long runs took relative to their prediction: those on the job's stack where there are enough, else all.
 
-    Throughput off by e (predicted / measured - 1) is a step that took 1 + e of its prediction.
+    Throughput off by e (predicted / measured - 1) is a step that took 1 + e of its prediction. None for processors:
+    all published runs are on GPUs.
     """
-    if exam is None or not exam.compared:
+    if exam is None or not exam.compared or job.cluster.gpu.kind == "cpu":
         return None
     same = [row for row in exam.compared if row.stack == job.stack.name]
     enough = len(same) >= ENOUGH_RUNS

@@ -72,12 +72,12 @@
     svg.append(make("text", { x: box.left - 44, y: 9 }, chart.y.label));
     for (const level of chart.levels || []) {
       svg.append(make("line", { class: "guide", x1: box.left, x2: box.right, y1: Y(level.y), y2: Y(level.y) }));
-      svg.append(make("text", { x: box.right, y: Y(level.y) - 5, "text-anchor": "end" }, `${level.label} ${show(level.y)}`));
+      svg.append(make("text", { x: box.right, y: Y(level.y) + (level.below ? 14 : -5), "text-anchor": "end" }, `${level.label} ${show(level.y)}`));
     }
     const [low, high] = place.x;
     for (const factor of chart.diagonals || []) {
       const [from, to] = [Math.max(low, low / factor), Math.min(high, high / factor)];
-      svg.append(make("line", { class: "guide", x1: X(from), x2: X(to), y1: Y(from * factor), y2: Y(to * factor), ...(factor === 1 ? { "stroke-dasharray": "none" } : {}) }));
+      svg.append(make("line", { class: factor === 1 ? "guide whole" : "guide", x1: X(from), x2: X(to), y1: Y(from * factor), y2: Y(to * factor) }));
     }
     for (const series of chart.series) drawSeries(svg, chart, series, X, Y);
     plot.replaceChildren(svg, ...keys(chart));
@@ -102,7 +102,7 @@
       if (series.kind === "points" || text) {
         const faint = strong && !strong.has(n);
         const tipText = strong ? `${text}\nmeasured ${show(x)}, predicted ${show(y)}` : text;
-        group.append(make("circle", { cx: X(x).toFixed(1), cy: Y(y).toFixed(1), r: strong ? (faint ? 2 : 2.8) : 4, ...(faint ? { class: "faint c7" } : {}), ...(text ? { "data-tip": tipText } : {}) }));
+        group.append(make("circle", { cx: X(x).toFixed(1), cy: Y(y).toFixed(1), r: strong ? (faint ? 2 : 2.8) : 4, ...(faint ? { class: "faint c7" } : strong ? { class: "many" } : {}), ...(text ? { "data-tip": tipText } : {}) }));
       }
     }
     svg.append(group);

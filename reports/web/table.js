@@ -1,6 +1,6 @@
 // Sorting by any column, filtering by words and by fields.
 (() => {
-  const table = document.getElementById("candidates");
+  const table = document.getElementById("layouts");
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   const rows = [...body.rows];
