@@ -73,11 +73,11 @@ def candidate_table(plan: Plan) -> str:
     )
     body = "".join(_candidate_row(place, one, plan, extra, risky, priced) for place, one in enumerate(named))
     return (
-        '<form class="filter" role="search" onsubmit="return false"><label>Filter '
+        '<div class="filter" role="search"><label>Filter '
         '<input type="search" id="filter" placeholder="tp=4 pp&gt;=8 step&lt;20" autocomplete="off" spellcheck="false" '
         'aria-describedby="filter-help"></label>'
         '<label class="check"><input type="checkbox" id="fits-only"> only what fits</label>'
-        f'<output id="filter-count" for="filter fits-only" aria-live="polite">{len(named)} layouts</output></form>'
+        f'<output id="filter-count" for="filter fits-only" aria-live="polite">{len(named)} layouts</output></div>'
         '<p class="hint" id="filter-help">Words, or fields with =, &lt;, &gt;, &lt;=, &gt;=: any field of a layout, '
         "<code>step</code> (s), <code>mfu</code> (%), <code>gib</code>, <code>speed</code> (tokens/s/GPU).</p>"
         '<div class="scroll" tabindex="0"><table id="layouts" class="sortable"><caption class="unseen">Layouts with '

@@ -10,7 +10,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -185,7 +184,11 @@ if __name__ == "__main__":
             print(kind, browser.errors, [url[:60] for url in browser.requests])
         browser.open(source)
         Path(f"{name}-print.pdf").write_bytes(browser.pdf())
-        if shutil.which("pdftoppm"):
-            subprocess.run(["pdftoppm", "-r", "60", "-png", f"{name}-print.pdf", f"{name}-print"], check=True)
+        # The same as a picture: a sheet of A4 within its margins.
+        browser.resize(720, 1000)
+        browser.media(kind="print")
+        browser.run("dispatchEvent(new Event('beforeprint'))")
+        browser.settle()
+        browser.screenshot(Path(f"{name}-print.png"))
     finally:
         browser.close()
