@@ -63,9 +63,8 @@ def candidate_table(plan: Plan) -> str:
     head = [
         ("", "text"), ("step", "number"), ("tok/s/GPU", "number"), ("MFU", "number"), ("GiB", "number"),
         ("fits", "text"), *([("OOM", "number")] if risky else []), *([("$/10⁹ tok", "number")] if priced else []),
-        ("TP", "number"), *((name.upper(), "number") for name in extra), ("PP", "number"), ("VP", "number"),
-        ("DP", "number"), ("ZeRO", "number"), ("MBS", "number"), ("schedule", "text"), ("recompute", "text"),
-        ("--layout", "text"),
+        *((name, "number axis") for name in ("TP", *(name.upper() for name in extra), "PP", "VP", "DP", "ZeRO", "MBS")),
+        ("schedule", "text axis"), ("recompute", "text axis"), ("--layout", "text"),
     ]  # fmt: skip
     top = "".join(
         f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{esc(name or "layout")}</button></th>'
@@ -102,15 +101,15 @@ def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: 
         ("yes" if p.fits else "no", int(not p.fits), "text"),
         *([("–" if risk is None else f"{risk:.0%}", risk or 0, "number")] if risky else []),
         *([("–" if cost is None else f"{cost:,.0f}", cost or 0, "number")] if priced else []),
-        (f"{layout.tp}{'+SP' if layout.sequence_parallel else ''}", layout.tp, "number"),
-        *((str(getattr(layout, name)), getattr(layout, name), "number") for name in extra),
-        (str(layout.pp), layout.pp, "number"),
-        (str(layout.virtual_stages), layout.virtual_stages, "number"),
-        (data, layout.dp, "number"),
-        (str(layout.zero_stage), layout.zero_stage, "number"),
-        (str(layout.micro_batch_size), layout.micro_batch_size, "number"),
-        (layout.schedule if layout.pp > 1 else "–", layout.schedule if layout.pp > 1 else "", "text"),
-        (layout.recompute, layout.recompute, "text"),
+        (f"{layout.tp}{'+SP' * layout.sequence_parallel}", layout.tp, "number axis"),
+        *((str(getattr(layout, name)), getattr(layout, name), "number axis") for name in extra),
+        (str(layout.pp), layout.pp, "number axis"),
+        (str(layout.virtual_stages), layout.virtual_stages, "number axis"),
+        (data, layout.dp, "number axis"),
+        (str(layout.zero_stage), layout.zero_stage, "number axis"),
+        (str(layout.micro_batch_size), layout.micro_batch_size, "number axis"),
+        (layout.schedule if layout.pp > 1 else "–", layout.schedule if layout.pp > 1 else "", "text axis"),
+        (layout.recompute, layout.recompute, "text axis"),
     ]
     fields = {field.name: _word(getattr(layout, field.name)) for field in dataclasses.fields(layout)}
     fields |= {"step": f"{p.step_seconds:.6g}", "mfu": f"{100 * p.mfu:.6g}", "gib": f"{p.memory.peak / GIB:.6g}"}

@@ -116,8 +116,8 @@ def answer(plan: Plan, known: Ratio | None) -> str:
         ("step", show_seconds(best.step_seconds), spread),
         (
             "throughput",
-            f"{best.tokens_per_second:,.0f} tokens/s",
-            f"{best.tokens_per_second_per_gpu:,.0f} per {device}",
+            f"{best.tokens_per_second:,.0f}",
+            f"tokens/s, {best.tokens_per_second_per_gpu:,.0f} per {device}",
         ),
         ("MFU", f"{best.mfu:.1%}", f"{best.hfu:.1%} with recomputation"),
         ("memory", f"{best.memory.peak / GIB:.1f} GiB", f"{best.memory.peak / limit:.0%} of {limit / GIB:.1f} GiB"),
@@ -276,23 +276,23 @@ def scaling_section(plans: Sequence[Plan], scaling: str, pareto: str) -> str:
     for plan in sorted(plans, key=lambda plan: plan.job.world_size):
         best, cost = plan.best, dollars(plan.best, plan.job)
         rows.append([
-            str(plan.job.nodes), str(plan.job.world_size), best.layout.short(), show_seconds(best.step_seconds),
+            best.layout.short(), str(plan.job.nodes), str(plan.job.world_size), show_seconds(best.step_seconds),
             f"{best.tokens_per_second:,.0f}", f"{best.mfu:.1%}", "–" if cost is None else f"${cost:,.0f}",
         ])  # fmt: skip
     front = [
         [
-            str(plan.job.world_size), p.layout.short(), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
+            p.layout.short(), str(plan.job.world_size), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
             "–" if (cost := dollars(p, plan.job)) is None else f"${cost:,.0f}",
         ]
         for plan, p, on_front in pareto_rows(plans)
         if on_front
     ]  # fmt: skip
-    head = ["nodes", "GPUs", "best layout", "step", "tokens/s", "MFU", "10⁹ tokens"]
+    head = ["best layout", "nodes", "GPUs", "step", "tokens/s", "MFU", "10⁹ tokens"]
     return (
         f"<p>The global batch stays the same.</p>{scaling}"
-        + table(head, rows, 0)
+        + table(head, rows)
         + f"<h3>Time, cost and GPUs</h3>{pareto}"
-        + folded("The front as a table", table(["GPUs", "layout", "hours for 10⁹ tokens", "cost"], front, 0))
+        + folded("The front as a table", table(["layout", "GPUs", "hours for 10⁹ tokens", "cost"], front))
     )
 
 

@@ -38,7 +38,7 @@ def make_plan(**job: Any) -> Plan:
 def exam_document() -> dict[str, Any]:
     rows = [
         {
-            "id": name, "job": "", "confidence": confidence, "gpu": "H100", "arch": "llama", "framework": "x", "status": "ok",
+            "id": name, "job": "", "confidence": confidence, "gpu": "H100", "arch": "llama", "framework": "x",
             "measured": {"tokens_per_second_per_gpu": measured, "peak_memory_gib": None},
             "predicted": {"tokens_per_second_per_gpu": predicted, "peak_memory_gib": 1.0},
             "error": predicted / measured - 1, "stack": stack,

@@ -189,8 +189,9 @@ def test_layouts_in_words() -> None:
 
 @given(
     st.builds(
-        Layout, dp_replicate=st.sampled_from([1, 2]), dp_shard=st.sampled_from([1, 4, 16]), tp=st.sampled_from([1, 2, 8]),
-        pp=st.sampled_from([1, 4]), zero_stage=st.sampled_from([0, 1, 2, 3]), virtual_stages=st.sampled_from([1, 2, 4]),
+        Layout, dp_replicate=st.sampled_from([1, 2]), dp_shard=st.sampled_from([1, 4, 16]),
+        tp=st.sampled_from([1, 2, 8]), pp=st.sampled_from([1, 4]), zero_stage=st.sampled_from([0, 1, 2, 3]),
+        virtual_stages=st.sampled_from([1, 2, 4]),
         schedule=st.sampled_from(["1F1B", "GPipe", "Interleaved1F1B", "DualPipeV"]), sequence_parallel=st.booleans(),
         stage_layers=st.sampled_from([None, (3, 5)]), rank_order=st.sampled_from(["tp-cp-ep-dp-pp", "tp-pp-dp"]),
     )

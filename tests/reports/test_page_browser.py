@@ -72,8 +72,12 @@ def test_everything_is_drawn(page: Browser) -> None:
     ]  # fmt: skip
     assert page.run("[...document.querySelectorAll('.plot')].every(p => p.querySelector('path, circle'))")
     # A canvas that is not blank has more than a few colours.
-    colors = page.run("""(() => { const d = timeline.getContext('2d').getImageData(0, 0, timeline.width, timeline.height).data;
-        const s = new Set(); for (let i = 0; i < d.length; i += 4) s.add(d[i] + ',' + d[i + 1] + ',' + d[i + 2]); return s.size })()""")
+    colors = page.run("""(() => {
+        const d = timeline.getContext('2d').getImageData(0, 0, timeline.width, timeline.height).data;
+        const s = new Set();
+        for (let i = 0; i < d.length; i += 4) s.add(d[i] + ',' + d[i + 1] + ',' + d[i + 2]);
+        return s.size;
+    })()""")
     assert colors > 10
     # Nothing is not a number where text or geometry is made.
     assert "NaN" not in page.run("document.querySelector('main').outerHTML")
@@ -160,7 +164,7 @@ def test_fingers_pinch_and_swipe(browser: Browser, path: Path) -> None:
 
 
 def test_a_span_says_its_name_and_its_twin(page: Browser) -> None:
-    x, y = middle(page)
+    _, y = middle(page)
     page.run("document.querySelector('[data-zoom=all]').click()")
     page.settle()
     left = page.run("timeline.getBoundingClientRect().x")
@@ -213,9 +217,15 @@ def test_dark_by_the_system_and_by_choice(browser: Browser, path: Path) -> None:
 def test_words_stand_out_from_what_is_behind_them(browser: Browser, path: Path, dark: bool) -> None:
     """WCAG 2 AA: a contrast of 4.5 for text, of 3 for what is drawn (but for hatching and overhead, which are grey)."""
     browser.open(path, dark=dark)
-    ratio = """((front, back) => { const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => v / 255)
-        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-        const [a, b] = [light(color(front)), light(color(back))]; return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); })"""
+    ratio = """((front, back) => {
+        const part = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const light = (c) => {
+            const [r, g, b] = c.match(/[\\d.]+/g).map((v) => part(v / 255));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const [a, b] = [light(color(front)), light(color(back))];
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    })"""
     for front in ("text", "soft", "link"):
         for back in ("page", "raised"):
             assert browser.run(f"{ratio}('{front}', '{back}')") >= 4.5, (front, back)
@@ -244,8 +254,10 @@ def test_print_is_light_and_has_no_controls(browser: Browser, path: Path) -> Non
 
 def test_everything_can_be_reached_by_keys(page: Browser) -> None:
     """Buttons, links, tables that scroll and the canvas are in the order of the tabulator."""
-    kinds = page.run("""(() => { const all = [...document.querySelectorAll('a, button, input, select, summary, canvas, .scroll')];
-        return all.filter((e) => e.tabIndex < 0 && e.getClientRects().length).map((e) => e.outerHTML.slice(0, 80)) })()""")
+    kinds = page.run("""(() => {
+        const all = [...document.querySelectorAll('a, button, input, select, summary, canvas, .scroll')];
+        return all.filter((e) => e.tabIndex < 0 && e.getClientRects().length).map((e) => e.outerHTML.slice(0, 80));
+    })()""")
     assert kinds == []
     page.run("document.querySelector('.skip').focus()")
     assert page.run("document.activeElement.getBoundingClientRect().x >= 0")
