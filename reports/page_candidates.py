@@ -99,7 +99,7 @@ def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: 
         (f"{p.mfu:.1%}", p.mfu, "number"),
         (f"{p.memory.peak / GIB:.1f}", p.memory.peak, "number"),
         ("yes" if p.fits else "no", int(not p.fits), "text"),
-        *([("–" if risk is None else f"{risk:.0%}", risk or 0, "number")] if risky else []),
+        *([("–" if risk is None else f"{risk:.1%}", risk or 0, "number")] if risky else []),
         *([("–" if cost is None else f"{cost:,.0f}", cost or 0, "number")] if priced else []),
         (f"{layout.tp}{'+SP' * layout.sequence_parallel}", layout.tp, "number axis"),
         *((str(getattr(layout, name)), getattr(layout, name), "number axis") for name in extra),

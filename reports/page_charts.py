@@ -1,12 +1,13 @@
 """Curves and scatters of a page as plain data, which web/chart.js draws, and as tables for who cannot see them.
 
-A chart: `x` and `y` axes (`label`, `log`), `series` of (`name`, `kind` points | line | steps, `color` a place in the
-palette, `points` [x, y, low, high, text], low and high null where no interval is known), `levels` (`y`, `label`, and
-`below` where that stands) and `diagonals` (factors of x).
+A chart: `x` and `y` axes (`label`, `log`), `series` of (`name`, `kind` points | line | area, `color` a place in the
+palette, `points` [x, y, low, high, text], low and high null where no interval is known, low the lower edge of an area;
+`named` where the texts' first words stand beside the points), `levels` (`y`, `label`) and `diagonals` (factors of x).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,9 +15,14 @@ from planner.plan import Plan
 from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, Ratio, error_figures, exam_groups, step_interval
 from simulator.job import Job
 from simulator.memory import capacity
-from simulator.results import Measurement, Prediction
+from simulator.results import Measurement, MemoryBreakdown, Prediction
 
 GIB = 2**30
+MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if field.name != "peak")
+# Places in the palette of web/page.css: blue, green, orange, sky, purple, grey.
+ITEM_COLORS = {
+    "parameters": 0, "gradients": 2, "optimizer": 3, "activations": 4, "buffers": 5, "overhead": 7, "always there": 7,
+}  # fmt: skip
 MOST_MOMENTS = 600
 # The exam's groups by GPU, stack or architecture with fewer runs than this are not worth a choice of their own.
 LEAST_RUNS = 5
@@ -56,39 +62,51 @@ def _short(value: float | None) -> float | None:
 
 
 def memory_chart(prediction: Prediction, job: Job) -> Chart | None:
-    """Bytes of the fullest rank over the step: what is always there, and the activations above it.
-
-    Ignores what comes and goes besides activations. None where the prediction was made without a timeline.
+    """Bytes of the fullest rank over the step, by item where the timeline tells them apart, else what is always there
+    and the activations above it. None where the prediction was made without a timeline.
     """
-    rank = max(range(len(prediction.memory_per_stage)), key=lambda r: prediction.memory_per_stage[r].peak)
-    memory = prediction.memory_per_stage[rank]
-    always = memory.peak - memory.activations
-    samples = [(s.seconds, always + s.activations) for s in prediction.timeline.memory if s.rank == rank]
+    ranks = prediction.memory_per_stage
+    rank = max(range(len(ranks)), key=lambda r: ranks[r].peak)
+    samples = [
+        (sample.seconds, _items(sample, ranks[rank])) for sample in prediction.timeline.memory if sample.rank == rank
+    ]
     if not samples:
         return None
-    samples = [(0.0, always), *samples, (prediction.step_seconds, samples[-1][1])]
-    points = [(seconds, held / GIB) for seconds, held in thinned(samples, MOST_MOMENTS)]
+    samples.append((prediction.step_seconds, samples[-1][1]))
+    kept = [samples[place] for place in thinned([sum(items.values()) for _, items in samples], MOST_MOMENTS)]
+    areas, below = [], [0.0] * len(kept)
+    for name in kept[0][1]:
+        above = [low + items[name] / GIB for low, (_, items) in zip(below, kept, strict=True)]
+        if above != below:
+            points = [(t, high, low, None, "") for (t, _), high, low in zip(kept, above, below, strict=True)]
+            areas.append(series(name, "area", ITEM_COLORS.get(name, 0), points))
+        below = above
     return {
         "x": axis("seconds since the step began"),
         "y": axis("GiB", zero=True),
-        "series": [series(f"pipeline rank {rank}", "steps", 0, points)],
-        "levels": [
-            {"y": _short(capacity(job, prediction.layout) / GIB), "label": "capacity"},
-            {"y": _short(always / GIB), "label": "always there", "below": True},
-        ],
+        "series": areas,
+        "levels": [{"y": _short(capacity(job, prediction.layout) / GIB), "label": "capacity"}],
     }
 
 
-def thinned(samples: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most about so many samples, with the least and the largest of every stretch, so that the peak stays."""
-    stretch = -(-2 * len(samples) // most)
+def _items(sample: Any, peak: MemoryBreakdown) -> dict[str, float]:
+    """What a rank holds at a moment, in bytes: a sample tells all items, or its activations alone."""
+    held = getattr(sample, "memory", None)
+    if held is not None:
+        return {name: float(getattr(held, name)) for name in MEMORY}
+    return {"always there": peak.peak - peak.activations, "activations": float(sample.activations)}
+
+
+def thinned(values: Sequence[float], most: int) -> list[int]:
+    """Places of at most about so many values: the least and the largest of every stretch, so that the peak stays."""
+    stretch = -(-2 * len(values) // most)
     if stretch <= 2:
-        return list(samples)
-    found: list[tuple[float, float]] = [samples[0]]
-    for place in range(0, len(samples), stretch):
-        part = samples[place : place + stretch]
-        found += sorted({min(part, key=lambda s: s[1]), max(part, key=lambda s: s[1])})
-    return [*found, samples[-1]]
+        return list(range(len(values)))
+    found = {0, len(values) - 1}
+    for begin in range(0, len(values), stretch):
+        part = range(begin, min(begin + stretch, len(values)))
+        found |= {min(part, key=values.__getitem__), max(part, key=values.__getitem__)}
+    return sorted(found)
 
 
 def loss_chart(measurement: Measurement) -> Chart:
@@ -149,7 +167,7 @@ def pareto_chart(plans: Sequence[Plan]) -> Chart:
         "y": axis("hours for 10⁹ tokens", log=True),
         "series": [
             series("other layouts", "points", 7, sorted(groups[False])),
-            series("on the front of time, cost and GPUs", "points", 0, sorted(groups[True])),
+            series("on the front of time, cost and GPUs", "points", 0, sorted(groups[True])) | {"named": True},
         ],
     }
 
@@ -186,6 +204,10 @@ def _run_text(row: ExamRow) -> str:
 
 
 def table_of(chart: Chart) -> Table:
-    """The points of a chart as a table, for who cannot see it."""
-    rows = [[one["name"], f"{point[0]:,.6g}", f"{point[1]:,.6g}"] for one in chart["series"] for point in one["points"]]
+    """The points of a chart as a table, for who cannot see it; of an area its height."""
+    rows = []
+    for one in chart["series"]:
+        for x, y, low, _, _ in one["points"]:
+            height = y - low if one["kind"] == "area" else y
+            rows.append([one["name"], f"{x:,.6g}", f"{height:,.6g}"])
     return ["", chart["x"]["label"], chart["y"]["label"]], rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from planner.plan import Plan
 from reports.page_candidates import candidates, pasteable
-from reports.page_charts import GIB, Table, dollars, pareto_rows
+from reports.page_charts import GIB, MEMORY, Table, dollars, pareto_rows
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
 from reports.page_inputs import Exam, Inputs, Ratio, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
@@ -15,12 +15,11 @@ from reports.tables import Comparison
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
-from simulator.results import Breakdown, MeasuredTimeline, MemoryBreakdown, Prediction
+from simulator.results import Breakdown, MeasuredTimeline, Prediction
 from simulator.units import show_bytes, show_seconds
 
 MOST_BARS = 16
 TIME = tuple(field.name for field in dataclasses.fields(Breakdown))
-MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if field.name != "peak")
 MEANING = {
     "compute": "kernels",
     "recompute": "forward again, to save memory",
@@ -124,7 +123,7 @@ def answer(plan: Plan, known: Ratio | None) -> str:
     ]
     risk = getattr(best, "out_of_memory_probability", None)
     if risk is not None:
-        tiles.append(("runs out of memory", f"{risk:.0%}", "probability"))
+        tiles.append(("runs out of memory", f"{risk:.1%}", "probability"))
     if cost is not None:
         tiles.append(("cost", f"${cost:,.0f}", f"10⁹ tokens at ${job.cluster.price_per_gpu_hour:.2f} per GPU hour"))
     boxes = "".join(

@@ -70,28 +70,35 @@
     }
     svg.append(make("text", { x: (box.left + box.right) / 2, y: tall - 6, "text-anchor": "middle" }, chart.x.label));
     svg.append(make("text", { x: box.left - 44, y: 9 }, chart.y.label));
-    for (const level of chart.levels || []) {
-      svg.append(make("line", { class: "guide", x1: box.left, x2: box.right, y1: Y(level.y), y2: Y(level.y) }));
-      svg.append(make("text", { x: box.right, y: Y(level.y) + (level.below ? 14 : -5), "text-anchor": "end" }, `${level.label} ${show(level.y)}`));
-    }
     const [low, high] = place.x;
     for (const factor of chart.diagonals || []) {
       const [from, to] = [Math.max(low, low / factor), Math.min(high, high / factor)];
       svg.append(make("line", { class: factor === 1 ? "guide whole" : "guide", x1: X(from), x2: X(to), y1: Y(from * factor), y2: Y(to * factor) }));
     }
     for (const series of chart.series) drawSeries(svg, chart, series, X, Y);
+    for (const level of chart.levels || []) {
+      svg.append(make("line", { class: "guide", x1: box.left, x2: box.right, y1: Y(level.y), y2: Y(level.y) }));
+      svg.append(make("text", { x: box.right, y: Y(level.y) - 5, "text-anchor": "end" }, `${level.label} ${show(level.y)}`));
+    }
     plot.replaceChildren(svg, ...keys(chart));
   }
 
   function drawSeries(svg, chart, series, X, Y) {
     const group = make("g", { class: `c${series.color}` });
-    if (series.kind !== "points") {
-      let path = "";
-      series.points.forEach(([x, y], n) => {
-        if (n && series.kind === "steps") path += `H${X(x).toFixed(1)}`;
-        path += `${n ? "L" : "M"}${X(x).toFixed(1)},${Y(y).toFixed(1)}`;
-      });
-      group.append(make("path", { class: "curve", d: path, ...(series.color === 7 ? { "stroke-dasharray": "3 4" } : {}) }));
+    const at = (v, scale) => scale(v).toFixed(1);
+    if (series.kind === "line") {
+      const path = series.points.map(([x, y]) => `${at(x, X)},${at(y, Y)}`).join("L");
+      group.append(make("path", { class: "curve", d: `M${path}`, ...(series.color === 7 ? { "stroke-dasharray": "3 4" } : {}) }));
+    }
+    if (series.kind === "area") {
+      // Steps: along the upper edge to the right, back along the lower one.
+      const [first, ...rest] = series.points;
+      const last = series.points[series.points.length - 1];
+      const up = rest.map(([x, y]) => `H${at(x, X)}V${at(y, Y)}`).join("");
+      const down = series.points.slice(0, -1).reverse().map(([x, , low]) => `V${at(low, Y)}H${at(x, X)}`).join("");
+      group.append(make("path", { class: "area", d: `M${at(first[0], X)},${at(first[1], Y)}${up}V${at(last[2], Y)}${down}Z` }));
+      svg.append(group);
+      return;
     }
     const strong = chart.groups ? new Set(chart.groups.find((g) => g.name === chart.group).points) : null;
     const order = series.points.map((_, n) => n);
@@ -103,6 +110,7 @@
         const faint = strong && !strong.has(n);
         const tipText = strong ? `${text}\nmeasured ${show(x)}, predicted ${show(y)}` : text;
         group.append(make("circle", { cx: X(x).toFixed(1), cy: Y(y).toFixed(1), r: strong ? (faint ? 2 : 2.8) : 4, ...(faint ? { class: "faint c7" } : strong ? { class: "many" } : {}), ...(text ? { "data-tip": tipText } : {}) }));
+        if (series.named) svg.append(make("text", { x: X(x) + 7, y: Y(y) + 4 }, text.split(":")[0]));
       }
     }
     svg.append(group);

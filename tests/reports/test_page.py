@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -296,10 +297,18 @@ def test_evenly(count: int, most: int) -> None:
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=300), st.integers(10, 100))
 def test_thinned_curves_keep_their_peak(values: list[float], most: int) -> None:
-    samples = [(float(place), value) for place, value in enumerate(values)]
-    found = thinned(samples, most)
-    assert max(v for _, v in found) == max(values) and min(v for _, v in found) == min(values)
-    assert len(found) <= max(most + 4, 10) and [t for t, _ in found] == sorted(t for t, _ in found)
+    found = thinned(values, most)
+    kept = [values[place] for place in found]
+    assert max(kept) == max(values) and min(kept) == min(values)
+    assert len(found) <= most + 4 and found == sorted(set(found)) and found[-1] == len(values) - 1
+
+
+def test_the_memory_curve_reaches_the_peak(full: str, plan: Plan) -> None:
+    """Areas lie on each other; the highest edge is the fullest rank's peak."""
+    areas = data_of(full)["charts"]["memory"]["series"]
+    for below, above in itertools.pairwise(areas):
+        assert [p[1] for p in below["points"]] == [p[2] for p in above["points"]]
+    assert max(p[1] for p in areas[-1]["points"]) * 2**30 == pytest.approx(plan.best.memory.peak, rel=1e-4)
 
 
 def test_a_page_of_a_large_plan_is_small() -> None:
