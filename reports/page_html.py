@@ -20,9 +20,11 @@ def copy_box(text: str, what: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, caption: str = "") -> str:
-    """A table of texts; all columns but the first `texts` are numbers."""
+    """A table of texts; all columns but the first `texts` and "layout" are numbers."""
     named = f"<caption>{esc(caption)}</caption>" if caption else ""
-    kind = ['class="text"' if place < texts else 'class="number"' for place in range(len(head))]
+    kind = [
+        'class="text"' if place < texts or name == "layout" else 'class="number"' for place, name in enumerate(head)
+    ]
     top = "".join(f'<th scope="col" {kind[place]}>{esc(name)}</th>' for place, name in enumerate(head))
     body = "".join(
         "<tr>" + "".join(f"<td {kind[place]}>{esc(cell)}</td>" for place, cell in enumerate(row)) + "</tr>"

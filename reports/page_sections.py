@@ -275,23 +275,24 @@ def scaling_section(plans: Sequence[Plan], scaling: str, pareto: str) -> str:
     for plan in sorted(plans, key=lambda plan: plan.job.world_size):
         best, cost = plan.best, dollars(plan.best, plan.job)
         rows.append([
-            best.layout.short(), str(plan.job.nodes), str(plan.job.world_size), show_seconds(best.step_seconds),
+            str(plan.job.nodes), str(plan.job.world_size), show_seconds(best.step_seconds),
             f"{best.tokens_per_second:,.0f}", f"{best.mfu:.1%}", "–" if cost is None else f"${cost:,.0f}",
+            best.layout.short(),
         ])  # fmt: skip
     front = [
         [
-            p.layout.short(), str(plan.job.world_size), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
-            "–" if (cost := dollars(p, plan.job)) is None else f"${cost:,.0f}",
+            str(plan.job.world_size), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
+            "–" if (cost := dollars(p, plan.job)) is None else f"${cost:,.0f}", p.layout.short(),
         ]
         for plan, p, on_front in pareto_rows(plans)
         if on_front
     ]  # fmt: skip
-    head = ["best layout", "nodes", "GPUs", "step", "tokens/s", "MFU", "10⁹ tokens"]
+    head = ["nodes", "GPUs", "step", "tokens/s", "MFU", "10⁹ tokens", "layout"]
     return (
         f"<p>The global batch stays the same.</p>{scaling}"
-        + table(head, rows)
+        + table(head, rows, 0)
         + f"<h3>Time, cost and GPUs</h3>{pareto}"
-        + folded("The front as a table", table(["layout", "GPUs", "hours for 10⁹ tokens", "cost"], front))
+        + folded("The front as a table", table(["GPUs", "hours for 10⁹ tokens", "cost", "layout"], front, 0))
     )
 
 

@@ -110,7 +110,7 @@
         const faint = strong && !strong.has(n);
         const tipText = strong ? `${text}\nmeasured ${show(x)}, predicted ${show(y)}` : text;
         group.append(make("circle", { cx: X(x).toFixed(1), cy: Y(y).toFixed(1), r: strong ? (faint ? 2 : 2.8) : 4, ...(faint ? { class: "faint c7" } : strong ? { class: "many" } : {}), ...(text ? { "data-tip": tipText } : {}) }));
-        if (series.named) svg.append(make("text", { x: X(x) + 7, y: Y(y) + 4 }, text.split(":")[0]));
+        if (series.named) svg.append(make("text", { x: X(x) - 3, y: Y(y) - 9 }, text.split(":")[0]));
       }
     }
     svg.append(group);

@@ -79,6 +79,8 @@ def test_everything_is_drawn(page: Browser) -> None:
         return s.size;
     })()""")
     assert colors > 10
+    paint = "[...document.querySelectorAll('.curve')].map(c => getComputedStyle(c)).map(s => [s.fill, s.stroke])"
+    assert all(fill == "none" and stroke.startswith("rgb(") for fill, stroke in page.run(paint))
     # Nothing is not a number where text or geometry is made.
     assert "NaN" not in page.run("document.querySelector('main').outerHTML")
     assert "undefined" not in page.run("document.body.innerText")
