@@ -436,6 +436,54 @@ def validate_sync(
 
 
 @app.command()
+def report(
+    plan_given: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_DIR", help="A plan, or a folder with plan.json and what was measured.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write; beside the plan.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output of `validate published --json`; validation.json beside the plan."),
+    ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Plan the job on these numbers of nodes too, or none; nearby by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
+    import dataclasses
+    import math
+
+    from planner.explain import explain, sentences
+    from planner.other_nodes import PATIENCE, node_counts, plans_for
+    from planner.plan import read_plan
+    from reports.page import write_report
+    from reports.page_inputs import find_inputs, find_plan
+    from simulator.files import check_writable
+
+    path = find_plan(plan_given)
+    read, folder = read_plan(path), output or path.parent
+    check_writable(folder / "report.html")
+    counts = node_counts(read, nodes)
+    inputs = find_inputs(read, path.parent, validation)
+    with _progress("planning", quiet=as_json) as progress:
+        plans, notes = plans_for(read, counts, progress, PATIENCE if nodes is None else math.inf)
+    written = write_report(
+        read,
+        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
+        folder,
+    )
+    if as_json:
+        _print_json({"page": str(written[0]), "files": [str(one) for one in written]})
+        return
+    for one in written:
+        typer.echo(f"written to {one}")
+
+
+@app.command()
 def demo(output: Folder = Path("out/demo")) -> None:
     """The whole story in a few minutes: plan a large job, then measure, plan, run and compare on this machine."""
     from planner.demo import run_demo
