@@ -43,7 +43,13 @@ Checkpoint = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here; all nodes see it.")
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps between saves; 100.")]
+Weights = Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")]
+Export = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
+SlowRank = Annotated[
+    str | None,
+    typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
+]
 
 
 def main() -> None:
@@ -131,6 +137,28 @@ def simulate(
 
 
 @app.command()
+def compare(
+    job_file: JobFile,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are.")] = "",
+    sync: Annotated[str, typer.Option(metavar="WAYS", help="all, or some like all_reduce,parameter_server.")] = "all",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict one layout under every way to keep its replicas together: all-reduce, centre, servers, local SGD."""
+    from planner import show
+    from planner.compare import compare as put_together
+    from planner.compare import comparison_json
+    from simulator.job import read_job
+
+    job = read_job(job_file, overrides)
+    found = put_together(job, layout, sync)
+    if as_json:
+        _print_json(comparison_json(found))
+        return
+    show.print_comparison(found, job)
+
+
+@app.command()
 def explain(
     plan_file: PlanFile,
     against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
@@ -190,14 +218,17 @@ def run(
     plan_file: PlanFile,
     steps: Steps = 20,
     warmup: Warmup = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes, servers included; the layout's own by default.")
+    ] = None,
     output: Folder = Path("."),
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")] = None,
-    export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
+    weights: Weights = None,
+    export: Export = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    slow_rank: SlowRank = None,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
@@ -217,9 +248,15 @@ def run(
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
         steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
-        output / "profile" if profile else None,
+        output / "profile" if profile else None, slow_rank,
     )  # fmt: skip
     if alone:
+        unused = {
+            "--checkpoint": checkpoint, "--weights": weights, "--export": export, "--max-restarts": max_restarts,
+            "--nproc-per-node": nproc_per_node, "--profile": profile,
+        }  # fmt: skip
+        if given := [name for name, value in unused.items() if value]:
+            raise UserError(f"{given[0]} does not go with --alone, which runs one rank without the others")
         _run_alone(plan_file, output / "alone.json", rank or 0, settings, fake, as_json)
         return
     path = output / "measurement.json"
@@ -276,6 +313,8 @@ def launch(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
+    weights: Weights = None,
+    export: Export = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
@@ -284,7 +323,7 @@ def launch(
     from runtime.settings import Settings
     from simulator.files import write_text
 
-    settings = Settings(steps, _warmup(warmup, steps), checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+    settings = Settings(steps, _warmup(warmup, steps), None, checkpoint, checkpoint_every, weights, export)
     files = launch_files(read_plan(plan_file), on, LaunchOptions(settings, image, max_restarts))
     if any((output / name).resolve() == plan_file.resolve() for name in files):
         raise UserError(f"-o '{output}' would overwrite '{plan_file}'; name another folder")
@@ -359,6 +398,41 @@ def validate_published(
     typer.echo(f"{len(found.results)} rows in {found.seconds:.0f} s")
     for path in written:
         typer.echo(f"written to {path}")
+
+
+@validate.command("sync")
+def validate_sync(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.toml", help="What to train; 12 M parameters on bytes by default.")
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N", help="Numbers of replicas.")] = "2,4",
+    slow: Annotated[float, typer.Option(min=1, help="How many times as long the last of them computes.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 60,
+    output: Folder = Path("out/sync"),
+    as_json: AsJson = False,
+) -> None:
+    """Run every way to keep replicas together here, with a straggler: speed, its prediction, and what it learns."""
+    from planner import show
+    from planner.sync_trial import Trial, run_trial, trial_job
+    from simulator.files import check_writable
+    from simulator.job import read_job
+
+    counts = [int(one) if one.strip().isdigit() else 0 for one in workers.split(",")]
+    if min(counts) < 2:
+        raise UserError(f"--workers '{workers}' must be numbers of at least 2, like 2,4")
+    check_writable(output / "sync.md")
+    job = trial_job(None) if job_file is None else read_job(job_file)
+    trial = Trial(tuple(counts), slow, steps, min(5, steps - 1))
+    with _progress("training", quiet=as_json, lines=True) as report:
+        found = run_trial(job, trial, output, report)
+    if as_json:
+        _print_json(found)
+        return
+    from reports.synchronisation import COLUMNS, SyncRow, cells
+
+    for count, ways in found["workers"].items():
+        show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
+    typer.echo(f"written to {output / 'sync.md'}")
 
 
 @app.command()
