@@ -22,9 +22,10 @@ from planner.space import candidates, without_model_parallelism
 from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
-from simulator.memory import capacity, fullest, memory_per_rank
+from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.risk import needed
 from simulator.simulate import simulate
 from simulator.stage import StageCost
 
@@ -112,8 +113,7 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
         # Of the schedule only the placement matters to what a stage costs.
         placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
         stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
-        peak = fullest(memory_per_rank(job, layout, stages)).peak
-        over = peak - capacity(job, layout)
+        over = needed(job, layout, memory_per_rank(job, layout, stages)) - capacity(job, layout)
         if over > 0:
             counts.out_of_memory += 1
             misses.append((over, layout))

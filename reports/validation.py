@@ -25,9 +25,10 @@ from simulator.errors import UserError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
-from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.memory import memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.risk import shortfall
 from simulator.simulate import simulate
 
 GIB = 2**30
@@ -285,7 +286,7 @@ def _fastest(case: Case) -> Prediction:
 
 def _fits(job: Job, layout: Layout) -> bool:
     """What `simulate` says too, but without the simulation."""
-    return not shortfall(job, layout, fullest(memory_per_rank(job, layout, stage_costs(job, layout))))
+    return not shortfall(job, layout, memory_per_rank(job, layout, stage_costs(job, layout)))
 
 
 def _error(result: Result) -> float:

@@ -7,7 +7,6 @@ and gradients of activations besides from the input gradient on.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from simulator.compute import matmul_input_width
@@ -159,18 +158,3 @@ def _overhead(job: Job, layout: Layout) -> float:
     sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
     groups = sum(size > 1 for size in sizes)
     return gpu.context_memory + gpu.communicator_memory * groups
-
-
-def shortfall(job: Job, layout: Layout, memory: MemoryBreakdown) -> str:
-    """Why a layout does not fit, with its largest items; empty if it fits."""
-    limit = capacity(job, layout)
-    over = memory.peak - limit
-    if over <= 0:
-        return ""
-    items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
-    largest = sorted(items, key=lambda name: -items[name])[:2]
-    shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
-    return (
-        f"needs {memory.peak / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
-        f"(mostly {shown} GiB)"
-    )

@@ -96,6 +96,7 @@ class Prediction:
     """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
 
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
+    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py).
     """
 
     layout: Layout
@@ -109,6 +110,7 @@ class Prediction:
     breakdown: Breakdown
     memory: MemoryBreakdown
     memory_per_stage: tuple[MemoryBreakdown, ...]
+    out_of_memory_probability: float
     timeline: Timeline = field(default=Timeline(), compare=False)
 
     __pydantic_config__ = STRICT

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from simulator.engine import run_program
 from simulator.layout import Layout
-from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.memory import capacity, fullest, memory_per_rank
 from simulator.program import build_program
 from simulator.results import Prediction
+from simulator.risk import needed, out_of_memory_probability, shortfall
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -27,7 +28,8 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     ranks = memory_per_rank(job, layout, program.stages)
     run = run_program(job, layout, program, trace)
     memory = fullest(ranks)
-    reason = shortfall(job, layout, memory)
+    reason = shortfall(job, layout, ranks)
+    risk = out_of_memory_probability(needed(job, layout, ranks), capacity(job, layout), job.stack.name)
     tokens = job.tokens_per_step / run.step_seconds
     # Ranks that share processors are no more devices than there are.
     per_gpu = tokens / min(layout.world_size, job.world_size)
@@ -51,5 +53,6 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         breakdown=run.breakdown,
         memory=memory,
         memory_per_stage=ranks,
+        out_of_memory_probability=risk,
         timeline=run.timeline,
     )
