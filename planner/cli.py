@@ -43,6 +43,8 @@ Checkpoint = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here; all nodes see it.")
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps between saves; 100.")]
+Weights = Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")]
+Export = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
 
 
@@ -195,8 +197,8 @@ def run(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")] = None,
-    export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
+    weights: Weights = None,
+    export: Export = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
@@ -220,6 +222,12 @@ def run(
         output / "profile" if profile else None,
     )  # fmt: skip
     if alone:
+        unused = {
+            "--checkpoint": checkpoint, "--weights": weights, "--export": export, "--max-restarts": max_restarts,
+            "--nproc-per-node": nproc_per_node, "--profile": profile,
+        }  # fmt: skip
+        if given := [name for name, value in unused.items() if value]:
+            raise UserError(f"{given[0]} does not go with --alone, which runs one rank without the others")
         _run_alone(plan_file, output / "alone.json", rank or 0, settings, fake, as_json)
         return
     path = output / "measurement.json"
@@ -276,6 +284,8 @@ def launch(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
+    weights: Weights = None,
+    export: Export = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
@@ -284,7 +294,7 @@ def launch(
     from runtime.settings import Settings
     from simulator.files import write_text
 
-    settings = Settings(steps, _warmup(warmup, steps), checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+    settings = Settings(steps, _warmup(warmup, steps), None, checkpoint, checkpoint_every, weights, export)
     files = launch_files(read_plan(plan_file), on, LaunchOptions(settings, image, max_restarts))
     if any((output / name).resolve() == plan_file.resolve() for name in files):
         raise UserError(f"-o '{output}' would overwrite '{plan_file}'; name another folder")

@@ -61,6 +61,11 @@ def read_plan(path: Path | str) -> Plan:
     plan = to_dataclass(Plan, data, f"plan '{path}'")
     check_job(plan.job, f"plan '{path}'")
     for name, prediction in (("best", plan.best), ("baseline", plan.baseline)):
+        if len(prediction.memory_per_stage) != prediction.layout.pp:
+            raise UserError(
+                f"plan '{path}': {name}.memory_per_stage has {len(prediction.memory_per_stage)} entries, but "
+                f"the layout '{prediction.layout.short()}' has pp = {prediction.layout.pp}"
+            )
         if prediction.step_seconds <= 0:
             raise UserError(f"plan '{path}': {name}.step_seconds = {prediction.step_seconds:g} must be above zero")
         if not prediction.fits and not prediction.problems:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from planner.plan import Plan, read_plan
-from runtime.environment import slurm_ranks
+from runtime.environment import slurm_ranks, world_size
 from runtime.here import ERROR_PREFIX, NOTE_PREFIX, check_alone, check_plan
 from runtime.machine import leave
 from runtime.settings import Settings, add_arguments, settings_of
@@ -57,7 +57,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(plan: Plan, settings: Settings) -> None:
-    check_plan(plan, int(os.environ.get("WORLD_SIZE", 1)))
+    check_plan(plan, world_size(os.environ))
     settings.check()
     # torch's notices about its own internals are nothing that a user could act on.
     warnings.filterwarnings("ignore", module="torch")

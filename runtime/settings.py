@@ -49,6 +49,8 @@ class Settings:
             raise UserError(f"checkpoint-every = {self.checkpoint_every} must be at least 1")
         if self.checkpoint_every is not None and self.checkpoint is None:
             raise UserError(f"checkpoint-every = {self.checkpoint_every} needs a folder to write to: --checkpoint DIR")
+        if self.export is not None and self.weights is not None and self.export.resolve() == self.weights.resolve():
+            raise UserError(f"--export {self.export} would overwrite the --weights; name another folder")
         if self.profile is not None and self.warmup + 1 >= self.steps:
             raise UserError(
                 f"--profile takes the last step, which leaves none to measure: steps = {self.steps} must be at least "

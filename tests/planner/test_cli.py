@@ -335,6 +335,13 @@ def test_run_refuses_a_wrong_number_of_processes(
     assert not (folder / "measurement.json").exists()
 
 
+def test_options_that_one_rank_cannot_use_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", "plan.json", "--alone", "--weights", "folder") == 2
+    assert "--weights does not go with --alone" in capsys.readouterr().err
+
+
 def test_plan_for_another_stack_is_not_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
