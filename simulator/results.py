@@ -74,17 +74,19 @@ class Span:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Bytes that a rank keeps for its backwards from this moment on, or works on in one."""
+    """What a rank holds from this moment on: at the begin of an op what it takes, at its end what it leaves. The first
+    of a rank is its step's begin, with no op; the largest peak of a rank is its peak."""
 
     rank: int
     seconds: float
-    activations: float
+    op: str
+    memory: MemoryBreakdown
 
     __pydantic_config__ = STRICT
 
 
 class Timeline(NamedTuple):
-    """One step of every simulated rank: its spans in the order in which they end, and its activations over time.
+    """One step of every simulated rank: its spans in the order in which they end, and its memory over time.
     `rank` is the pipeline rank, which stands for all that do the same."""
 
     spans: tuple[Span, ...] = ()

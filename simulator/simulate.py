@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from simulator.engine import run_program
 from simulator.layout import Layout
-from simulator.memory import capacity, fullest, memory_per_rank
+from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline
+from simulator.memory_curve import memory_curve
 from simulator.program import build_program
 from simulator.results import Prediction
 from simulator.risk import needed, out_of_memory_probability, shortfall
@@ -22,12 +23,14 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
 
     Args:
         layout: a legal one: `layout.problems(job)` is empty.
-        trace: keep every span and the activations over time in `timeline`.
+        trace: keep every span, and the memory over time, in `timeline`.
     """
     program = build_program(job, layout)
     ranks = memory_per_rank(job, layout, program.stages)
     run = run_program(job, layout, program, trace)
-    memory = fullest(ranks)
+    memory, timeline = fullest(ranks), run.timeline
+    if trace:
+        timeline = timeline._replace(memory=memory_curve(memory_timeline(job, layout, program.stages), timeline.spans))
     reason = shortfall(job, layout, ranks)
     risk = out_of_memory_probability(needed(job, layout, ranks), capacity(job, layout), job.stack.name)
     tokens = job.tokens_per_step / run.step_seconds
@@ -54,5 +57,5 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         memory=memory,
         memory_per_stage=ranks,
         out_of_memory_probability=risk,
-        timeline=run.timeline,
+        timeline=timeline,
     )
