@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from simulator.checks import check_job
+from simulator.errors import UserError
 from simulator.job import Job
 from simulator.layout import MULTI_STAGE, V_PLACEMENT, Layout
 
@@ -36,6 +38,10 @@ def more_nodes(job: Job, layout: Layout) -> Iterator[tuple[Job, Layout]]:
         return
     for factor in MORE_NODES:
         larger = dataclasses.replace(job, nodes=job.nodes * factor)
+        try:
+            check_job(larger, "more nodes")
+        except UserError:
+            return
         data = "dp_shard" if layout.zero_stage else "dp_replicate"
         for axis in (data, "pp", "tp", "cp"):
             grown = dataclasses.replace(layout, **{axis: getattr(layout, axis) * factor})

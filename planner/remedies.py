@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.changes import changes, more_nodes
@@ -14,7 +15,7 @@ from simulator.layout_text import difference
 from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
-from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
+from simulator.risk import HIGH_RISK, memory_residuals, needed, out_of_memory_probability
 from simulator.simulate import simulate
 from simulator.stage import StageCost
 
@@ -22,8 +23,8 @@ from simulator.stage import StageCost
 MOST_REMEDIES = 6
 # Forwards and backwards that are simulated in all, about a second of them; the first remedies are simulated always.
 MOST_OPS, LEAST_SIMULATED = 30_000, 3
-# Layouts of one change that a second change is tried on, for each field.
-MOST_FIRST_CHANGES = 2
+# Above it a cluster that is larger still takes a second to build: more nodes are tried where nothing else fits.
+MOST_DEVICES_GROWN = 4096
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ def remedies(job: Job, refused: Prediction) -> Remedies:
     return _find(job, refused, lambda tried: tried.over <= 0)
 
 
+def advice(job: Job, prediction: Prediction) -> Remedies:
+    """What a user should know of a prediction: remedies where it does not fit, the safer change where it fits barely,
+    nothing where it is safe."""
+    if not prediction.fits:
+        return remedies(job, prediction)
+    found = safer(job, prediction) if prediction.out_of_memory_probability > HIGH_RISK else None
+    return Remedies((found,) if found else (), None, 0.0)
+
+
 def safer(job: Job, risky: Prediction) -> Remedy | None:
     """The cheapest single change that brings the probability of running out of memory below HIGH_RISK; the safest
     if none does; None where nothing lowers it."""
@@ -113,7 +123,8 @@ def _find(job: Job, refused: Prediction, accepts: Callable[[_Tried], bool]) -> R
         pairs = list(_pairs(costs, job, refused.layout, single))
         tried, fitting = [*single, *pairs], [t for t in pairs if accepts(t)]
     found = _cheapest(fitting, refused)[:MOST_REMEDIES]
-    larger = next(_on_more_nodes(costs, job, refused, tried, accepts), None)
+    grows = not found or job.world_size <= MOST_DEVICES_GROWN
+    larger = next(_on_more_nodes(costs, job, refused, tried, accepts), None) if grows else None
     nearest = min(tried, key=lambda t: t.over, default=None)
     every = (*found, *([larger] if larger else []))
     if found or nearest is None:
@@ -194,3 +205,62 @@ def _simulated(tried: _Tried, refused: Prediction) -> Remedy:
         out_of_memory_probability=predicted.out_of_memory_probability,
         fits=predicted.fits,
     )
+
+
+def when_nothing_fits(job: Job, misses: Sequence[tuple[float, Layout]]) -> Remedies:
+    """What would make the nearest miss of a search fit; only what the search did not try can, so mostly more nodes."""
+    if not misses:
+        return Remedies((), None, 0.0)
+    return remedies(job, simulate(job, misses[0][1]))
+
+
+def show_risk(probability: float) -> str:
+    """A probability as a reader needs it.
+
+    >>> [show_risk(p) for p in (0.0, 0.004, 0.126, 0.997)]
+    ['< 1 %', '< 1 %', '13 %', '> 99 %']
+    """
+    if probability < 0.01:
+        return "< 1 %"
+    return "> 99 %" if probability > 0.99 else f"{probability:.0%}".replace("%", " %")
+
+
+def remedy_lines(found: Remedies, name: str = "") -> list[str]:
+    """What was found, a line each, after a line that says what it is."""
+    of = f" {name}" if name else ""
+    lines = [f"what would make{of or ' it'} fit, cheapest first:"] if found.found else []
+    lines += [f"  {remedy_line(remedy)}" for remedy in found.found]
+    if found.nearest is not None:
+        lines.append(
+            f"no single change and no two on these devices make{of or ' it'} fit; nearest: {found.nearest.change}, "
+            f"{found.nearest.peak / 2**30:.1f} GiB, {found.short_by / 2**30:.1f} GiB too much"
+        )
+    return lines
+
+
+def remedy_line(remedy: Remedy) -> str:
+    """`recompute=selective: 71.2 GiB, +4.0 % step time, risk 12 %`."""
+    change = re.sub(r"^nodes=(\d+) ?", r"--set nodes=\1 ", remedy.change).strip()
+    return (
+        f"{change}: {remedy.peak / 2**30:.1f} GiB, {_percent(remedy.slowdown)} step time, "
+        f"risk {show_risk(remedy.out_of_memory_probability)}"
+    )
+
+
+def risk_sentence(prediction: Prediction, job: Job, other: Prediction | Remedy | None) -> str:
+    """How likely it is to run out of memory; where that is likely, a warning that names what is safer."""
+    risk = prediction.out_of_memory_probability
+    said = f"risk of running out of memory: {show_risk(risk)}"
+    if risk <= HIGH_RISK:
+        return said
+    spread = memory_residuals().of(job.stack.name).log_sigma
+    said = f"warning: {said}, because predicted peaks err by {spread:.0%} (one standard deviation)"
+    if other is None:
+        return f"{said}; no change that was tried lowers it"
+    slower = other.step_seconds / prediction.step_seconds - 1
+    change = other.change if isinstance(other, Remedy) else other.layout.short()
+    return f"{said}; {change} lowers it to {show_risk(other.out_of_memory_probability)} for {_percent(slower)} step time"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.1f} %"
