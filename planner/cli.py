@@ -177,11 +177,11 @@ def explain(
         _print_json(documents | {"reasons": sentences(columns)})
         return
     show.print_columns(columns, read.job)
+    for sentence in sentences(columns):
+        typer.echo(sentence)
     for name, one in found.items():
         show.print_memory(name, dict(columns)[name], read.job)
         show.print_advice(dict(columns)[name], read.job, one, name)
-    for sentence in sentences(columns):
-        typer.echo(sentence)
 
 
 @app.command()

@@ -94,7 +94,7 @@ def chart(
     # Most of it never changes: the axis begins below what does.
     floor = max(0.0, least - (top - least) / 4)
     step = (top - floor) / HEIGHT
-    marked = min(HEIGHT - 1, int((limit - floor) / step)) if limit > floor else 0
+    marked = min(HEIGHT, math.ceil((limit - floor) / step - 1e-9)) - 1
     lines = []
     for row in reversed(range(HEIGHT)):
         cells = "".join(_cell((value - floor) / step - row, blocks) for value in total)
@@ -103,7 +103,7 @@ def chart(
         label = f"{(floor + step * (row + 1)) / 2**30:6.1f}" if row % 2 else " " * 6
         lines.append(f"{label} |{cells}")
     lines.append(f"{floor / 2**30:6.1f} +{'-' * width}")
-    lines.append(f"{'GiB':>6}  0 s{show_seconds(seconds):>{width - 3}}")
+    lines.append(f"{'GiB':>6}  0 s{show_seconds(seconds).rjust(width - 3)}")
     for item in ITEMS:
         values = _heights(samples, seconds, width, item)
         low = min(float(getattr(sample.memory, item)) for sample in samples)

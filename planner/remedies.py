@@ -218,11 +218,11 @@ def show_risk(probability: float) -> str:
     """A probability as a reader needs it.
 
     >>> [show_risk(p) for p in (0.0, 0.004, 0.126, 0.997)]
-    ['< 1 %', '< 1 %', '13 %', '> 99 %']
+    ['<1%', '<1%', '13%', '>99%']
     """
     if probability < 0.01:
-        return "< 1 %"
-    return "> 99 %" if probability > 0.99 else f"{probability:.0%}".replace("%", " %")
+        return "<1%"
+    return ">99%" if probability > 0.99 else f"{probability:.0%}"
 
 
 def remedy_lines(found: Remedies, name: str = "") -> list[str]:
@@ -239,10 +239,10 @@ def remedy_lines(found: Remedies, name: str = "") -> list[str]:
 
 
 def remedy_line(remedy: Remedy) -> str:
-    """`recompute=selective: 71.2 GiB, +4.0 % step time, risk 12 %`."""
+    """`recompute=selective: 71.2 GiB, +4.0% step time, risk 12%`."""
     change = re.sub(r"^nodes=(\d+) ?", r"--set nodes=\1 ", remedy.change).strip()
     return (
-        f"{change}: {remedy.peak / 2**30:.1f} GiB, {_percent(remedy.slowdown)} step time, "
+        f"{change}: {remedy.peak / 2**30:.1f} GiB, {remedy.slowdown:+.1%} step time, "
         f"risk {show_risk(remedy.out_of_memory_probability)}"
     )
 
@@ -250,17 +250,12 @@ def remedy_line(remedy: Remedy) -> str:
 def risk_sentence(prediction: Prediction, job: Job, other: Prediction | Remedy | None) -> str:
     """How likely it is to run out of memory; where that is likely, a warning that names what is safer."""
     risk = prediction.out_of_memory_probability
-    said = f"risk of running out of memory: {show_risk(risk)}"
     if risk <= HIGH_RISK:
-        return said
+        return f"risk of running out of memory: {show_risk(risk)}"
     spread = memory_residuals().of(job.stack.name).log_sigma
-    said = f"warning: {said}, because predicted peaks err by {spread:.0%} (one standard deviation)"
+    said = f"warning: it may run out of memory (risk {show_risk(risk)}: predicted peaks err by {spread:.0%})"
     if other is None:
         return f"{said}; no change that was tried lowers it"
     slower = other.step_seconds / prediction.step_seconds - 1
     change = other.change if isinstance(other, Remedy) else other.layout.short()
-    return f"{said}; {change} lowers it to {show_risk(other.out_of_memory_probability)} for {_percent(slower)} step time"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:+.1f} %"
+    return f"{said}; {change} lowers it to {show_risk(other.out_of_memory_probability)} for {slower:+.1%} step time"

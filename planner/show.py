@@ -134,7 +134,7 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     has = f"of {' or '.join(limits)} that a rank has"
     memory.add_row("peak", has, *(show_bytes(p.memory.peak) for _, p in columns))
     spread = memory_residuals().of(job.stack.name).log_sigma
-    risk = f"risk of running out, as peaks err by {spread:.0%} (one standard deviation)"
+    risk = f"of running out: predicted peaks err by {spread:.0%}"
     memory.add_row("OOM risk", risk, *(show_risk(p.out_of_memory_probability) for _, p in columns))
     console.print(memory)
 
