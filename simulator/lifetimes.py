@@ -23,26 +23,29 @@ from simulator.schedules import Op, compute_order
 
 
 class Held(NamedTuple):
-    """What a rank holds of one of its stages: microbatches that are kept, those of them whose weight gradient is due,
-    and whether (0 or 1) its parameters are gathered and its gradients are there, whole or reduced.
-
-    A microbatch that an op works on is not among those kept while it does, nor a gradient that is born in it.
-    """
+    """What a rank holds of one of its stages, besides what an op works on: microbatches that are kept, those of them
+    whose weight gradient is due, and whether (0 or 1) the parameters of its ends (embedding, head) and of its blocks
+    are gathered, and its gradients are there: whole, reduced, or in the width of matmuls beside those whole."""
 
     stage: int
     kept: int = 0
     deferred: int = 0
-    gathered: int = 0
+    ends: int = 0
+    blocks: int = 0
     whole: int = 0
     reduced: int = 0
+    fresh: int = 0
 
 
 class Running(NamedTuple):
-    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward."""
+    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward or, without a
+    pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by one."""
 
     kind: str
     stage: int | None = None
     first: bool = False
+    last: bool = False
+    gathered: bool = False
 
 
 class Moment(NamedTuple):
@@ -65,7 +68,7 @@ class Step(NamedTuple):
 def lifetimes(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
 ) -> tuple[Step, ...]:
-    """The ops of a rank and what is alive around them. Without shards (zero_stage 0) nothing is gathered."""
+    """The ops of a rank and what is alive around them."""
     layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
     order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
     held = {stage: Held(stage) for stage in sorted(layout.stages_of(rank))}
@@ -77,30 +80,40 @@ def lifetimes(
                 during.append(Moment(Running(leaf.kind), tuple(held.values())))
                 held = {stage: one._replace(whole=0, reduced=0) for stage, one in held.items()}
                 continue
-            before, after = _around(leaf.kind, held[leaf.stage])
-            first = leaf.kind in "BW" and not held[leaf.stage].whole
-            now = {**held, leaf.stage: before}
-            during.append(Moment(Running(leaf.kind, leaf.stage, first), tuple(now.values())))
-            held[leaf.stage] = after
+            kind, before = leaf.kind, held[leaf.stage]
+            if leaf.stage == 0 and kind in "IW":
+                # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
+                kind = {"I": "NOTHING", "W": "B"}[kind]
+            now, held[leaf.stage] = _around(kind, before, zero_stage == 3)
+            last = ranks == 1 and leaf.microbatch == microbatches - 1
+            running = Running(kind, leaf.stage, not before.whole, last, zero_stage == 3 and bool(before.blocks))
+            during.append(Moment(running, tuple((held | {leaf.stage: now}).values())))
         steps.append(Step(op, tuple(during), tuple(held.values())))
     return tuple(steps)
 
 
-def _around(kind: str, held: Held) -> tuple[Held, Held]:
-    """What is held of a stage besides the microbatch that an op works on, and what it leaves."""
+def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
+    """What is held of a stage besides what an op works on, and what it leaves. With `drops` blocks are dropped after
+    their forward and gathered for their backward."""
     if kind == "F":
-        return held, held._replace(kept=held.kept + 1)
+        now = held._replace(blocks=0 if drops else held.blocks)
+        return now, now._replace(kept=held.kept + 1)
     if kind == "I":
-        return held._replace(kept=held.kept - 1), held._replace(deferred=held.deferred + 1)
-    if kind in "BW":
-        rest = held._replace(kept=held.kept - 1, deferred=held.deferred - (kind == "W"))
-        return rest, rest._replace(whole=1)
+        # Gradients of the microbatch before are added up when hooks see this one's.
+        return held._replace(kept=held.kept - 1), held._replace(deferred=held.deferred + 1, fresh=0)
+    if kind == "W":
+        now = held._replace(kept=held.kept - 1, deferred=held.deferred - 1)
+        return now, now._replace(whole=1, fresh=1)
+    if kind == "B":
+        now = held._replace(kept=held.kept - 1, blocks=0 if drops else held.blocks)
+        return now, now._replace(whole=1, blocks=max(held.blocks, drops), fresh=0)
     if kind == "UNSHARD":
-        return held, held._replace(gathered=1)
+        return held, held._replace(ends=1, blocks=1)
     if kind == "RESHARD":
-        return held, held._replace(gathered=0)
-    assert kind == "REDUCE_GRAD"
-    return held._replace(whole=0), held._replace(whole=0, reduced=1)
+        return held, held._replace(ends=0, blocks=0)
+    if kind == "REDUCE_GRAD":
+        return held._replace(whole=0, ends=0), held._replace(ends=0, blocks=0, whole=0, fresh=0, reduced=1)
+    return held, held
 
 
 @functools.lru_cache(maxsize=65536)
