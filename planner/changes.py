@@ -103,7 +103,9 @@ def _settled(job: Job, layout: Layout) -> Iterator[Layout]:
     """What follows from other axis sizes: a stack's rule for sequence parallelism, what shards are allowed, the stages
     of a pipeline that is gone."""
     stack, found = job.stack, layout
-    found = dataclasses.replace(found, stage_layers=None, sequence_parallel=layout.tp > 1 and bool(stack.sequence_parallel))
+    found = dataclasses.replace(
+        found, stage_layers=None, sequence_parallel=layout.tp > 1 and bool(stack.sequence_parallel)
+    )
     if layout.pp == 1 and layout.schedule != "1F1B":
         found = dataclasses.replace(found, schedule="1F1B", virtual_stages=1)
     allowed = stack.zero_stages if layout.pp == 1 else stack.pipeline_zero_stages

@@ -1,6 +1,6 @@
 """How far published peaks of memory lie from predicted ones: what the simulator's probabilities rest on.
 
-    python -m reports.memory_residuals      # in half a minute; writes simulator/data/memory_residuals.toml anew
+python -m reports.memory_residuals      # in half a minute; writes simulator/data/memory_residuals.toml anew
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from simulator.ranks import Process, Rank
 from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import StageCost, Work
+from simulator.stage import Work
 
 if TYPE_CHECKING:
     from simulator.job import Job

@@ -22,10 +22,6 @@ from simulator.program import OPTIMIZER, sharded_order
 from simulator.schedules import Op, compute_order
 
 
-# Rounds of as many microbatches as ranks after which a schedule holds nothing that it has not held before.
-STEADY_ROUNDS = 4
-
-
 class Held(NamedTuple):
     """What a rank holds of one of its stages, besides what an op works on: microbatches that are kept, those of them
     whose weight gradient is due, and whether (0 or 1) the parameters of its ends (embedding, head) and of its blocks
@@ -120,21 +116,12 @@ def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
     return held, held
 
 
+@functools.lru_cache(maxsize=65536)
 def fullest_moments(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
 ) -> tuple[Moment, ...]:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    if schedule not in ("GPipe", "LoopedBFS"):
-        # The others keep no more alive the longer they run: a few rounds have every moment (test_steady_state.py).
-        microbatches = min(microbatches, STEADY_ROUNDS * (microbatches // max(1, microbatches // ranks)))
-    return _fullest_moments(schedule, rank, ranks, chunks, microbatches, zero_stage)
-
-
-@functools.lru_cache(maxsize=65536)
-def _fullest_moments(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
-) -> tuple[Moment, ...]:
     moments: dict[Running, set[tuple[Held, ...]]] = {}
     for step in lifetimes(schedule, rank, ranks, chunks, microbatches, zero_stage):
         for running, held in step.during:

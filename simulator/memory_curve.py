@@ -17,11 +17,11 @@ def memory_curve(ranks: Sequence[Sequence[MemoryMoment]], spans: Sequence[Span])
         ranks: the moments of each pipeline rank, in the order of its program.
         spans: of the same step.
     """
-    times = {(s.rank, s.name.removeprefix("PP:")): (s.start, s.start + s.seconds) for s in spans if s.stream == "compute"}
+    times = {
+        (s.rank, s.name.removeprefix("PP:")): (s.start, s.start + s.seconds) for s in spans if s.stream == "compute"
+    }
     return tuple(
-        sample
-        for rank, moments in enumerate(ranks)
-        for sample in _without_repeats(_samples(rank, moments, times))
+        sample for rank, moments in enumerate(ranks) for sample in _without_repeats(_samples(rank, moments, times))
     )
 
 

@@ -112,6 +112,4 @@ def shortfall(job: Job, layout: Layout, ranks: tuple[MemoryBreakdown, ...]) -> s
     items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
     largest = sorted(items, key=lambda name: -items[name])[:2]
     shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
-    return (
-        f"needs {need / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much (mostly {shown} GiB)"
-    )
+    return f"needs {need / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much (mostly {shown} GiB)"

@@ -140,7 +140,7 @@ def kinds(layout: Layout, remedy: Remedy) -> set[str]:
 
 
 def test_where_nothing_helps_the_nearest_is_named_and_more_nodes() -> None:
-    """405 billion parameters with 18 bytes each are 7.3 TB: on 8 GPUs of 86 GB nothing can help; 16 nodes have 11 TB."""
+    """405 billion parameters with 18 bytes each are 7.3 TB: on 8 GPUs of 86 GB nothing can help; 16 nodes have 11."""
     task = job("llama-3.1-405b", global_batch_size=128)
     answer, _ = found(task, "tp=8")
     assert all(remedy.nodes > 1 for remedy in answer.found) and len(answer.found) <= 1
@@ -177,7 +177,10 @@ def test_what_fits_barely_is_warned_of_and_made_safer() -> None:
     assert change is not None and change.fits and change.out_of_memory_probability <= HIGH_RISK
     assert advice(task, barely).found == (change,)
     said = risk_sentence(barely, task, change)
-    assert said.startswith("warning:") and f"{change.change} lowers it to {show_risk(change.out_of_memory_probability)}" in said
+    assert (
+        said.startswith("warning:")
+        and f"{change.change} lowers it to {show_risk(change.out_of_memory_probability)}" in said
+    )
 
 
 def test_what_is_safe_gets_no_advice() -> None:
