@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from simulator.checks import check_job
 from simulator.errors import UserError
@@ -77,9 +78,9 @@ def _sharded(job: Job, layout: Layout) -> Iterator[Layout]:
     stages = job.stack.zero_stages if layout.pp == 1 else job.stack.pipeline_zero_stages
     for zero in sorted(stages):
         if zero >= max(1, layout.zero_stage):
-            yield dataclasses.replace(layout, zero_stage=zero, dp_shard=layout.dp, dp_replicate=1)
+            yield _with(layout, zero_stage=zero, dp_shard=layout.dp, dp_replicate=1)
             if layout.zero_stage and zero > layout.zero_stage:
-                yield dataclasses.replace(layout, zero_stage=zero)
+                yield _with(layout, zero_stage=zero)
 
 
 def _grown(job: Job, layout: Layout, axis: str) -> Iterator[Layout]:
@@ -112,7 +113,7 @@ def _settled(job: Job, layout: Layout) -> Iterator[Layout]:
     if found.zero_stage and found.zero_stage not in allowed:
         lower = [zero for zero in allowed if zero < found.zero_stage]
         zero = max(lower, default=0)
-        found = dataclasses.replace(found, zero_stage=zero)
+        found = _with(found, zero_stage=zero)
         if not zero:
             found = dataclasses.replace(found, dp_replicate=found.dp, dp_shard=1)
     yield _unsharded(found)
@@ -135,7 +136,12 @@ def _scheduled(job: Job, layout: Layout) -> Iterator[Layout]:
         for count in chunks:
             # Layers named by stage stay where the stages stay.
             kept = layout.stage_layers if count == layout.virtual_stages else None
-            yield dataclasses.replace(layout, schedule=schedule, virtual_stages=count, stage_layers=kept)
+            yield _with(layout, schedule=schedule, virtual_stages=count, stage_layers=kept)
+
+
+def _with(layout: Layout, **fields: Any) -> Layout:
+    """The layout with values of fields that a stack names."""
+    return dataclasses.replace(layout, **fields)
 
 
 def _divisors(number: int) -> list[int]:

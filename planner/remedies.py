@@ -138,7 +138,7 @@ def _single(costs: _Costs, job: Job, layout: Layout) -> Iterator[_Tried]:
 
 
 def _pairs(costs: _Costs, job: Job, layout: Layout, single: Iterable[_Tried]) -> Iterator[_Tried]:
-    """Two changes of different fields: after the changes of each field that need least or that cost least, any other."""
+    """Two changes of different fields: after those of each field that need least or cost least, any other."""
     seen = {layout, *(t.layout for t in single)}
     firsts: list[_Tried] = []
     for name in dict.fromkeys(t.name for t in single):

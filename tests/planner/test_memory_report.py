@@ -75,7 +75,7 @@ def test_ranks_with_the_same_bytes_are_one_row(predicted: Prediction) -> None:
 
 
 def test_chart_by_hand() -> None:
-    """20 GiB all the time of 28, 8 more in the second half of a step of 2 s. The axis begins a quarter of the 8 GiB that
+    """20 GiB all the time of 28, 8 more in the second half of a step of 2 s. The axis begins a quarter of the 8 that
     change below what is there all the time, at 18; a row is 10 / 8 = 1.25 GiB. 20 GiB fill one row and 0.6 of the next,
     which shows as the third of four blocks; 28 GiB fill all eight."""
     samples = [sample(0.0, 20, 0), sample(1.0, 20, 8), sample(2.0, 20, 0)]
