@@ -1,6 +1,6 @@
 """Does a layout fit, and how sure is that: bytes that it needs against bytes that there are.
 
-A predicted peak errs. How far, measured runs say (data/memory_residuals.toml, by `python -m reports.memory_residuals`):
+A predicted peak errs. How far, published runs say (data/memory_residuals.toml, by `python -m reports.memory_residuals`):
 ln(measured / predicted) has a mean and a standard deviation for every stack with enough of them, and pooled over all.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simulator.job import Job
 
 RESIDUALS = Path(__file__).parent / "data" / "memory_residuals.toml"
-# Runs that a stack needs to be judged by its own residuals: a standard deviation of ten errs by a quarter.
+# Runs that a stack needs to be judged by its own residuals: the standard deviation of ten errs by a quarter.
 LEAST_COUNT = 10
 # From here on a plan says what would make it safer.
 HIGH_RISK = 0.1
@@ -82,7 +82,7 @@ def out_of_memory_probability(need: float, room: float, stack: str) -> float:
     """The probability that a run needs more than `room` bytes where `need` is predicted, from 0 to 1.
 
     Rule: ln(true / predicted) ~ Normal(log_bias, log_sigma), so P = 1 - Phi((ln(room / need) - log_bias) / log_sigma).
-    Ignored: the residuals are those of runs that fitted, whose mean is therefore a little too small; and other
+    Ignored: the tails of the distribution, which slips and other settings make heavier than a normal one's; and other
     processes on the device.
 
     Args:

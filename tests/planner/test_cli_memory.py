@@ -43,9 +43,11 @@ def test_a_layout_that_does_not_fit_gets_remedies(
     for remedy in document["remedies"]:
         assert remedy["fits"] and {"change", "peak", "step_seconds"} <= set(remedy)
         assert f"{remedy['change'].replace('nodes=', '--set nodes=')}: {remedy['peak'] / 2**30:.1f} GiB" in shown
-    # What it says can be typed.
-    (first, *_) = [r["change"] for r in document["remedies"] if r["change"].startswith("recompute=")]
-    assert call(monkeypatch, *call_it[:-1], f"{call_it[-1]} {first}", "--json") == 0
+    # What it says can be typed, in place of what it changes.
+    change = next(r["change"] for r in document["remedies"] if r["nodes"] == 1)
+    typed = dict(word.split("=") for word in f"{call_it[-1]} {change}".split())
+    layout = " ".join(f"{key}={value}" for key, value in typed.items())
+    assert call(monkeypatch, *call_it[:-1], layout, "--json") == 0
     assert json.loads(capsys.readouterr().out)["fits"]
 
 
