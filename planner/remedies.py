@@ -193,6 +193,9 @@ def _cheapest(fitting: list[_Tried], refused: Prediction) -> list[Remedy]:
 def _simulated(tried: _Tried, refused: Prediction) -> Remedy:
     predicted = simulate(tried.job, tried.layout)
     words = difference(refused.layout, tried.layout)
+    if tried.layout.zero_stage and tried.layout.dp_shard == 1 and "dp_shard" in words and "zero_stage" not in words:
+        # Where dp_shard is named as 1 --layout takes it that nothing is sharded, but cp shards.
+        words += f" zero_stage={tried.layout.zero_stage}"
     if tried.job.nodes * tried.job.cluster.gpus_per_node != refused.layout.world_size and tried.name == "nodes":
         words = f"nodes={tried.job.nodes} {words}"
     return Remedy(
