@@ -1,7 +1,8 @@
 """Does a layout fit, and how sure is that: bytes that it needs against bytes that there are.
 
-A predicted peak errs. How far, published runs say (data/memory_residuals.toml, by `python -m reports.memory_residuals`):
-ln(measured / predicted) has a mean and a standard deviation for every stack with enough of them, and pooled over all.
+A predicted peak errs. How far, published runs say (data/memory_residuals.toml, written by
+`python -m reports.memory_residuals`): ln(measured / predicted) has a mean and a standard deviation for every stack with
+enough of them, and pooled over all.
 """
 
 from __future__ import annotations
