@@ -25,7 +25,7 @@ from simulator.errors import UserError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
-from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.memory import fragmented, fullest, memory_per_rank, shortfall
 from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.simulate import simulate
@@ -97,7 +97,7 @@ class Result:
         if "nvidia-smi" in notes:
             return memory.peak / GIB
         allocated = memory.peak - memory.overhead
-        reserved = allocated * (1 + self.case.job.cluster.gpu.fragmentation)
+        reserved = allocated + fragmented(self.case.job, memory.activations, memory.buffers)
         given_out = "allocated" in notes or "MLPerf" in self.row.text("framework")
         return (allocated if given_out else reserved) / GIB
 

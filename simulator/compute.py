@@ -292,9 +292,10 @@ def accumulation_seconds(gpu: Gpu, parameters: float) -> float:
     return parameters * 12 / (gpu.memory_bandwidth * gpu.memory_efficiency)
 
 
-def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+def passing_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes of gradients of activations that are alive at once in the backward: those of the inputs and outputs of
-    one kernel, the largest. They are freed as soon as the next kernel has used them.
+    one kernel, the largest. They are freed as soon as the next kernel has used them. Where scores are written to
+    memory, these are the gradients of probabilities and of scores, in every copy that the softmax keeps.
 
     Ignored: what the allocator has not reused yet.
     """
@@ -306,6 +307,8 @@ def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
         elif isinstance(kernel, Attention):
             rows = kernel.batch * kernel.heads * kernel.queries
             elements = rows * (kernel.qk_dim + kernel.v_dim) * 2
+            if stack.attention[0] in UNFUSED:
+                elements += rows * kernel.keys * 2 * (1 + stack.elementwise[UNFUSED[stack.attention[0]]].saved)
         else:
             elements = kernel.elements * (3 if kernel.name == "gated_activation" else 2)
         largest = max(largest, elements)
@@ -327,12 +330,13 @@ def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
 
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
-    (and dropout's mask and copy)."""
+    (and dropout's mask and copy), with the copies that the stack's softmax keeps besides."""
     rows = core.batch * core.heads * core.queries
     if stack.attention[0] not in UNFUSED:
         return 4 * rows
     width = activation_width(precision)
-    return rows * core.keys * (2 * width + 1 if stack.dropout else width)
+    copies = stack.elementwise[UNFUSED[stack.attention[0]]].saved * width
+    return rows * core.keys * (copies + (2 * width + 1 if stack.dropout else width))
 
 
 def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:

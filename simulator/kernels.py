@@ -230,13 +230,15 @@ def _latent_projections(model: ModelSpec, cut: Cut, kept: float) -> list[Kernel]
 
 def _feed_forward(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     width = model.intermediate_size / cut.tp
-    return _gated(model, cut.tokens, width, attention_input(cut, stack), stack)
+    kept = attention_input(cut, stack)
+    return _gated(model, cut.tokens, width, kept, stack, again=kept if stack.copies_gate_input and cut.tp > 1 else 0.0)
 
 
 def _gated(
-    model: ModelSpec, tokens: float, width: float, kept_tokens: float, stack: Stack, count: float = 1.0
+    model: ModelSpec, tokens: float, width: float, kept_tokens: float, stack: Stack, count: float = 1.0, again: float = 0.0
 ) -> list[Kernel]:
-    """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them."""
+    """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them;
+    elsewhere up keeps `again` tokens of its own."""
     h = model.hidden_size
     kept = kept_tokens * h
     down = Matmul("down", tokens, h, width, count * tokens * width, count)
@@ -244,7 +246,7 @@ def _gated(
         return [Matmul("up", tokens, width, h, kept, count), Pointwise("activation", count * tokens * width), down]
     ups: list[Kernel] = [Matmul("gate_up", tokens, 2 * width, h, kept, count)]
     if not stack.fused_projections:
-        ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, 0.0, count)]
+        ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, again * h, count)]
         ups.append(Pointwise("gradient_add", count * tokens * h))
     return [*ups, Pointwise("gated_activation", count * tokens * width), down]
 

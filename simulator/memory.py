@@ -51,9 +51,14 @@ def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: 
         "buffers": _buffers(job, layout, held),
         "overhead": _overhead(job, layout),
     }
-    gpu = job.cluster.gpu
-    items["overhead"] += gpu.fragmentation * sum(v for k, v in items.items() if k != "overhead")
+    items["overhead"] += fragmented(job, items["activations"], items["buffers"])
     return MemoryBreakdown(**items, peak=sum(items.values()))
+
+
+def fragmented(job: Job, activations: float, buffers: float) -> float:
+    """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
+    gradients and optimizer state are allocated once and stay where they are."""
+    return job.cluster.gpu.fragmentation * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[str, float]:

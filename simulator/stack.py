@@ -93,6 +93,9 @@ class Stack:
     split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
 
     compile: blocks run through torch.compile.
+
+    gathers_logits: every tensor-parallel rank gathers all logits and computes the loss of the whole vocabulary.
+    copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
     """
 
     name: str
@@ -130,6 +133,8 @@ class Stack:
     fixed_rank_order: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
+    gathers_logits: bool = False
+    copies_gate_input: bool = False
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
     selective_keeps_outputs: bool = False
     split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)

@@ -287,7 +287,7 @@ class StageCosts:
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
         # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
-        logits = self.cut.tokens * model.vocab_size / self.layout.tp
+        logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
         kept = min(4.0, self.job.stack.logits_bytes) * logits
         passing = self.job.stack.logits_bytes * logits - kept
         # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
@@ -332,7 +332,7 @@ class StageCosts:
         # The embedding has no column-parallel input, the head no row-parallel output.
         is_block = (columns > 0) == (rows > 0)
         recompute = self.layout.recompute if is_block else "none"
-        working = passing_bytes(kernels, precision) if is_block else 0.0
+        working = passing_bytes(kernels, job.stack, precision) if is_block else 0.0
         boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
         if recompute == "full":
             backward += self._again(kernels, times, beside_forward, columns + rows)
