@@ -310,7 +310,8 @@ def passing_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> fl
             if stack.attention[0] in UNFUSED:
                 elements += rows * kernel.keys * 2 * (1 + stack.elementwise[UNFUSED[stack.attention[0]]].saved)
         else:
-            elements = kernel.elements * (3 if kernel.name == "gated_activation" else 2)
+            inputs = 2 if kernel.name == "gated_activation" else 1
+            elements = kernel.elements * (1 + (0 if stack.elementwise[kernel.name].in_place else inputs))
         largest = max(largest, elements)
     return largest * width
 
@@ -339,8 +340,30 @@ def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     return rows * core.keys * (copies + (2 * width + 1 if stack.dropout else width))
 
 
-def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+def weight_input_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that the gradients of weights need beside those of outputs: the inputs of matmuls and norms. The input of
+    a matmul behind an attention core is the output of the core."""
+    width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
+    total = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
+        elif isinstance(kernel, Attention):
+            total += kernel.batch * kernel.heads * kernel.queries * kernel.v_dim * width
+        elif kernel.name in ("layernorm", "rmsnorm"):
+            total += kernel.elements * stack.elementwise[kernel.name].saved * width
+    return total
+
+
+# Matmuls that LoRA puts adapters beside: those of attention (arXiv 2106.09685, section 4.2).
+_ADAPTED = ("qkv", "q", "k", "v", "q_a", "q_b", "kv_a", "kv_b", "attention_out")
+
+
+def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str, frozen: bool = False) -> float:
     """Bytes that kernels keep for the backward pass.
+
+    Frozen weights have no gradient, so matmuls keep no input but where an adapter sits beside them, which needs it in
+    16 bits.
 
     Rule: inputs of matmuls (each tensor counted once), what the stack's elementwise table keeps, Q, K, V, output and
     fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one.
@@ -349,7 +372,9 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
     width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
     total = 0.0
     for kernel in kernels:
-        if isinstance(kernel, Matmul):
+        if isinstance(kernel, Matmul) and frozen:
+            total += kernel.saved * width if kernel.name in _ADAPTED else 0.0
+        elif isinstance(kernel, Matmul):
             total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
         elif isinstance(kernel, Attention):
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads

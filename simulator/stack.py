@@ -36,13 +36,15 @@ class Recipe:
 @dataclass(frozen=True)
 class Elementwise:
     """One memory-bound operation as this stack runs it: how often it reads or writes each element, in how many
-    kernels, forward and backward; and how many copies of the element it keeps for the backward."""
+    kernels, forward and backward; and how many copies of the element it keeps for the backward. With in_place the
+    backward writes the gradients of its inputs over what was kept."""
 
     forward: float
     backward: float
     kernels_forward: int
     kernels_backward: int
     saved: float = 0.0
+    in_place: bool = False
 
     __pydantic_config__ = STRICT
 
@@ -95,6 +97,13 @@ class Stack:
     compile: blocks run through torch.compile.
 
     gathers_logits: every tensor-parallel rank gathers all logits and computes the loss of the whole vocabulary.
+    offloaded_blocks: blocks of a stage whose activations are kept in host memory from their forward to their backward.
+
+    frees_after_input_gradient: a split backward keeps, until the weight gradients, the inputs of what has weights and
+    the gradients of its outputs (zero-bubble's patches of Megatron-LM), where torch keeps everything.
+
+    single_stage_schedules: schedules of several stages per rank that also run with one.
+
     copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
     """
 
@@ -135,6 +144,9 @@ class Stack:
     logits_bytes: float = 8.0
     gathers_logits: bool = False
     copies_gate_input: bool = False
+    offloaded_blocks: int = 0
+    frees_after_input_gradient: bool = False
+    single_stage_schedules: tuple[str, ...] = ()
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
     selective_keeps_outputs: bool = False
     split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)

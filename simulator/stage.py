@@ -23,6 +23,7 @@ from simulator.compute import (
     recomputed_share,
     saved_bytes,
     score_bytes,
+    weight_input_bytes,
 )
 from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
@@ -188,7 +189,7 @@ class StageCosts:
         )
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
-            units = [self._block(*block, groups) for block in blocks]
+            units = self._offloaded([self._block(*block, groups) for block in blocks])
             if index == 0:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
@@ -199,6 +200,19 @@ class StageCosts:
                 cost = dataclasses.replace(cost, backward_weight=cost.backward, deferred=0.0)
             self._stages[key] = cost
         return self._stages[key]
+
+    def _offloaded(self, blocks: list[UnitCost]) -> list[UnitCost]:
+        """The blocks of a stage, the first of them with their activations in host memory but for what is on its way
+        back: that of the block before the one whose backward runs.
+
+        Reference: Transformer Engine's activation offloading (NVIDIA/Megatron-LM@d98e8a64, cpu_offloading_num_layers).
+        Ignored: copies that PCIe or NVLink-C2C cannot hide.
+        """
+        count = self.job.stack.offloaded_blocks
+        return [
+            dataclasses.replace(block, saved=0.0, working=block.working + 2 * block.saved) if i < count else block
+            for i, block in enumerate(blocks)
+        ]
 
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
@@ -296,6 +310,7 @@ class StageCosts:
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
+            deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
             working=unit.working + passing,
             stays_gathered=True,
         )
@@ -307,7 +322,7 @@ class StageCosts:
         parameters are routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        saved = saved_bytes(kernels, job.stack, precision)
+        saved = saved_bytes(kernels, job.stack, precision, frozen=job.training.peft != "none")
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = tensor_seconds(job, self.layout, groups.tp, size, columns, rows)
         if job.training.peft != "none":
@@ -349,6 +364,8 @@ class StageCosts:
             backward += again
             saved, working = saved - dropped, working + dropped
         deferred = deferred_bytes(kernels, precision)
+        if job.stack.frees_after_input_gradient:
+            deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
             forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
         )
