@@ -58,7 +58,8 @@ def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: 
 def fragmented(job: Job, activations: float, buffers: float) -> float:
     """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
     gradients and optimizer state are allocated once and stay where they are."""
-    return job.cluster.gpu.fragmentation * (activations + buffers)
+    share = job.stack.fragmentation
+    return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[str, float]:
@@ -91,7 +92,7 @@ def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
     """Bytes that are neither state nor activations: gathered parameters, a gradient on its way to the
     reduction, tensors to and from neighbours."""
     stack, recipe = job.stack, job.stack.recipes[job.training.precision]
-    total = 0.0
+    total = stack.reduce_buffer_bytes
     keeps_all = layout.zero_stage == 1 and stack.replicates_by_fsdp
     whole_stage = keeps_all or layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
     if layout.zero_stage == 3 and not whole_stage:

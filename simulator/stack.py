@@ -97,6 +97,17 @@ class Stack:
     compile: blocks run through torch.compile.
 
     gathers_logits: every tensor-parallel rank gathers all logits and computes the loss of the whole vocabulary.
+    logits_bytes: bytes per logit that are alive at once in the loss; parallel_logits_bytes where tp cuts the vocabulary,
+    if those are others.
+
+    fragmentation: the share of what comes and goes within a step that PyTorch's allocator holds besides and cannot give
+    out, where it is not the device's.
+
+    reduce_buffer_bytes: a buffer that is allocated once for gradients on their way to the reduction.
+
+    loss_makes_gradients: the forward of the loss computes the gradient of the head's weights (Liger's fused linear cross
+    entropy), which then lives until the backward.
+
     offloaded_blocks: blocks of a stage whose activations are kept in host memory from their forward to their backward.
 
     frees_after_input_gradient: a split backward keeps, until the weight gradients, the inputs of what has weights and
@@ -144,6 +155,10 @@ class Stack:
     logits_bytes: float = 8.0
     gathers_logits: bool = False
     copies_gate_input: bool = False
+    parallel_logits_bytes: float | None = None
+    fragmentation: float | None = None
+    reduce_buffer_bytes: float = 0.0
+    loss_makes_gradients: bool = False
     offloaded_blocks: int = 0
     frees_after_input_gradient: bool = False
     single_stage_schedules: tuple[str, ...] = ()

@@ -202,17 +202,15 @@ class StageCosts:
         return self._stages[key]
 
     def _offloaded(self, blocks: list[UnitCost]) -> list[UnitCost]:
-        """The blocks of a stage, the first of them with their activations in host memory but for what is on its way
-        back: that of the block before the one whose backward runs.
+        """The blocks of a stage, the first of them with their activations in host memory.
 
+        Two blocks at least stay: the one whose backward runs and the one before it, on its way back. The peak is the end
+        of the forward, when what is offloaded has left.
         Reference: Transformer Engine's activation offloading (NVIDIA/Megatron-LM@d98e8a64, cpu_offloading_num_layers).
         Ignored: copies that PCIe or NVLink-C2C cannot hide.
         """
-        count = self.job.stack.offloaded_blocks
-        return [
-            dataclasses.replace(block, saved=0.0, working=block.working + 2 * block.saved) if i < count else block
-            for i, block in enumerate(blocks)
-        ]
+        count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
+        return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
 
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
@@ -301,9 +299,15 @@ class StageCosts:
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
         # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
-        logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
-        kept = min(4.0, self.job.stack.logits_bytes) * logits
-        passing = self.job.stack.logits_bytes * logits - kept
+        stack, logits = self.job.stack, self.cut.tokens * model.vocab_size
+        alive = stack.logits_bytes
+        if self.layout.tp > 1 and not stack.gathers_logits:
+            logits /= self.layout.tp
+            alive = stack.parallel_logits_bytes or alive
+        kept = min(4.0, alive) * logits
+        passing = alive * logits - kept
+        if stack.loss_makes_gradients:
+            kept += parameters * self.recipe.compute
         # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
         loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
         return dataclasses.replace(
