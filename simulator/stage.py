@@ -37,7 +37,7 @@ from simulator.kernels import (
     embedding_kernels,
     head_kernels,
 )
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.model import BlockKind
 from simulator.tensor_parallel import exposed_seconds, hidden_seconds, tensor_seconds
 
@@ -150,6 +150,16 @@ class StageCost:
     experts: float = 0.0
 
 
+def _working(units: list[UnitCost], schedule: str) -> float:
+    """Bytes that a backward needs at its fullest beside what was kept for it: those of the unit that it works on, less
+    what the units behind had kept, whose backwards are done. Where the backward is split that stays."""
+    most, behind = 0.0, 0.0
+    for unit in reversed(units):
+        most = max(most, unit.working - behind)
+        behind += unit.saved if schedule not in SPLIT_BACKWARD else 0.0
+    return most
+
+
 @dataclass(frozen=True)
 class Groups:
     """Shapes on the cluster of the groups of one pipeline rank."""
@@ -244,7 +254,7 @@ class StageCosts:
             backward=backward + Work(dp=data.exposed_backward(units)),
             parameters=parameters,
             saved=sum(u.saved for u in units),
-            working=max(u.working for u in units),
+            working=_working(units, self.layout.schedule),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
             reduce=data.once_reduce_seconds(parameters, experts, len(units)),
@@ -301,9 +311,9 @@ class StageCosts:
         # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
         stack, logits = self.job.stack, self.cut.tokens * model.vocab_size
         alive = stack.logits_bytes
-        if self.layout.tp > 1 and not stack.gathers_logits:
-            logits /= self.layout.tp
-            alive = stack.parallel_logits_bytes or alive
+        if self.layout.tp > 1:
+            logits /= 1 if stack.gathers_logits else self.layout.tp
+            alive = alive if stack.parallel_logits_bytes is None else stack.parallel_logits_bytes
         kept = min(4.0, alive) * logits
         passing = alive * logits - kept
         if stack.loss_makes_gradients:
