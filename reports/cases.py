@@ -257,24 +257,21 @@ class _Interpreter:
         if not row.text("sp") and tp > 1:
             sp = self._assume("sp", bool(self.rules.get("sp", True)))
         schedule = row.text("schedule") or ("Interleaved1F1B" if (row.count("vpp") or 1) > 1 else "1F1B")
-        if schedule == "InterleavedZeroBubble" and schedule in job.stack.single_stage_schedules and row.count("vpp") is None:
-            chunks_stated = 1
-        else:
-            chunks_stated = 0
         if schedule in _SCHEDULE_NAMES:
             schedule = self._assume("schedule", _SCHEDULE_NAMES[schedule])
         if schedule not in SCHEDULES:
             raise SkippedError(f"schedule '{schedule}' is not known{nearest(schedule, SCHEDULES)}")
         if pp == 1:
             schedule = "1F1B"
-        chunks = chunks_stated or (self._chunks(job.model, pp) if schedule in MULTI_STAGE else 1)
+        alone = schedule in job.stack.single_stage_schedules and row.count("vpp") is None
+        chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE and not alone else 1
         schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == 1 else schedule
         micro = [row.count("mbs") or 0]
         if micro == [0]:
             share = job.training.global_batch_size // data
             micro = [b for b in (2**i for i in range(5)) if share and share % b == 0] or [1]
             self._assume("mbs", "the fastest that fits")
-        recompute = self._recompute()
+        recompute = row.text("recompute") or self._assume("recompute", self.rules.get("recompute", "none"))
         # With fewer microbatches than ranks 1F1B, which torch then refuses, is GPipe.
         few = schedule == "1F1B" and job.training.global_batch_size // (data * min(micro)) < pp
         if few:
@@ -285,21 +282,13 @@ class _Interpreter:
                 {
                     "dp_replicate": data // shard, "dp_shard": shard, "zero_stage": zero if shard * cp > 1 else 0,
                     "cp": cp, "tp": tp, "pp": pp, "ep": ep, "micro_batch_size": b, "schedule": schedule,
-                    "virtual_stages": chunks, "recompute": kind, "sequence_parallel": sp and tp > 1,
+                    "virtual_stages": chunks, "recompute": recompute, "sequence_parallel": sp and tp > 1,
                     "stage_layers": self._stage_layers(job.model, pp * chunks),
                 },
                 "row",
             )
-            for kind in recompute
             for b in micro
         )  # fmt: skip
-
-    def _recompute(self) -> tuple[str, ...]:
-        """What the row may mean by recomputation, the least first: its author will have taken the least that fits."""
-        stated = self.row.text("recompute") or self.rules.get("recompute", "")
-        if not self.row.text("recompute"):
-            self._assume("recompute", stated or "the least that fits")
-        return (stated,) if stated else ("none", "selective", "full")
 
     def _chunks(self, model: ModelSpec, pp: int) -> int:
         """Stages of each pipeline rank. Megatron-Core may cut chunks of the embedding or the head alone, which are no

@@ -278,13 +278,8 @@ def _fastest(case: Case) -> Prediction:
     ops = max(2 * p.stages * p.microbatches(case.job.training.global_batch_size) for p in case.layouts)
     if ops > MOST_OPS:
         raise SkippedError(f"a step of {ops} forwards and backwards is too long to simulate")
-    choices = {kind: [p for p in case.layouts if p.recompute == kind] for kind in ("none", "selective", "full")}
-    open_ones = [found for found in choices.values() if found]
-    fitting: list[Layout] = []
-    if len(case.layouts) > 1:
-        for found in open_ones:
-            fitting = fitting or [layout for layout in found if _fits(case.job, layout)]
-    predictions = [simulate(case.job, layout) for layout in fitting or open_ones[0]]
+    fitting = [layout for layout in case.layouts if _fits(case.job, layout)] if len(case.layouts) > 1 else []
+    predictions = [simulate(case.job, layout) for layout in fitting or case.layouts]
     return max(predictions, key=lambda p: p.tokens_per_second)
 
 
