@@ -61,8 +61,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How probabilities agree with what happened: the Brier score, that of always saying the mean, and for bins of equal
-    width (runs, mean probability, share that ran out of memory)."""
+    """How probabilities agree with what happened: the Brier score, that of always saying the mean, and for bins of
+    equal width (runs, mean probability, share that ran out of memory)."""
 
     count: int
     brier: float
@@ -168,7 +168,9 @@ def residuals_toml(pooled: Spread, by_stack: dict[str, Spread]) -> str:
 
 def calibration_lines(found: Calibration) -> list[str]:
     """For a terminal: the Brier score and the reliability of each bin."""
-    lines = [f"held out: {found.count} runs, Brier score {found.brier:.4f} (always the mean: {found.brier_of_mean:.4f})"]
+    lines = [
+        f"held out: {found.count} runs, Brier score {found.brier:.4f} (always the mean: {found.brier_of_mean:.4f})"
+    ]
     lines += [f"  {count:4d} runs  said {said:.3f}  happened {true:.3f}" for count, said, true in found.bins]
     return lines
 

@@ -89,8 +89,9 @@ class Result:
 
     @property
     def predicted_memory(self) -> float | None:
-        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi` or a share of the device's memory mean all that is taken of it,
-        `allocated`, and MLPerf's rows, what torch has given out, and others are taken to be what torch has reserved."""
+        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi`, or a share of the device's
+        memory, mean all that is taken of it, `allocated`, and MLPerf's rows, what torch has given out, and others are
+        taken to be what torch has reserved."""
         if self.prediction is None or self.case is None:
             return None
         memory, notes = self.prediction.memory, self.row.text("notes")

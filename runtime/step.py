@@ -3,21 +3,19 @@ every layout, on CPU and on GPUs."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.profiler import record_function
 
 from runtime.data import Batch
 from runtime.experts import scale_expert_gradients
+from runtime.loss import mean_cross_entropy
 from runtime.optimizer import build_optimizer, clip_gradients, squared_norm, sum_partial_gradients
 from runtime.parallelize import build_expert_mesh, build_mesh, gradient_sync, parallelize
 from runtime.pipeline import build_schedule, build_stage
@@ -45,10 +43,8 @@ class Run:
     def step(self, batch: Batch) -> tuple[float, float]:
         """One step on this rank's share of the global batch. Returns the loss of the global batch and the norm of its
         gradient before clipping, the same on every rank."""
-        # The cross entropy of a head cut by vocabulary has its own kernels, forward and backward.
-        with loss_parallel() if self.layout.tp > 1 else contextlib.nullcontext():
-            forward_backward = self._run_microbatches if self.schedule is None else self._run_schedule
-            loss = forward_backward(batch)
+        forward_backward = self._run_microbatches if self.schedule is None else self._run_schedule
+        loss = forward_backward(batch)
         with record_function("OPTIMIZER"):
             sum_partial_gradients(self._parameters(), self.mesh)
             if self.layout.ep > 1:
@@ -64,7 +60,7 @@ class Run:
 
     def _microbatch_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of a microbatch over the number of microbatches, so that a step's losses add up."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / self.microbatches
+        return mean_cross_entropy(logits, targets) / self.microbatches
 
     def _run_microbatches(self, batch: Batch) -> Tensor:
         (stage,) = self.stages

@@ -65,10 +65,12 @@ class Attention(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """A memory-bound operation over `elements`; `name` is the key of the stack's elementwise table."""
+    """A memory-bound operation over `elements`; `name` is the key of the stack's elementwise table. A loss says whether
+    tp cuts its vocabulary."""
 
     name: str
     elements: float
+    cut: bool = False
 
 
 Kernel = Matmul | Attention | Pointwise
@@ -235,7 +237,13 @@ def _feed_forward(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
 
 
 def _gated(
-    model: ModelSpec, tokens: float, width: float, kept_tokens: float, stack: Stack, count: float = 1.0, again: float = 0.0
+    model: ModelSpec,
+    tokens: float,
+    width: float,
+    kept_tokens: float,
+    stack: Stack,
+    count: float = 1.0,
+    again: float = 0.0,
 ) -> list[Kernel]:
     """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them;
     elsewhere up keeps `again` tokens of its own."""
@@ -290,5 +298,5 @@ def head_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     return [
         *_norm(cut, model),
         Matmul("output", cut.tokens, vocabulary, model.hidden_size, kept, quantised=False),
-        Pointwise("cross_entropy", cut.tokens * vocabulary),
+        Pointwise("cross_entropy", cut.tokens * (model.vocab_size if stack.gathers_logits else vocabulary), cut.tp > 1),
     ]

@@ -47,6 +47,18 @@ class MemoryBreakdown:
 
 
 @dataclass(frozen=True)
+class MemoryMoment:
+    """Bytes of one pipeline rank around one op of its program, named as its span is, without the `PP:` in front:
+    `during` at the op's fullest, `after` when it has ended. The largest `during.peak` of a rank is its peak."""
+
+    op: str
+    during: MemoryBreakdown
+    after: MemoryBreakdown
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Span:
     """One op on one rank's stream: `compute`, `send`, `recv` or `dp`. Pipeline ops are named as torch's profiler
     names them: `PP:2F0`."""

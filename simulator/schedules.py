@@ -277,10 +277,8 @@ def peak_in_flight(
         counts[at + len(stages)] -= kind == "W"
         grown = False
     fullest: list[tuple[int, ...]] = []
-    # What is not deferred counts for itself, because it may weigh more than what is.
-    parts = {moment: (*moment, *(a - d for a, d in zip(moment, moment[len(stages) :], strict=False))) for moment in moments}
     # A moment holds less in total than one that holds at least as much of everything.
     for moment in sorted(moments, key=sum, reverse=True):
-        if not any(all(map(operator.ge, parts[other], parts[moment])) for other in fullest):
+        if not any(all(map(operator.ge, other, moment)) for other in fullest):
             fullest.append(moment)
     return tuple(tuple(map(Held, stages, moment, moment[len(stages) :])) for moment in fullest)

@@ -36,8 +36,8 @@ class Recipe:
 @dataclass(frozen=True)
 class Elementwise:
     """One memory-bound operation as this stack runs it: how often it reads or writes each element, in how many
-    kernels, forward and backward; and how many copies of the element it keeps for the backward. With in_place the
-    backward writes the gradients of its inputs over what was kept."""
+    kernels, forward and backward; and how many copies of the element it keeps for the backward, in the width of
+    activations and in fp32. With in_place the backward writes the gradients of its inputs over what was kept."""
 
     forward: float
     backward: float
@@ -45,6 +45,7 @@ class Elementwise:
     kernels_backward: int
     saved: float = 0.0
     in_place: bool = False
+    saved_fp32: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -94,19 +95,26 @@ class Stack:
 
     split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
 
+    loss_in_place: the loss keeps the logits as they are and writes their gradient in their place, working on
+    loss_piece_bytes at a time; else it holds logits_bytes per logit, 4 of them from its forward on.
+
+    preallocates_gradients: gradients have their memory from the start, else from a stage's first backward to the
+    optimizer's step.
+
     compile: blocks run through torch.compile.
 
     gathers_logits: every tensor-parallel rank gathers all logits and computes the loss of the whole vocabulary.
-    logits_bytes: bytes per logit that are alive at once in the loss; parallel_logits_bytes where tp cuts the vocabulary,
-    if those are others.
+
+    logits_bytes: bytes per logit that are alive at once in the loss; parallel_logits_bytes those where tp cuts the
+    vocabulary, if they are others.
 
     fragmentation: the share of what comes and goes within a step that PyTorch's allocator holds besides and cannot give
     out, where it is not the device's.
 
     reduce_buffer_bytes: a buffer that is allocated once for gradients on their way to the reduction.
 
-    loss_makes_gradients: the forward of the loss computes the gradient of the head's weights (Liger's fused linear cross
-    entropy), which then lives until the backward.
+    loss_makes_gradients: the forward of the loss computes the gradient of the head's weights (Liger's fused linear
+    cross entropy), which then lives until the backward.
 
     offloaded_blocks: blocks of a stage whose activations are kept in host memory from their forward to their backward.
 
@@ -162,6 +170,9 @@ class Stack:
     offloaded_blocks: int = 0
     frees_after_input_gradient: bool = False
     single_stage_schedules: tuple[str, ...] = ()
+    loss_in_place: bool = False
+    loss_piece_bytes: float = 0.0
+    preallocates_gradients: bool = True
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
     selective_keeps_outputs: bool = False
     split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from simulator.cluster import GroupShape, group_shape
-from simulator.collectives import collective_seconds
-from simulator.compute import (
-    KernelTime,
-    accumulation_seconds,
+from simulator.activations import (
     deferred_bytes,
+    kept_logits,
     kept_outputs,
-    kernel_time,
-    passing_bytes,
     recomputed_share,
     saved_bytes,
     score_bytes,
     weight_input_bytes,
+    working_bytes,
 )
+from simulator.cluster import GroupShape, group_shape
+from simulator.collectives import collective_seconds
+from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
 from simulator.expert_parallel import expert_grid, expert_groups, expert_seconds, per_shard
@@ -37,7 +37,7 @@ from simulator.kernels import (
     embedding_kernels,
     head_kernels,
 )
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
 from simulator.model import BlockKind
 from simulator.tensor_parallel import exposed_seconds, hidden_seconds, tensor_seconds
 
@@ -100,7 +100,7 @@ class UnitCost:
 
     parameters are elements on this rank after tensor parallelism, of them experts those of routed experts under expert
     parallelism; saved is bytes kept from a forward to its backward, working is bytes alive only within the unit's own
-    backward.
+    backward, growing the same where the gradients of its weights stay in the width of matmuls until its end.
     """
 
     forward: Work
@@ -108,6 +108,7 @@ class UnitCost:
     parameters: float
     saved: float
     working: float
+    growing: float
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
     backward_weight: Work = Work()
@@ -128,7 +129,8 @@ class StageCost:
     """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
     happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
     is the part of backward that a schedule may put off: the gradients of weights and their adding up; deferred is the
-    bytes that are kept for it besides saved once the rest is done."""
+    bytes that are kept for it besides saved once the rest is done. blocks are its units in order with how many of them
+    follow each other."""
 
     forward: Work
     backward: Work
@@ -141,6 +143,7 @@ class StageCost:
     gather: float
     backward_weight: Work = Work()
     deferred: float = 0.0
+    blocks: tuple[tuple[UnitCost, int], ...] = ()
 
     @property
     def backward_input(self) -> Work:
@@ -150,14 +153,10 @@ class StageCost:
     experts: float = 0.0
 
 
-def _working(units: list[UnitCost], schedule: str) -> float:
-    """Bytes that a backward needs at its fullest beside what was kept for it: those of the unit that it works on, less
-    what the units behind had kept, whose backwards are done. Where the backward is split that stays."""
-    most, behind = 0.0, 0.0
-    for unit in reversed(units):
-        most = max(most, unit.working - behind)
-        behind += unit.saved if schedule not in SPLIT_BACKWARD else 0.0
-    return most
+def _runs(units: list[UnitCost]) -> tuple[tuple[UnitCost, int], ...]:
+    """Units in order, with how many of the same follow each other."""
+    runs = [list(same) for _, same in itertools.groupby(units, key=id)]
+    return tuple((run[0], len(run)) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,8 @@ class StageCosts:
     def _offloaded(self, blocks: list[UnitCost]) -> list[UnitCost]:
         """The blocks of a stage, the first of them with their activations in host memory.
 
-        Two blocks at least stay: the one whose backward runs and the one before it, on its way back. The peak is the end
-        of the forward, when what is offloaded has left.
+        Two blocks at least stay: the one whose backward runs and the one before it, on its way back. The peak is the
+        end of the forward, when what is offloaded has left.
         Reference: Transformer Engine's activation offloading (NVIDIA/Megatron-LM@d98e8a64, cpu_offloading_num_layers).
         Ignored: copies that PCIe or NVLink-C2C cannot hide.
         """
@@ -254,7 +253,7 @@ class StageCosts:
             backward=backward + Work(dp=data.exposed_backward(units)),
             parameters=parameters,
             saved=sum(u.saved for u in units),
-            working=_working(units, self.layout.schedule),
+            working=max(u.working for u in units),
             largest_unit=max(u.parameters for u in units),
             units=len(units),
             reduce=data.once_reduce_seconds(parameters, experts, len(units)),
@@ -262,6 +261,7 @@ class StageCosts:
             backward_weight=weights,
             deferred=sum(u.deferred for u in units),
             experts=experts,
+            blocks=_runs(units),
         )
 
     def _block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
@@ -308,15 +308,10 @@ class StageCosts:
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
-        # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
-        stack, logits = self.job.stack, self.cut.tokens * model.vocab_size
-        alive = stack.logits_bytes
-        if self.layout.tp > 1:
-            logits /= 1 if stack.gathers_logits else self.layout.tp
-            alive = alive if stack.parallel_logits_bytes is None else stack.parallel_logits_bytes
-        kept = min(4.0, alive) * logits
-        passing = alive * logits - kept
-        if stack.loss_makes_gradients:
+        parallel = self.layout.tp > 1
+        logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
+        kept = kept_logits(self.job.stack, self.job.training.precision, parallel) * logits
+        if self.job.stack.loss_makes_gradients:
             kept += parameters * self.recipe.compute
         # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
         loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
@@ -325,7 +320,6 @@ class StageCosts:
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
             deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
-            working=unit.working + passing,
             stays_gathered=True,
         )
 
@@ -361,27 +355,37 @@ class StageCosts:
         # The embedding has no column-parallel input, the head no row-parallel output.
         is_block = (columns > 0) == (rows > 0)
         recompute = self.layout.recompute if is_block else "none"
-        working = passing_bytes(kernels, job.stack, precision) if is_block else 0.0
         boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
+        # What a backward computes again before it begins.
+        again = 0.0
+        working, growing = (working_bytes(kernels, job.stack, precision, boundary, grows) for grows in (False, True))
         if recompute == "full":
             backward += self._again(kernels, times, beside_forward, columns + rows)
-            saved, working = boundary, working + saved
+            saved, again = boundary, saved
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
             gathers = columns if self.layout.sequence_parallel else 0
             gathered = tensor_seconds(job, self.layout, groups.tp, size, gathers, 0)[0]
             backward += self._selected(kernels, cp_forward)[0] + Work(tp=gathered, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
             kept = boundary * (1 + (rows if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
-            saved, working = kept, working + max(0.0, saved - kept)
+            saved, again = kept, max(0.0, saved - kept)
         elif recompute == "selective":
-            again, dropped = self._selected(kernels, cp_forward)
-            backward += again
-            saved, working = saved - dropped, working + dropped
+            work, dropped = self._selected(kernels, cp_forward)
+            backward += work
+            saved, again = saved - dropped, dropped
         deferred = deferred_bytes(kernels, precision)
         if job.stack.frees_after_input_gradient:
             deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
-            forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
+            forward,
+            backward,
+            parameters,
+            saved,
+            working + again,
+            growing + again,
+            backward_weight=weights,
+            deferred=deferred,
+            experts=experts,
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work, collectives: int) -> Work:
