@@ -85,12 +85,14 @@ def apply_tensor_parallel(
         "tok_embeddings": VocabularyParallel(stream),
         "output": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
-    # BERT's transform is cut by columns, and its output gathered again; T5's biases by heads.
-    plan["transform"] = ColwiseParallel(input_layouts=stream, output_layouts=stream)
+    # BERT's transform is cut by columns, and its output gathered again; T5's biases are cut by heads.
+    plan["transform"] = ColwiseParallel(output_layouts=Replicate())
     plan |= dict.fromkeys(("encoder_bias", "decoder_bias"), ColwiseParallel())
     if sequence_parallel:
         local = SequenceParallel(use_local_output=True)
         plan["norm"] = SequenceParallel()
+        # A matrix of h² is less than to exchange what it is cut by, twice.
+        plan["transform"] = local
         plan |= {f"{side}embedding_norm": local for side in ("", "encoder_", "decoder_")} | {"encoder_norm": local}
         tables = ("pos_embeddings", "type_embeddings", "encoder_positions", "decoder_positions")
         plan |= dict.fromkeys(tables, ShardedPositions())

@@ -79,6 +79,13 @@ class Channel:
         self.occupy(end)
 
 
+def message_bytes(job: Job, layout: Layout) -> float:
+    """Bytes of an activation of one microbatch between two stages, or of its gradient."""
+    shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
+    tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
+    return tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute / shards
+
+
 def message_cost(
     job: Job, layout: Layout, source: int, target: int, routes: Routes | None, fold: bool
 ) -> tuple[float, float, Route | None]:
@@ -86,11 +93,7 @@ def message_cost(
 
     The messages that a folded run stands for may lie in more than one way; the step waits for those that lie worst.
     """
-    training, graph = job.training, job.graph
-    width = job.stack.recipes[training.precision].compute
-    shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
-    tokens = layout.micro_batch_size * training.seq_len / layout.cp
-    size = tokens * job.model.hidden_size * width / shards
+    graph, size = job.graph, message_bytes(job, layout)
     tiers = job.cluster.tiers if fold else ()
     starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
     shapes = {start: group_shape(graph, (source, target), start) for start in starts}

@@ -3,11 +3,11 @@
 Data parallelism as FSDP2 does it (torch/distributed/fsdp/_fully_shard, torch 2.13), in units: each block, and the ends
 of the stage (embedding, final norm, head) as one.
 
-    gathered     zero_stage 3 holds the unit in use and the gathered buffer of the next one; under a pipeline blocks stay
-                 from their backward to their next forward. 1 and 2 hold all of the stage. A group of one rank is copied
-                 from its shard just the same
-    gradients    come in the width of matmuls and stay so until their unit's backward ends, those of the ends until the
-                 stage's; then they are reduced, or added up whole in the width of the reduction
+    gathered     zero_stage 3 holds the unit in use and the gathered buffer of the next one; under a pipeline blocks
+                 stay from their backward to their next forward. 1 and 2 hold all of the stage. A group of one rank is
+                 copied from its shard just the same
+    gradients    come in the width of matmuls and stay so until their unit's backward ends, those of the ends until
+                 the stage's; then they are reduced, or added up whole in the width of the reduction
     a reduction  copies a unit's gradients into one buffer, which stays until the next unit's is needed
 
 Without FSDP gradients are added up one by one as they come.
@@ -155,7 +155,9 @@ class StageBytes:
         width = activation_width(job.training.precision)
         stream = stream_bytes(job, layout)
         first, last = (self.stage.blocks[i][0].stays_gathered for i in (0, -1))
-        keeps_input = job.stack.elementwise[job.model.norm].saved > 0 and self.layout.recompute == "none"
+        norm = job.stack.elementwise[job.model.norm]
+        kept = norm.saved + norm.saved_fp32 * (width == 4)
+        keeps_input = kept > 0 or layout.recompute != "none"
         saved = 0.0 if first or not keeps_input else -stream
         if not last:
             return 0.0, saved + stream

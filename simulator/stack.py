@@ -61,7 +61,9 @@ class Stack:
     are multiples of expert_alignment.
 
     lacks are the parts of attention that it cannot train; context_precisions those that its context parallelism has
-    kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention.
+    kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention; with
+    ring_gradients_apart the gradients of keys and values go round in fp32 and in messages of their own, where others
+    send them with the keys and values.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own. overlaps_in_pair is the communication that
@@ -186,6 +188,7 @@ class Stack:
     lacks: tuple[Literal["latent_attention", "attention_sinks"], ...] = ()
     context_precisions: tuple[str, ...] = ()
     overlap_cp: bool = True
+    ring_gradients_apart: bool = False
     peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
     pipeline_families: tuple[str, ...] = field(default_factory=tuple)
