@@ -106,8 +106,15 @@ class _RankBytes:
             "activations": activations,
             "buffers": self.received + buffers,
         }
-        overhead = self.overhead + self.job.cluster.gpu.fragmentation * sum(items.values())
+        overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
+
+
+def fragmented(job: Job, activations: float, buffers: float) -> float:
+    """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
+    gradients and optimizer state are allocated once and stay where they are."""
+    share = job.stack.fragmentation
+    return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
@@ -129,21 +136,22 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
         return {"parameters": held(sharding.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     return {
         "parameters": held(recipe.parameters, sharded),
-        "gradients": held(recipe.gradients, False) * sharding.whole,
+        "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
         "optimizer": held(recipe.optimizer[job.training.optimizer], zero > 0),
     }
 
 
 def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers for tensors from neighbours: activations for all but the first stage, their gradients for all
-    but the last. torch allocates those of all microbatches ahead; others hold two of each."""
+    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
+    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
+    all microbatches ahead; others hold two of each."""
+    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
     if layout.pp == 1:
-        return 0.0
-    size = stream_bytes(job, layout)
+        return buffer
     if not job.stack.preallocates_receives:
-        return 4 * size
+        return buffer + 4 * size
     sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return sides * layout.microbatches(job.training.global_batch_size) * size
+    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
 
 
 def _overhead(job: Job, layout: Layout) -> float:
