@@ -84,7 +84,8 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
     before), as every microbatch's first forward climbs to the rank and its last backward comes back from it. Where
     the backward is split a rank may end with weight gradients, which nobody waits for: no backwards follow. Of
-    overlapped pairs what the stack hides in them does not count.
+    overlapped pairs what the stack hides in them does not count. Where ranks and steps differ, some replica takes as
+    many steps as there are on average, so none is faster than the fastest replica on its own.
     """
     microbatches = layout.microbatches(job.training.global_batch_size)
     best, before = 0.0, 0.0
@@ -97,7 +98,7 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
         before += stages[rank].forward.total
         if layout.schedule not in SPLIT_BACKWARD:
             before += stages[rank].backward.total
-    return best
+    return best * job.stragglers.least_factor(layout)
 
 
 def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened], list[tuple[float, Layout]]]:

@@ -54,8 +54,8 @@ Step = tuple[Callable[..., Waiting], Any]
 COMPUTE = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
-# Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
-LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
+# Axes whose ranks communicate within every op; that gather parameters together.
+LOCKSTEP, GATHERING = ("tp", "cp"), ("cp", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class _Engine:
         )
         # Under FSDP the ranks that share parameters communicate in every op too.
         self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
+        self.reducing = (*GATHERING, *layout.reducing_replicas)
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
         self.pools: dict[int, Processors] = {}
@@ -255,9 +256,9 @@ class _Engine:
             yield self._busy(rank, spent["total"] / pieces)
             rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
+                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, self.reducing, piece))
         if reduces and not overlaps:
-            rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
+            rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
         self._span(rank, "compute", op, began)
 
     def _compute_pair(self, rank: Rank, op: Op) -> Process:
@@ -285,7 +286,7 @@ class _Engine:
         rank.spend_work(spent, (self.env.now - began) / spent["total"] if spent["total"] else 0.0)
         for leaf in op.parts:
             if self._reduces(leaf):
-                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, REDUCING))
+                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, self.reducing))
         self._span(rank, "compute", op, began)
 
     def _reshard(self, rank: Rank, op: Op) -> None:
@@ -400,9 +401,9 @@ class _Engine:
         self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: Rank) -> float:
-        """The update of this rank's share of the parameters."""
+        """The update of this rank's share of the parameters, which servers do for their workers."""
         job, layout = self.job, self.layout
-        if job.training.peft != "none":
+        if job.training.peft != "none" or layout.sync == "parameter_server":
             return 0.0
         held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
         share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
@@ -413,6 +414,7 @@ class _Engine:
 
     @functools.cached_property
     def _norm_seconds(self) -> float:
-        """An all-reduce of the gradient norm over the world."""
-        world = group_shape(self.job.graph, self.layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
+        """An all-reduce of the gradient norm over the world, or over a replica that does not reduce with others."""
+        axes = ("tp", "cp", "dp_shard", *self.layout.reducing_replicas, "pp")
+        world = group_shape(self.job.graph, self.layout.group(*axes))
         return collective_seconds("all_reduce", 4.0, world, self.job.cluster)

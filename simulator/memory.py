@@ -35,7 +35,17 @@ def capacity(job: Job, layout: Layout) -> float:
     spec = job.cluster
     if spec.gpu.kind == "gpu":
         return spec.gpu.memory
-    return spec.gpu.memory * spec.gpus_per_node * job.nodes / max(layout.world_size, job.nodes)
+    machine, ranks = spec.gpu.memory * spec.gpus_per_node * job.nodes, max(layout.world_size, job.nodes)
+    return (machine - _server_bytes(job, layout)) / ranks
+
+
+def _server_bytes(job: Job, layout: Layout) -> float:
+    """What parameter servers hold in the memory of their hosts: parameters, optimizer state and a sum of gradients."""
+    if layout.sync != "parameter_server":
+        return 0.0
+    recipe = job.stack.recipes[job.training.precision]
+    width = recipe.parameters + recipe.gradients + recipe.optimizer[job.training.optimizer]
+    return job.model.parameters() * width
 
 
 def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[tuple[MemoryMoment, ...], ...]:
@@ -134,10 +144,17 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
     if not sharding.trains:
         # Frozen weights in the width of the kernels; or the host has the rest, and gradients leave as they come.
         return {"parameters": held(sharding.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
+    optimizer = held(recipe.optimizer[job.training.optimizer], zero > 0)
+    if layout.sync == "parameter_server":
+        # The servers update, in the memory of their hosts.
+        optimizer = 0.0
+    elif layout.outer_optimizer == "nesterov":
+        # What the last average was, and the outer momentum, both in fp32.
+        optimizer += held(8.0, sharded)
     return {
         "parameters": held(recipe.parameters, sharded),
         "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
-        "optimizer": held(recipe.optimizer[job.training.optimizer], zero > 0),
+        "optimizer": optimizer,
     }
 
 

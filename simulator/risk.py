@@ -92,8 +92,8 @@ def out_of_memory_probability(need: float, room: float, stack: str) -> float:
     >>> out_of_memory_probability(need=1e9, room=80e9, stack="megatron-core")
     0.0
     """
-    if need <= 0:
-        return 0.0
+    if need <= 0 or room <= 0:
+        return float(need > 0)
     known = memory_residuals().of(stack)
     margin = math.log(room / need) - known.log_bias
     if known.log_sigma == 0:

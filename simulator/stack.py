@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from simulator.cluster import HostFit
 from simulator.files import STRICT
 from simulator.model import ModelSpec
+from simulator.sync_rules import Sync
 from simulator.units import BANDWIDTH
 
 
@@ -126,6 +127,8 @@ class Stack:
     single_stage_schedules: schedules of several stages per rank that also run with one.
 
     copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
+    syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
+    server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
 
     name: str
@@ -194,6 +197,8 @@ class Stack:
     pipeline_families: tuple[str, ...] = field(default_factory=tuple)
     rope_scaling: tuple[str, ...] = field(default_factory=tuple)
     masked_context: bool = True
+    syncs: tuple[Sync, ...] = ("all_reduce",)
+    server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
 

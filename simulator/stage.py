@@ -233,7 +233,7 @@ class StageCosts:
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
         layout = self.layout
-        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        shard, replicate = ["dp_shard"], [*layout.reducing_replicas]
         (shard if layout.zero_stage else replicate).append("cp")
         axes = (["tp"], ["cp"], shard, replicate)
         dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
@@ -401,16 +401,14 @@ class StageCosts:
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:
-        """The forward, run again. Where it stops early, its last matmul and what is communicated behind that are left
-        out."""
+        """The forward, run again. Where it stops early, its last matmul and the reduction behind that are left out;
+        what comes back from experts is weighted, and the backward of that needs it."""
         job = self.job
         if not job.stack.recompute_stops_early:
             return self._work(forward.forward, forward.host_forward, beside, recompute=True)
         last = max((i for i, kernel in enumerate(kernels) if isinstance(kernel, Matmul)), default=len(kernels))
         times = kernel_time(kernels[:last], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
-        behind = 0.0 if job.model.num_shared_experts else beside.ep / 2
-        kept = dataclasses.replace(beside, ep=beside.ep - behind)
-        return self._work(times.forward, times.host_forward, kept, recompute=True)
+        return self._work(times.forward, times.host_forward, beside, recompute=True)
 
     def _selected(self, kernels: list[Kernel], context: float) -> tuple[Work, float]:
         """What selective recomputation adds to a backward, and the bytes that it does not keep; `context` is the

@@ -120,11 +120,9 @@ def test_every_change_is_legal_and_differs() -> None:
 
 
 def test_a_smaller_micro_batch_is_enough() -> None:
-    """64 sequences over 8 ranks: micro-batch 8 keeps eight times what 1 keeps, about 14 GiB a sequence."""
+    """64 sequences over 8 ranks: micro-batch 8 keeps eight times what 1 keeps, about 28 GiB a sequence."""
     answer, _ = found(job(stack="torchtitan"), "micro_batch_size=8")
-    changed = [remedy.change for remedy in answer.found]
-    assert any(change.startswith("micro_batch_size=") for change in changed)
-    assert any(change == "recompute=full" for change in changed)
+    assert any(remedy.change.startswith("micro_batch_size=") for remedy in answer.found)
     assert answer.nearest is None
 
 
