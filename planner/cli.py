@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from simulator.errors import UserError
+from simulator.errors import NothingFitsError, UserError
 
 app = typer.Typer(
     name="layoutwise",
@@ -95,14 +95,32 @@ def plan(
 
     job, path = read_job(job_file, overrides), output / "plan.json"
     check_writable(path)
-    with _progress("planning", quiet=as_json) as report:
-        found = search(job, top, report)
+    try:
+        with _progress("planning", quiet=as_json) as report:
+            found = search(job, top, report)
+    except NothingFitsError as error:
+        _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
     if as_json:
         _print_json(show.plan_json(found))
         return
     show.print_plan(found)
     typer.echo(f"written to {path}")
+
+
+def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoReturn:
+    """The sentence of the error, and the changes that would make the nearest miss fit."""
+    from planner import show
+    from planner.remedies import remedy_lines, when_nothing_fits
+
+    found = when_nothing_fits(job, error.misses)
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        _print_json(show.nothing_fits_json(error, found))
+    else:
+        for line in remedy_lines(found, "the nearest"):
+            print(line, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -115,6 +133,7 @@ def simulate(
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
     from simulator.layout_text import parse_layout
@@ -130,10 +149,12 @@ def simulate(
         from reports.trace import chrome_trace
 
         write_json(trace, chrome_trace(prediction))
+    found = advice(job, prediction)
     if as_json:
-        _print_json(show.prediction_json(prediction))
+        _print_json(show.prediction_json(prediction) | show.remedies_json(found))
         return
     show.print_columns([("predicted", prediction)], job)
+    show.print_advice(prediction, job, found)
 
 
 @app.command()
@@ -169,15 +190,24 @@ def explain(
     from planner.explain import explain as compare
     from planner.explain import sentences
     from planner.plan import read_plan
+    from planner.remedies import advice
 
     read = read_plan(plan_file)
     columns = compare(read, against)
+    # The plain baseline is there to be compared; nobody wants to make it fit.
+    found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
     if as_json:
-        _print_json({name: show.prediction_json(p) for name, p in columns} | {"reasons": sentences(columns)})
+        documents = {name: show.prediction_json(p) for name, p in columns}
+        for name, one in found.items():
+            documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
+        _print_json(documents | {"reasons": sentences(columns)})
         return
     show.print_columns(columns, read.job)
     for sentence in sentences(columns):
         typer.echo(sentence)
+    for name, one in found.items():
+        show.print_memory(name, dict(columns)[name], read.job)
+        show.print_advice(dict(columns)[name], read.job, one, name)
 
 
 @app.command()

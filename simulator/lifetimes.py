@@ -131,7 +131,10 @@ def fullest_moments(
 
 def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
     fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
-    flat = {tuple(count for held in moment for count in held): moment for moment in moments}
+    # What is kept and not deferred counts for itself, because it may weigh more than what is.
+    flat = {
+        tuple(count for held in moment for count in (*held, held.kept - held.deferred)): moment for moment in moments
+    }
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):
         if not any(all(map(operator.ge, other, counts)) for other, _ in fullest):

@@ -7,7 +7,6 @@ and gradients of activations besides from the input gradient on.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from simulator.expert_parallel import per_shard
@@ -117,8 +116,15 @@ class _RankBytes:
             "activations": activations,
             "buffers": self.received + buffers,
         }
-        overhead = self.overhead + self.job.cluster.gpu.fragmentation * sum(items.values())
+        overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
+
+
+def fragmented(job: Job, activations: float, buffers: float) -> float:
+    """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
+    gradients and optimizer state are allocated once and stay where they are."""
+    share = job.stack.fragmentation
+    return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
@@ -147,21 +153,22 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
         optimizer += held(8.0, sharded)
     return {
         "parameters": held(recipe.parameters, sharded),
-        "gradients": held(recipe.gradients, False) * sharding.whole,
+        "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
         "optimizer": optimizer,
     }
 
 
 def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers for tensors from neighbours: activations for all but the first stage, their gradients for all
-    but the last. torch allocates those of all microbatches ahead; others hold two of each."""
+    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
+    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
+    all microbatches ahead; others hold two of each."""
+    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
     if layout.pp == 1:
-        return 0.0
-    size = stream_bytes(job, layout)
+        return buffer
     if not job.stack.preallocates_receives:
-        return 4 * size
+        return buffer + 4 * size
     sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return sides * layout.microbatches(job.training.global_batch_size) * size
+    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
 
 
 def _overhead(job: Job, layout: Layout) -> float:
@@ -170,18 +177,3 @@ def _overhead(job: Job, layout: Layout) -> float:
     sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
     groups = sum(size > 1 for size in sizes)
     return gpu.context_memory + gpu.communicator_memory * groups
-
-
-def shortfall(job: Job, layout: Layout, memory: MemoryBreakdown) -> str:
-    """Why a layout does not fit, with its largest items; empty if it fits."""
-    limit = capacity(job, layout)
-    over = memory.peak - limit
-    if over <= 0:
-        return ""
-    items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
-    largest = sorted(items, key=lambda name: -items[name])[:2]
-    shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
-    return (
-        f"needs {memory.peak / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
-        f"(mostly {shown} GiB)"
-    )

@@ -52,7 +52,7 @@ class Sharding:
     """What a layout does with parameters and gradients.
 
     fsdp: stages are FSDP modules; drops: blocks are gathered for each use alone; scatters: gradients are reduced to
-    shards within every backward; whole: gradients are there, whole, from the first moment of the step on.
+    shards within every backward; whole: gradients have their memory from the first moment of the step on.
     """
 
     fsdp: bool
@@ -75,7 +75,7 @@ class Sharding:
             fsdp,
             layout.zero_stage == 3,
             layout.shards_gradients or (fsdp and layout.pp == 1 and microbatches == 1),
-            not fsdp and (stack.preallocates_gradients or ddp),
+            stack.preallocates_gradients or (ddp and not fsdp),
             training.peft == "none" and not stack.host_optimizer_bandwidth,
             recipe.compute if training.peft == "none" else matmul_input_width(training.precision),
             recipe.gradient_reduce,
@@ -122,6 +122,8 @@ class StageBytes:
         """What passes within an op at its fullest."""
         if running not in self._known:
             kind, _, first, last, gathered = running
+            # Without a pipeline only the project's own runtime gathers by the ops of a program.
+            gathered = gathered and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":
