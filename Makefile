@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation parity golden clean
+.PHONY: demo test test-all check bench validation residuals parity golden clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -30,6 +30,9 @@ validation: $(READY)  ## predict all published runs anew: docs/validation.md and
 
 parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
 	$(BIN)/python tests/runtime/parity_table.py
+
+residuals: $(READY)  ## fit how far peak memory is off: simulator/data/memory_residuals.toml, and how well it holds
+	$(BIN)/python -m reports.memory_residuals
 
 golden: $(READY)  ## write the golden files of export and launch anew, to be read before they are committed
 	LAYOUTWISE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/planner/test_export.py
