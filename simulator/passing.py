@@ -96,6 +96,16 @@ def _copies(job: Job, layout: Layout) -> bool:
     return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
 
 
+def stage_bytes(job: Job, layout: Layout, stage: StageCost, sharding: Sharding) -> StageBytes:
+    """The bytes of a stage. A search asks for them with one schedule after the other, on which nothing of them depends
+    but by the sharding."""
+    known: dict[object, StageBytes] = stage.known_bytes
+    key = (sharding, layout.zero_stage, layout.shards, layout.pp, layout.stages)
+    if key not in known:
+        known[key] = StageBytes(job, layout, stage, sharding)
+    return known[key]
+
+
 class StageBytes:
     """What the counts of a stage's moments are worth, and what passes within its ops."""
 
@@ -249,7 +259,7 @@ class StageBytes:
                     added += count * (shard if how.scatters else unit.parameters * how.gradients)
                 behind += count * size
                 reducing = unit.parameters * how.reduce * (how.scatters and how.fsdp)
-        points.append(self._end_of_backward(first, added, waiting, once))
+        points.append(self._end_of_backward(first, added, waiting, once)._replace(activations=max(0.0, left)))
         return max(points, key=lambda point: point.total)
 
     @property
