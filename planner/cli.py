@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from simulator.errors import UserError
+from simulator.errors import NothingFitsError, UserError
 
 app = typer.Typer(
     name="layoutwise",
@@ -43,7 +43,13 @@ Checkpoint = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Save here, and go on from what is saved here; all nodes see it.")
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps between saves; 100.")]
+Weights = Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")]
+Export = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
+SlowRank = Annotated[
+    str | None,
+    typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
+]
 
 
 def main() -> None:
@@ -89,14 +95,32 @@ def plan(
 
     job, path = read_job(job_file, overrides), output / "plan.json"
     check_writable(path)
-    with _progress("planning", quiet=as_json) as report:
-        found = search(job, top, report)
+    try:
+        with _progress("planning", quiet=as_json) as report:
+            found = search(job, top, report)
+    except NothingFitsError as error:
+        _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
     if as_json:
         _print_json(show.plan_json(found))
         return
     show.print_plan(found)
     typer.echo(f"written to {path}")
+
+
+def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoReturn:
+    """The sentence of the error, and the changes that would make the nearest miss fit."""
+    from planner import show
+    from planner.remedies import remedy_lines, when_nothing_fits
+
+    found = when_nothing_fits(job, error.misses)
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        _print_json(show.nothing_fits_json(error, found))
+    else:
+        for line in remedy_lines(found, "the nearest"):
+            print(line, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -109,6 +133,7 @@ def simulate(
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
     from simulator.layout_text import parse_layout
@@ -124,10 +149,34 @@ def simulate(
         from reports.trace import chrome_trace
 
         write_json(trace, chrome_trace(prediction))
+    found = advice(job, prediction)
     if as_json:
-        _print_json(show.prediction_json(prediction))
+        _print_json(show.prediction_json(prediction) | show.remedies_json(found))
         return
     show.print_columns([("predicted", prediction)], job)
+    show.print_advice(prediction, job, found)
+
+
+@app.command()
+def compare(
+    job_file: JobFile,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are.")] = "",
+    sync: Annotated[str, typer.Option(metavar="WAYS", help="all, or some like all_reduce,parameter_server.")] = "all",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict one layout under every way to keep its replicas together: all-reduce, centre, servers, local SGD."""
+    from planner import show
+    from planner.compare import compare as put_together
+    from planner.compare import comparison_json
+    from simulator.job import read_job
+
+    job = read_job(job_file, overrides)
+    found = put_together(job, layout, sync)
+    if as_json:
+        _print_json(comparison_json(found))
+        return
+    show.print_comparison(found, job)
 
 
 @app.command()
@@ -141,15 +190,24 @@ def explain(
     from planner.explain import explain as compare
     from planner.explain import sentences
     from planner.plan import read_plan
+    from planner.remedies import advice
 
     read = read_plan(plan_file)
     columns = compare(read, against)
+    # The plain baseline is there to be compared; nobody wants to make it fit.
+    found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
     if as_json:
-        _print_json({name: show.prediction_json(p) for name, p in columns} | {"reasons": sentences(columns)})
+        documents = {name: show.prediction_json(p) for name, p in columns}
+        for name, one in found.items():
+            documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
+        _print_json(documents | {"reasons": sentences(columns)})
         return
     show.print_columns(columns, read.job)
     for sentence in sentences(columns):
         typer.echo(sentence)
+    for name, one in found.items():
+        show.print_memory(name, dict(columns)[name], read.job)
+        show.print_advice(dict(columns)[name], read.job, one, name)
 
 
 @app.command()
@@ -190,14 +248,17 @@ def run(
     plan_file: PlanFile,
     steps: Steps = 20,
     warmup: Warmup = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes, servers included; the layout's own by default.")
+    ] = None,
     output: Folder = Path("."),
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")] = None,
-    export: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")] = None,
+    weights: Weights = None,
+    export: Export = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    slow_rank: SlowRank = None,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
@@ -217,9 +278,15 @@ def run(
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
         steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
-        output / "profile" if profile else None,
+        output / "profile" if profile else None, slow_rank,
     )  # fmt: skip
     if alone:
+        unused = {
+            "--checkpoint": checkpoint, "--weights": weights, "--export": export, "--max-restarts": max_restarts,
+            "--nproc-per-node": nproc_per_node, "--profile": profile,
+        }  # fmt: skip
+        if given := [name for name, value in unused.items() if value]:
+            raise UserError(f"{given[0]} does not go with --alone, which runs one rank without the others")
         _run_alone(plan_file, output / "alone.json", rank or 0, settings, fake, as_json)
         return
     path = output / "measurement.json"
@@ -276,6 +343,8 @@ def launch(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
     max_restarts: MaxRestarts = 0,
+    weights: Weights = None,
+    export: Export = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what starts a plan on a cluster: a script for torchrun or Slurm, a TrainJob for Kubernetes."""
@@ -284,7 +353,7 @@ def launch(
     from runtime.settings import Settings
     from simulator.files import write_text
 
-    settings = Settings(steps, _warmup(warmup, steps), checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+    settings = Settings(steps, _warmup(warmup, steps), None, checkpoint, checkpoint_every, weights, export)
     files = launch_files(read_plan(plan_file), on, LaunchOptions(settings, image, max_restarts))
     if any((output / name).resolve() == plan_file.resolve() for name in files):
         raise UserError(f"-o '{output}' would overwrite '{plan_file}'; name another folder")
@@ -359,6 +428,89 @@ def validate_published(
     typer.echo(f"{len(found.results)} rows in {found.seconds:.0f} s")
     for path in written:
         typer.echo(f"written to {path}")
+
+
+@validate.command("sync")
+def validate_sync(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.toml", help="What to train; 12 M parameters on bytes by default.")
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N", help="Numbers of replicas.")] = "2,4",
+    slow: Annotated[float, typer.Option(min=1, help="How many times as long the last of them computes.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 60,
+    output: Folder = Path("out/sync"),
+    as_json: AsJson = False,
+) -> None:
+    """Run every way to keep replicas together here, with a straggler: speed, its prediction, and what it learns."""
+    from planner import show
+    from planner.sync_trial import Trial, run_trial, trial_job
+    from simulator.files import check_writable
+    from simulator.job import read_job
+
+    counts = [int(one) if one.strip().isdigit() else 0 for one in workers.split(",")]
+    if min(counts) < 2:
+        raise UserError(f"--workers '{workers}' must be numbers of at least 2, like 2,4")
+    check_writable(output / "sync.md")
+    job = trial_job(None) if job_file is None else read_job(job_file)
+    trial = Trial(tuple(counts), slow, steps, min(5, steps - 1))
+    with _progress("training", quiet=as_json, lines=True) as report:
+        found = run_trial(job, trial, output, report)
+    if as_json:
+        _print_json(found)
+        return
+    from reports.synchronisation import COLUMNS, SyncRow, cells
+
+    for count, ways in found["workers"].items():
+        show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
+    typer.echo(f"written to {output / 'sync.md'}")
+
+
+@app.command()
+def report(
+    plan_given: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_DIR", help="A plan, or a folder with plan.json and what was measured.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write; beside the plan.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output of `validate published --json`; validation.json beside the plan."),
+    ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Plan the job on these numbers of nodes too, or none; nearby by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
+    import dataclasses
+    import math
+
+    from planner.explain import explain, sentences
+    from planner.other_nodes import PATIENCE, node_counts, plans_for
+    from planner.plan import read_plan
+    from reports.page import write_report
+    from reports.page_inputs import find_inputs, find_plan
+    from simulator.files import check_writable
+
+    path = find_plan(plan_given)
+    read, folder = read_plan(path), output or path.parent
+    check_writable(folder / "report.html")
+    counts = node_counts(read, nodes)
+    inputs = find_inputs(read, path.parent, validation)
+    with _progress("planning", quiet=as_json) as progress:
+        plans, notes = plans_for(read, counts, progress, PATIENCE if nodes is None else math.inf)
+    written = write_report(
+        read,
+        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
+        folder,
+    )
+    if as_json:
+        _print_json({"page": str(written[0]), "files": [str(one) for one in written]})
+        return
+    for one in written:
+        typer.echo(f"written to {one}")
 
 
 @app.command()

@@ -22,9 +22,10 @@ from planner.space import candidates, without_model_parallelism
 from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
-from simulator.memory import capacity, fullest, memory_per_rank
+from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
 from simulator.simulate import simulate
 from simulator.stage import StageCost
 
@@ -33,10 +34,11 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class _Screened:
-    """A legal layout that fits, with the least time it can take."""
+    """A legal layout that fits, with the least time it can take and its probability of running out of memory."""
 
     bound: float
     layout: Layout
+    risk: float
 
 
 @dataclass
@@ -61,8 +63,9 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
     counts = _Counts()
     screened, misses = _screen(job, counts, report)
     if not screened:
-        raise NothingFitsError(_nothing_fits(job, counts, misses))
+        raise NothingFitsError(_nothing_fits(job, counts, misses), misses)
     best, simulated = _best_first(job, screened, top, report)
+    safer = _safer(job, screened, best[0], report)
     certificate = Certificate(
         space=counts.space,
         illegal=counts.illegal,
@@ -72,7 +75,7 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
         lower_bound_gap=0.0,
         seconds=time.perf_counter() - started,
     )
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job))
+    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), safer)
 
 
 def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
@@ -81,7 +84,8 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
     before), as every microbatch's first forward climbs to the rank and its last backward comes back from it. Where
     the backward is split a rank may end with weight gradients, which nobody waits for: no backwards follow. Of
-    overlapped pairs what the stack hides in them does not count.
+    overlapped pairs what the stack hides in them does not count. Where ranks and steps differ, some replica takes as
+    many steps as there are on average, so none is faster than the fastest replica on its own.
     """
     microbatches = layout.microbatches(job.training.global_batch_size)
     best, before = 0.0, 0.0
@@ -94,7 +98,7 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
         before += stages[rank].forward.total
         if layout.schedule not in SPLIT_BACKWARD:
             before += stages[rank].backward.total
-    return best
+    return best * job.stragglers.least_factor(layout)
 
 
 def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened], list[tuple[float, Layout]]]:
@@ -112,13 +116,13 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
         # Of the schedule only the placement matters to what a stage costs.
         placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
         stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
-        peak = fullest(memory_per_rank(job, layout, stages)).peak
-        over = peak - capacity(job, layout)
-        if over > 0:
+        need, room = needed(job, layout, memory_per_rank(job, layout, stages)), capacity(job, layout)
+        if need > room:
             counts.out_of_memory += 1
-            misses.append((over, layout))
+            misses.append((need - room, layout))
             continue
-        fitting.append(_Screened(lower_bound(job, layout, stages), layout))
+        risk = out_of_memory_probability(need, room, job.stack.name)
+        fitting.append(_Screened(lower_bound(job, layout, stages), layout, risk))
     return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
 
 
@@ -135,6 +139,15 @@ def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress)
         del found[top:]
         report(f"simulating: best step {found[0].step_seconds:.3g} s", simulated / len(screened))
     return found, simulated
+
+
+def _safer(job: Job, screened: list[_Screened], best: Prediction, report: Progress) -> Prediction | None:
+    """Where the fastest layout is likely to run out of memory: the fastest one that is not."""
+    safe = [entry for entry in screened if entry.risk <= HIGH_RISK]
+    if best.out_of_memory_probability <= HIGH_RISK or not safe:
+        return None
+    found, _ = _best_first(job, safe, 1, report)
+    return found[0]
 
 
 def _baseline(job: Job) -> Prediction:

@@ -15,6 +15,8 @@ from simulator.job import Job
 from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.program import MOST_UNSHARDED
 
+# Fields that belong to some ways to keep replicas together only: they are no condition for the others.
+SYNC_FIELDS = ("servers", "staleness", "sync_interval", "outer_optimizer")
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
 # Sequences that are cut, and the shortest part of one that a rank gets, unless [search] names cp.
@@ -30,7 +32,7 @@ def candidates(job: Job) -> Iterator[Layout]:
     for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
     """
     for layout in _combinations(job):
-        if all(getattr(layout, name) in _values(job, name, []) for name in job.search):
+        if all(getattr(layout, name) in _values(job, name, []) for name in job.search if name not in SYNC_FIELDS):
             yield layout
 
 
@@ -46,10 +48,32 @@ def _combinations(job: Job) -> Iterator[Layout]:
             if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
                 continue
             for data in _data_parallel(job, world // (tp * pp * cp), cp):
-                for rest in _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"]):
-                    layout = Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest)
+                recipes = _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"])
+                for rest, sync in itertools.product(recipes, _syncs(job, data["dp_replicate"])):
+                    layout = Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest, **sync)
                     if "zero_stage" in job.search or not _has_a_twin(job, layout):
                         yield layout
+
+
+def _syncs(job: Job, replicas: int) -> list[dict[str, Any]]:
+    """Ways to keep replicas together: an all-reduce, and what [search] names, because most others change what is
+    trained. Servers are tried one on every node."""
+    found: list[dict[str, Any]] = []
+    for sync in _values(job, "sync", ["all_reduce"]):
+        fields: dict[str, list[Any]] = {}
+        if sync == "parameter_server":
+            fields = {"servers": _values(job, "servers", [job.nodes]), "staleness": _values(job, "staleness", [0])}
+        elif sync == "local_sgd":
+            fields = {
+                "sync_interval": _values(job, "sync_interval", [1]),
+                "outer_optimizer": _values(job, "outer_optimizer", ["none"]),
+            }
+        if sync == "all_reduce" or replicas > 1:
+            found += [
+                {"sync": sync} | dict(zip(fields, values, strict=True))
+                for values in itertools.product(*fields.values())
+            ]
+    return found
 
 
 def _has_a_twin(job: Job, layout: Layout) -> bool:

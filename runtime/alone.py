@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
@@ -37,6 +38,7 @@ from runtime.step import Run, build_run
 from runtime.trainer import find_device
 from simulator.errors import UserError
 from simulator.results import Alone
+from simulator.traffic import communication
 
 # Model FLOPs of a step that a processor is asked for: about a minute at 1e11 a second.
 MOST_FLOPS = 6e12
@@ -58,12 +60,11 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
             f"tokens go to which expert is found by computing; choose a job whose share of a rank fits this machine"
         )
     layout, device = plan.layout, find_device()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
     symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
     mode = FakeTensorMode(allow_non_fake_inputs=True, **symbols) if fake else contextlib.nullcontext()
     log, buckets = CollectiveLog(), Buckets()
-    with _stand_ins(mode, log, buckets if fake else None):
+    with _fake_group(rank, layout.world_size), _stand_ins(mode, log, buckets if fake else None):
         batches = Batches(plan.job, layout, rank, device)
         run = build_run(plan.job, layout, device)
         seconds = [_timed(run, batches.load(step), mode) for step in range(1 if fake else steps)]
@@ -73,7 +74,6 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         with mode, memory, log:
             run.step(_faked(batch, mode))
         collectives = log.collectives(run)
-    dist.destroy_process_group()
     return Alone(
         layout=layout,
         rank=rank,
@@ -82,9 +82,22 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         step_seconds=None if fake else statistics.median(seconds[warmup:]),
         memory=memory.peak(),
         collectives=collectives,
+        communication=communication(plan.job, layout, rank),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"torch": torch.__version__},
     )
+
+
+@contextlib.contextmanager
+def _fake_group(rank: int, world_size: int) -> Iterator[None]:
+    """A world whose other ranks are not there. What DTensor remembers of an op holds the mesh that it saw first, and
+    with it groups of a world that this process had before."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    _clear_sharding_prop_cache()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def needs_fake(plan: Plan, rank: int, device: torch.device) -> bool:

@@ -72,7 +72,7 @@ class CollectiveLog(TorchDispatchMode):
         counts: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for (name, group, size), count in self.counts.items():
-            row = axes.get(group, group), name
+            row = axes.get((name, group), axes.get(group, group)), name
             counts[row] += count
             sizes[row] += count * size
         return tuple(
@@ -117,16 +117,20 @@ def _group_of(args: list[Any]) -> str:
     return "world"
 
 
-def _axes_of_groups(run: Run) -> dict[str, str]:
+def _axes_of_groups(run: Run) -> dict[object, str]:
     """What each process group of this rank is called, by its name in torch: routed experts' groups as their mesh calls
-    them, all others by the axes of the layout along which their ranks differ."""
-    found = {}
+    them, all others by the axes of the layout along which their ranks differ.
+
+    Whatever spans the world may use its group: there ep is known by what it does, an all-to-all.
+    """
+    found: dict[object, str] = {}
     for group, places in dist.distributed_c10d._world.pg_group_ranks.items():
         # Groups without this rank are listed as a number.
         if isinstance(group, dist.ProcessGroup):
             found[group.group_name] = group_name(run.layout, tuple(places))
     if run.experts is not None:
         names = ("ep", "expert_shard", "expert_replicate")
-        found |= {run.experts.get_group(name).group_name: name for name in names}
-    replicas = [axis for axis in ("dp_replicate", "cp") if getattr(run.layout, axis) > 1]
-    return found | {"ddp": "_".join(replicas)}
+        groups = {run.experts.get_group(name).group_name: name for name in names}
+        world = dist.distributed_c10d._get_default_group().group_name
+        found |= {("all_to_all", group) if group == world else group: name for group, name in groups.items()}
+    return found | {"ddp": group_name(run.layout, run.layout.group("dp_replicate", "cp"))}

@@ -48,6 +48,22 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in environment}
 
 
+def world_size(environment: Mapping[str, str]) -> int:
+    """How many processes take part; one where nothing says so.
+
+    Raises:
+        UserError: a variable of torchrun's is there, but it is no number, or the others that go with it are missing.
+    """
+    if "WORLD_SIZE" not in environment:
+        return 1
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise UserError(f"WORLD_SIZE is set, but {name} is not; start ranks with torchrun, or set all four")
+    for name in ("RANK", "MASTER_PORT"):
+        _number(environment[name], name)
+    return _number(environment["WORLD_SIZE"], "WORLD_SIZE")
+
+
 def first_host(hosts: str) -> str:
     """The first of Slurm's host list: asked of scontrol, or read from the list where there is no scontrol.
 

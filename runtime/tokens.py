@@ -181,7 +181,7 @@ def _tokenised(training: Training) -> Stream:
     paths = _texts(training.data)
     path = _cache_folder() / f"{_key(Path(training.tokenizer), paths)}.bin"
     with _lock(path.with_suffix(".lock")):
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size or path.stat().st_size % dtype.itemsize:
             _write_ids(path, _encoded(tokenizer, paths), dtype, training.data)
     return Stream(np.memmap(path, dtype=dtype, mode="r"), vocabulary, mask)
 

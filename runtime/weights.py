@@ -34,6 +34,8 @@ from simulator.model import ModelSpec
 INDEX = "model.safetensors.index.json"
 # What transformers cuts files at.
 FILE_BYTES = 5 * 10**9
+# What values may be stored as. 8-bit floats come with scales of their own, which nothing here applies.
+_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 def hf_names(spec: ModelSpec, names: Iterable[str]) -> dict[str, Place]:
@@ -63,6 +65,8 @@ def load_safetensors(stages: Iterable[nn.Module], folder: Path | str) -> None:
                 place = places[name] if name != "output.weight" or tied is None else tied
                 part = local_tensor(parameter)
                 part.copy_(files.read(place, parameter.shape, local_ranges(parameter)))
+                if not part.isfinite().all():
+                    raise UserError(f"weights '{files.folder}': {place.name} holds values that are not finite")
 
 
 def save_safetensors(
@@ -153,6 +157,10 @@ class _Files:
             stored = self._open(self.where[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(f"weights '{self.where[name]}' cannot be read: {error}") from None
+        if stored.get_dtype() not in _DTYPES:
+            raise UserError(
+                f"weights '{self.folder}': {name} holds {stored.get_dtype()}, but must hold one of {', '.join(_DTYPES)}"
+            )
         expected = list(their_shape(place, shape))
         if stored.get_shape() != expected:
             raise UserError(

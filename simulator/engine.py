@@ -21,7 +21,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import simpy
 from simpy.core import EmptySchedule
@@ -38,9 +38,9 @@ from simulator.processors import Processors
 from simulator.program import Program
 from simulator.ranks import Process, Rank
 from simulator.rendezvous import Axes, Rendezvous
-from simulator.results import Breakdown, MemorySample, Span, Timeline
+from simulator.results import Breakdown, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import StageCost, Work
+from simulator.stage import Work
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -50,25 +50,12 @@ Waiting = Process | simpy.Event | None
 Step = tuple[Callable[..., Waiting], Any]
 
 
-class Compute(NamedTuple):
-    """An op that computes, by fields of StageCost: the work that it is, the bytes that its rank keeps from its begin
-    on, and those that it lets go at its end."""
-
-    work: str
-    keeps: tuple[str, ...] = ()
-    frees: tuple[str, ...] = ()
-
-
-COMPUTE = {
-    "F": Compute("forward", keeps=("saved",)),
-    "B": Compute("backward", keeps=("working",), frees=("working", "saved")),
-    "I": Compute("backward_input", keeps=("working", "deferred"), frees=("working",)),
-    "W": Compute("backward_weight", frees=("deferred", "saved")),
-}
+# Ops that compute, by the field of StageCost that is their work.
+COMPUTE = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
-# Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
-LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
+# Axes whose ranks communicate within every op; that gather parameters together.
+LOCKSTEP, GATHERING = ("tp", "cp"), ("cp", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -95,7 +82,7 @@ def run_program(
     The critical rank is the one that waits least in bubbles: the pipeline goes at its pace.
 
     Args:
-        trace: keep every span and the bytes of activations over time.
+        trace: keep every span.
         unfold: simulate every rank, not one of each kind.
         slowdown: how many times longer these ranks (global numbers) compute; it unfolds the run.
 
@@ -142,16 +129,16 @@ class _Engine:
         )
         # Under FSDP the ranks that share parameters communicate in every op too.
         self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
+        self.reducing = (*GATHERING, *layout.reducing_replicas)
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
-        self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
         self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
         self.final = {leaf.stage: leaf for leaf in leaves if leaf.kind in GRADIENT}
-        self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
+        self.work = {kind: [getattr(cost, work) for cost in program.stages] for kind, work in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
             **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
@@ -175,7 +162,7 @@ class _Engine:
         waited = critical.spent.get("bubble", 0.0) + now - sum(critical.spent.values())
         # Rounding is no bubble, and none is negative.
         critical.spent["bubble"] = waited if waited > 1e-9 * now else 0.0
-        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
+        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans)))
 
     def _make_rank(self, number: int) -> Rank:
         spec, pool, replicas = self.job.cluster, None, 1
@@ -242,12 +229,6 @@ class _Engine:
             name = str(op) if op.kind == "OPTIMIZER" else f"PP:{op}"
             self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
 
-    def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
-        """Note what a rank keeps from now on, or with `sign` -1 no more."""
-        if self.trace and what:
-            rank.activations += sign * sum(getattr(cost, name) for name in what)
-            self.memory.append(MemorySample(rank.number // self.alike, self.env.now, rank.activations))
-
     def _reduces(self, op: Op) -> bool:
         """Whether gradients of the op's stage are reduced behind it."""
         return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
@@ -268,7 +249,6 @@ class _Engine:
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        self._keep(rank, cost, *COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
                 yield from rank.wait(gathered[piece], "dp")
@@ -276,10 +256,9 @@ class _Engine:
             yield self._busy(rank, spent["total"] / pieces)
             rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
+                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, self.reducing, piece))
         if reduces and not overlaps:
-            rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
-        self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
+            rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
         self._span(rank, "compute", op, began)
 
     def _compute_pair(self, rank: Rank, op: Op) -> Process:
@@ -303,14 +282,11 @@ class _Engine:
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        for leaf in op.parts:
-            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].keeps)
         yield self._busy(rank, spent["total"])
         rank.spend_work(spent, (self.env.now - began) / spent["total"] if spent["total"] else 0.0)
         for leaf in op.parts:
-            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].frees, sign=-1)
             if self._reduces(leaf):
-                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, REDUCING))
+                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, self.reducing))
         self._span(rank, "compute", op, began)
 
     def _reshard(self, rank: Rank, op: Op) -> None:
@@ -425,9 +401,9 @@ class _Engine:
         self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: Rank) -> float:
-        """The update of this rank's share of the parameters."""
+        """The update of this rank's share of the parameters, which servers do for their workers."""
         job, layout = self.job, self.layout
-        if job.training.peft != "none":
+        if job.training.peft != "none" or layout.sync == "parameter_server":
             return 0.0
         held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
         share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
@@ -438,6 +414,7 @@ class _Engine:
 
     @functools.cached_property
     def _norm_seconds(self) -> float:
-        """An all-reduce of the gradient norm over the world."""
-        world = group_shape(self.job.graph, self.layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
+        """An all-reduce of the gradient norm over the world, or over a replica that does not reduce with others."""
+        axes = ("tp", "cp", "dp_shard", *self.layout.reducing_replicas, "pp")
+        world = group_shape(self.job.graph, self.layout.group(*axes))
         return collective_seconds("all_reduce", 4.0, world, self.job.cluster)

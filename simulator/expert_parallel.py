@@ -56,7 +56,7 @@ def expert_grid(layout: Layout, stack: Stack) -> ExpertGrid:
 
 def expert_groups(layout: Layout, grid: ExpertGrid, pp_rank: int) -> tuple[tuple[int, ...], ...]:
     """Ranks of the first ep group of a pipeline stage, of its first shard group, and of its first replicas."""
-    ranks = layout.group("tp", "cp", "dp_shard", "dp_replicate", pp_rank=pp_rank)
+    ranks = layout.group("tp", "cp", "dp_shard", *layout.reducing_replicas, pp_rank=pp_rank)
     whole = grid.tp * grid.ep
     return ranks[: whole : grid.tp], ranks[: whole * grid.shards : whole], ranks[:: whole * grid.shards]
 

@@ -7,13 +7,12 @@ and gradients of activations besides from the input gradient on.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
@@ -38,7 +37,17 @@ def capacity(job: Job, layout: Layout) -> float:
     spec = job.cluster
     if spec.gpu.kind == "gpu":
         return spec.gpu.memory
-    return spec.gpu.memory * spec.gpus_per_node * job.nodes / max(layout.world_size, job.nodes)
+    machine, ranks = spec.gpu.memory * spec.gpus_per_node * job.nodes, max(layout.world_size, job.nodes)
+    return (machine - _server_bytes(job, layout)) / ranks
+
+
+def _server_bytes(job: Job, layout: Layout) -> float:
+    """What parameter servers hold in the memory of their hosts: parameters, optimizer state and a sum of gradients."""
+    if layout.sync != "parameter_server":
+        return 0.0
+    recipe = job.stack.recipes[job.training.precision]
+    width = recipe.parameters + recipe.gradients + recipe.optimizer[job.training.optimizer]
+    return job.model.parameters() * width
 
 
 def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[tuple[MemoryMoment, ...], ...]:
@@ -70,8 +79,9 @@ class _RankBytes:
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
         # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
         microbatches = layout.microbatches(job.training.global_batch_size)
+        apart = sharding.apart and layout.schedule in SPLIT_BACKWARD
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
-        self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1)
+        self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
         self.state = _state(job, layout, sharding, parameters, experts)
         self.received = _received(job, layout, tuple(held))
         self.overhead = _overhead(job, layout)
@@ -79,20 +89,20 @@ class _RankBytes:
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
         known = fullest_moments(*self.pipeline)
-        passing = np.array(
-            [self.stages[one.stage].passing(one).total for one in known.runnings if one.stage is not None]
-        )
-        each = [worth for _, stage in sorted(self.stages.items()) for worth in stage.worth]
+        passes = [self.stages[one.stage].passing(one) for one in known.runnings]
+        share = 1 + fragmented(self.job, 1.0, 0.0)
+        passing = np.array([(one.activations + one.buffers) * share + one.gradients for one in passes])
+        each = [worth for _, stage in sorted(self.stages.items()) for worth in stage.worth.with_share(share)]
         return self.at(known.moments[int((known.counts @ np.array(each) + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
         activations = gradients = buffers = 0.0
-        for number, kept, deferred, ends, blocks, whole, reduced, fresh in moment.held:
+        for number, kept, deferred, ends, blocks, whole, reduced, fresh, returned in moment.held:
             worth = self.stages[number].worth
             activations += kept * worth.kept + deferred * worth.deferred
             gradients += whole * worth.whole + reduced * worth.reduced
-            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh
+            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh + returned * worth.returned
         running = moment.running
         if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)
@@ -111,8 +121,15 @@ class _RankBytes:
             "activations": activations,
             "buffers": self.received + buffers,
         }
-        overhead = self.overhead + self.job.cluster.gpu.fragmentation * sum(items.values())
+        overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
+
+
+def fragmented(job: Job, activations: float, buffers: float) -> float:
+    """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
+    gradients and optimizer state are allocated once and stay where they are."""
+    share = job.stack.fragmentation
+    return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
@@ -132,23 +149,31 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
     if not sharding.trains:
         # Frozen weights in the width of the kernels; or the host has the rest, and gradients leave as they come.
         return {"parameters": held(sharding.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
+    optimizer = held(recipe.optimizer[job.training.optimizer], zero > 0)
+    if layout.sync == "parameter_server":
+        # The servers update, in the memory of their hosts.
+        optimizer = 0.0
+    elif layout.outer_optimizer == "nesterov":
+        # What the last average was, and the outer momentum, both in fp32.
+        optimizer += held(8.0, sharded)
     return {
         "parameters": held(recipe.parameters, sharded),
-        "gradients": held(recipe.gradients, False) * sharding.whole,
-        "optimizer": held(recipe.optimizer[job.training.optimizer], zero > 0),
+        "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
+        "optimizer": optimizer,
     }
 
 
 def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers for tensors from neighbours: activations for all but the first stage, their gradients for all
-    but the last. torch allocates those of all microbatches ahead; others hold two of each."""
+    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
+    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
+    all microbatches ahead; others hold two of each."""
+    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
     if layout.pp == 1:
-        return 0.0
-    size = stream_bytes(job, layout)
+        return buffer
     if not job.stack.preallocates_receives:
-        return 4 * size
+        return buffer + 4 * size
     sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return sides * layout.microbatches(job.training.global_batch_size) * size
+    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
 
 
 def _overhead(job: Job, layout: Layout) -> float:
@@ -157,18 +182,3 @@ def _overhead(job: Job, layout: Layout) -> float:
     sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
     groups = sum(size > 1 for size in sizes)
     return gpu.context_memory + gpu.communicator_memory * groups
-
-
-def shortfall(job: Job, layout: Layout, memory: MemoryBreakdown) -> str:
-    """Why a layout does not fit, with its largest items; empty if it fits."""
-    limit = capacity(job, layout)
-    over = memory.peak - limit
-    if over <= 0:
-        return ""
-    items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
-    largest = sorted(items, key=lambda name: -items[name])[:2]
-    shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
-    return (
-        f"needs {memory.peak / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
-        f"(mostly {shown} GiB)"
-    )

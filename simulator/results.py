@@ -74,17 +74,19 @@ class Span:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Bytes that a rank keeps for its backwards from this moment on, or works on in one."""
+    """What a rank holds from this moment on: at the begin of an op what it takes, at its end what it leaves. The first
+    of a rank is its step's begin, with no op; the largest peak of a rank is its peak."""
 
     rank: int
     seconds: float
-    activations: float
+    op: str
+    memory: MemoryBreakdown
 
     __pydantic_config__ = STRICT
 
 
 class Timeline(NamedTuple):
-    """One step of every simulated rank: its spans in the order in which they end, and its activations over time.
+    """One step of every simulated rank: its spans in the order in which they end, and its memory over time.
     `rank` is the pipeline rank, which stands for all that do the same."""
 
     spans: tuple[Span, ...] = ()
@@ -92,10 +94,41 @@ class Timeline(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Synchronisation:
+    """Many steps of replicas that differ or wait for each other little, simulated one by one. A step is done whenever
+    as many updates have come in as there are replicas.
+
+    mean and p95 are seconds of a step; computing, communicating and waiting those of a replica's own, which sum to the
+    mean but for the replicas that were under way at the end. staleness counts updates by how many others came between
+    the parameters that they were made from and themselves: ((0, 12), (3, 88)). lead is how many steps a replica was
+    ahead of the slowest at most.
+    """
+
+    steps: int
+    mean: float
+    p95: float
+    computing: float
+    communicating: float
+    waiting: float
+    waiting_p95: float
+    staleness: tuple[tuple[int, int], ...]
+    mean_staleness: float
+    lead: int
+    events: int
+    changes_mathematics: bool = False
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
 
+    synchronisation is there for ways other than an all-reduce, and where ranks or steps differ; step_seconds is then
+    its mean.
+
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
+    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py).
     """
 
     layout: Layout
@@ -109,7 +142,9 @@ class Prediction:
     breakdown: Breakdown
     memory: MemoryBreakdown
     memory_per_stage: tuple[MemoryBreakdown, ...]
+    out_of_memory_probability: float
     timeline: Timeline = field(default=Timeline(), compare=False)
+    synchronisation: Synchronisation | None = None
 
     __pydantic_config__ = STRICT
 
@@ -126,9 +161,37 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class Updates:
+    """Updates that parameter servers applied. staleness[n] of them met parameters with n more updates of others in them
+    than those that they were computed from; lead[n] of them came from a replica that was n updates ahead of the slowest
+    when it began to compute, which the layout's `staleness` bounds. by_replica are those of each replica."""
+
+    staleness: tuple[int, ...]
+    lead: tuple[int, ...]
+    by_replica: tuple[int, ...]
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """An epoch, cut among replicas: samples that each owns, the largest share over the mean one less 1, and how many
+    samples are left out or seen twice in an epoch."""
+
+    sizes: tuple[float, ...]
+    imbalance: float
+    dropped: int
+    repeated: int
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
-    `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out."""
+    `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out. Where replicas do
+    not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are
+    their means."""
 
     layout: Layout
     world_size: int
@@ -141,6 +204,8 @@ class Measurement:
     grad_norms: tuple[float, ...]
     device: str
     versions: dict[str, str]
+    updates: Updates | None = None
+    sharding: Sharding | None = None
     version: int = 1
 
     __pydantic_config__ = STRICT
@@ -190,7 +255,8 @@ class TrackedMemory:
 
 @dataclass(frozen=True)
 class Alone:
-    """One rank, run without the others. step_seconds is its own work, None where tensors were fake."""
+    """One rank, run without the others. step_seconds is its own work, None where tensors were fake; `communication` is
+    what the simulator says that the rank's collectives are."""
 
     layout: Layout
     rank: int
@@ -199,6 +265,7 @@ class Alone:
     step_seconds: float | None
     memory: TrackedMemory
     collectives: tuple[Collective, ...]
+    communication: tuple[Collective, ...]
     device: str
     versions: dict[str, str]
     version: int = 1

@@ -16,9 +16,11 @@ from simulator.activations import (
     deferred_bytes,
     kept_logits,
     kept_outputs,
+    norm_working,
     recomputed_share,
     saved_bytes,
     score_bytes,
+    weight_input_bytes,
     working_bytes,
 )
 from simulator.cluster import GroupShape, group_shape
@@ -122,6 +124,7 @@ class UnitCost:
     backward_weight: Work = Work()
     deferred: float = 0.0
     experts: float = 0.0
+    norm_working: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -211,7 +214,7 @@ class StageCosts:
         )
         key = (blocks, index == 0, index == self.layout.stages - 1, groups)
         if key not in self._stages:
-            units = [self._block(*block, groups) for block in blocks]
+            units = self._offloaded([self._block(*block, groups) for block in blocks])
             if index == 0:
                 units.insert(0, self._embedding(groups))
             if index == self.layout.stages - 1:
@@ -223,10 +226,21 @@ class StageCosts:
             self._stages[key] = cost
         return self._stages[key]
 
+    def _offloaded(self, blocks: list[UnitCost]) -> list[UnitCost]:
+        """The blocks of a stage, the first of them with their activations in host memory.
+
+        Two blocks at least stay: the one whose backward runs and the one before it, on its way back. The peak is the
+        end of the forward, when what is offloaded has left.
+        Reference: Transformer Engine's activation offloading (NVIDIA/Megatron-LM@d98e8a64, cpu_offloading_num_layers).
+        Ignored: copies that PCIe or NVLink-C2C cannot hide.
+        """
+        count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
+        return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
+
     def _groups(self, rank: int) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
         layout = self.layout
-        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        shard, replicate = ["dp_shard"], [*layout.reducing_replicas]
         (shard if layout.zero_stage else replicate).append("cp")
         axes = (["tp"], ["cp"], shard, replicate)
         dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
@@ -308,13 +322,16 @@ class StageCosts:
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, HEAD_CUTS)
-        logits = self.cut.tokens * model.vocab_size / self.layout.tp
-        kept = kept_logits(self.job.stack, self.job.training.precision) * logits
+        logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
+        kept = kept_logits(self.job.stack, self.job.training.precision, self.layout.tp > 1) * logits
+        if self.job.stack.loss_makes_gradients:
+            kept += parameters * self.recipe.compute
         loss = tensor_seconds(self.job, groups.tp, loss_transfers(self.layout, self.cut.tokens))
         return dataclasses.replace(
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
+            deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
             stays_gathered=True,
         )
 
@@ -330,7 +347,7 @@ class StageCosts:
         routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        saved = saved_bytes(kernels, job.stack, precision)
+        saved = saved_bytes(kernels, job.stack, precision, frozen=job.training.peft != "none")
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = (
             tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
@@ -375,7 +392,9 @@ class StageCosts:
             work, dropped = self._selected(kernels, cp_forward)
             backward += work
             saved, again = saved - dropped, dropped
-        deferred = deferred_bytes(kernels, precision)
+        deferred = deferred_bytes(kernels, job.stack, precision)
+        if job.stack.frees_after_input_gradient:
+            deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
             forward,
             backward,
@@ -386,19 +405,18 @@ class StageCosts:
             backward_weight=weights,
             deferred=deferred,
             experts=experts,
+            norm_working=norm_working(kernels, job.stack, precision),
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:
-        """The forward, run again. Where it stops early, its last matmul and what is communicated behind that are left
-        out."""
+        """The forward, run again. Where it stops early, its last matmul and the reduction behind that are left out;
+        what comes back from experts is weighted, and the backward of that needs it."""
         job = self.job
         if not job.stack.recompute_stops_early:
             return self._work(forward.forward, forward.host_forward, beside, recompute=True)
         last = max((i for i, kernel in enumerate(kernels) if isinstance(kernel, Matmul)), default=len(kernels))
         times = kernel_time(kernels[:last], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
-        behind = 0.0 if job.model.num_shared_experts else beside.ep / 2
-        kept = dataclasses.replace(beside, ep=beside.ep - behind)
-        return self._work(times.forward, times.host_forward, kept, recompute=True)
+        return self._work(times.forward, times.host_forward, beside, recompute=True)
 
     def _selected(self, kernels: list[Kernel], context: float) -> tuple[Work, float]:
         """What selective recomputation adds to a backward, and the bytes that it does not keep; `context` is the

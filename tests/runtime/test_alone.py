@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,10 @@ def test_the_command_shows_memory_beside_its_prediction(
     assert call(monkeypatch, "run", plan, *arguments) == 0
     shown = capsys.readouterr().out
     assert "rank 5 of 8 (dp_shard=5)" in shown and "fake tensors: nothing was computed" in shown
-    assert "reduce_scatter" in shown and (tmp_path / "alone.json").exists()
+    # Predicted, then counted.
+    assert re.search(r"reduce_scatter +dp_shard +5 +5 +(\S+ \S+) +\1", shown), shown
+    document = json.loads((tmp_path / "alone.json").read_text())
+    assert document["communication"] == document["collectives"]
 
 
 def test_ranks_that_there_are_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,8 @@ def test_text_goes_through_a_tokenizer_once(tokenizer: Path, tmp_path: Path) -> 
     (cached,) = (tmp_path / "cache" / "layoutwise" / "tokens").glob("*.bin")
     cached.write_bytes(np.array([7, 7], np.uint16).tobytes())
     assert stream(folder, tokenizer=str(tokenizer)).tolist() == [7, 7]
+    cached.write_bytes(b"cut")
+    assert stream(folder, tokenizer=str(tokenizer)).tolist() == [2, 3, 3, 1, 0, 3, 0]
     (folder / "b.txt").write_text("one")
     assert stream(folder, tokenizer=str(tokenizer)).tolist() == [2, 3, 3, 1, 0, 2, 0]
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_jobs import tiny_plan
 
 from planner.plan import write_plan
-from runtime.environment import first_host, slurm_ranks
+from runtime.environment import first_host, slurm_ranks, world_size
 from simulator.errors import UserError
 from simulator.layout import Layout
 
@@ -98,6 +98,18 @@ def test_scontrol_is_asked_first(tmp_path: Path) -> None:
 def test_what_slurm_did_not_say_is_named(missing: str) -> None:
     with pytest.raises(UserError, match=missing):
         slurm_ranks({name: value for name, value in TASK.items() if name != missing})
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def test_torchruns_variables_are_all_there_and_numbers() -> None:
+    assert world_size({}) == 1
+    assert world_size(TORCHRUN) == 2
+    with pytest.raises(UserError, match="WORLD_SIZE = 'x' must be a number"):
+        world_size(TORCHRUN | {"WORLD_SIZE": "x"})
+    with pytest.raises(UserError, match="WORLD_SIZE is set, but RANK is not"):
+        world_size({"WORLD_SIZE": "2"})
 
 
 @pytest.mark.xdist_group("distributed")

@@ -61,6 +61,7 @@ def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_pat
     [
         (Layout(dp_replicate=2), {"nproc": 3}, "needs 2 processes, not 3"),
         (Layout(), {"settings": Settings(5, 5)}, "less than steps = 5"),
+        (Layout(), {"settings": Settings(weights=Path("w"), export=Path("x/../w"))}, "would overwrite the --weights"),
         (Layout(tp=3), {}, "tp = 3 must divide"),
         (
             Layout(pp=2, dp_shard=2, zero_stage=3, schedule="ZBVZeroBubble", virtual_stages=2),

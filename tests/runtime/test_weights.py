@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_golden import write_formula
 from tiny_jobs import MODELS
 from workers import start_worker
@@ -16,6 +16,8 @@ from runtime.hf_config import hf_config
 from runtime.hf_names import Place
 from runtime.pipeline import build_stage
 from runtime.shards import local_ranges
+from runtime.weights import load_safetensors
+from simulator.errors import UserError
 from simulator.layout import Layout
 
 _FSDP = {"dp_shard": 2, "zero_stage": 3}
@@ -61,6 +63,21 @@ def test_what_ranks_write_is_what_they_read(number: int, exchanged: Path) -> Non
         index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         assert all(key in load_file(folder / file) for key, file in index.items())
     assert not list(folder.glob(".part*"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(torch.tensor(1), "holds I64"), (torch.tensor(float("nan")), "values that are not finite")]
+)
+def test_what_cannot_be_a_weight_is_refused(value: torch.Tensor, words: str, tmp_path: Path) -> None:
+    model = build_stage(MODELS["tiny-llama"], Layout(), 32, 0)
+    write_formula(model, tmp_path, hf_config(model.spec))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = value.expand(tensors["model.norm.weight"].shape).contiguous()
+    save_file(tensors, path)
+    model.to_empty(device="cpu")
+    with pytest.raises(UserError, match=words):
+        load_safetensors([model], tmp_path)
 
 
 def test_a_plain_tensor_is_held_whole() -> None:
