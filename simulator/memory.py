@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
@@ -85,21 +87,23 @@ class _RankBytes:
 
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
-        return self.at(max(fullest_moments(*self.pipeline), key=self._total))
-
-    def _total(self, moment: Moment) -> float:
-        return sum(self._items(moment))
+        known = fullest_moments(*self.pipeline)
+        passing = np.array(
+            [self.stages[one.stage].passing(one).total for one in known.runnings if one.stage is not None]
+        )
+        each = [worth for _, stage in sorted(self.stages.items()) for worth in stage.worth]
+        return self.at(known.moments[int((known.counts @ np.array(each) + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
         activations = gradients = buffers = 0.0
         for number, kept, deferred, ends, blocks, whole, reduced, fresh in moment.held:
-            stage = self.stages[number]
-            activations += kept * stage.saved + deferred * stage.deferred
-            gradients += whole * stage.whole + reduced * stage.reduced
-            buffers += ends * stage.ends_gathered + blocks * stage.blocks_gathered + fresh * stage.fresh
+            worth = self.stages[number].worth
+            activations += kept * worth.kept + deferred * worth.deferred
+            gradients += whole * worth.whole + reduced * worth.reduced
+            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh
         running = moment.running
-        if running.stage is not None:
+        if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)
             activations += passing.activations
             gradients += passing.gradients
