@@ -79,7 +79,8 @@ class _RankBytes:
         return self.at(max(fullest_moments(*self.pipeline), key=self._total))
 
     def _total(self, moment: Moment) -> float:
-        return sum(self._items(moment))
+        activations, gradients, buffers = self._items(moment)
+        return activations + gradients + buffers + fragmented(self.job, activations, buffers)
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
