@@ -14,7 +14,7 @@ import numpy as np
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, stage_bytes, stream_bytes
+from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
 
@@ -88,11 +88,14 @@ class _RankBytes:
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
         known = fullest_moments(*self.pipeline)
-        passing = np.array(
-            [self.stages[one.stage].passing(one).total for one in known.runnings if one.stage is not None]
+        apart = [self.stages[one.stage].passing(one) for one in known.runnings]
+        passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
+        moving = 1 + fragmented(self.job, 1.0, 0.0)
+        grows = np.array(
+            Worth(kept=moving, deferred=moving, ends=moving, blocks=moving, whole=1, reduced=1, fresh=moving)
         )
-        each = [worth for _, stage in sorted(self.stages.items()) for worth in stage.worth]
-        return self.at(known.moments[int((known.counts @ np.array(each) + passing[known.running]).argmax())])
+        each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
+        return self.at(known.moments[int((known.counts @ each + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
