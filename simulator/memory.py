@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, StageBytes, stream_bytes
+from simulator.passing import Sharding, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
 
@@ -73,7 +73,7 @@ class _RankBytes:
         self.job, self.layout = job, layout
         sharding = Sharding.of(job, layout)
         held = {s: stages[s] for s in layout.stages_of(rank)}
-        self.stages = {s: StageBytes(job, layout, stage, sharding) for s, stage in held.items()}
+        self.stages = {s: stage_bytes(job, layout, stage, sharding) for s, stage in held.items()}
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
         # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
         microbatches = layout.microbatches(job.training.global_batch_size)
@@ -88,7 +88,8 @@ class _RankBytes:
         return self.at(max(fullest_moments(*self.pipeline), key=self._total))
 
     def _total(self, moment: Moment) -> float:
-        return sum(self._items(moment))
+        activations, gradients, buffers = self._items(moment)
+        return activations + gradients + buffers + fragmented(self.job, activations, buffers)
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""

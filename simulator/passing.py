@@ -96,6 +96,16 @@ def _copies(job: Job, layout: Layout) -> bool:
     return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
 
 
+def stage_bytes(job: Job, layout: Layout, stage: StageCost, sharding: Sharding) -> StageBytes:
+    """The bytes of a stage. A search asks for them with one schedule after the other, on which nothing of them depends
+    but by the sharding."""
+    known: dict[object, StageBytes] = stage.known_bytes
+    key = (sharding, layout.zero_stage, layout.shards, layout.pp, layout.stages)
+    if key not in known:
+        known[key] = StageBytes(job, layout, stage, sharding)
+    return known[key]
+
+
 class StageBytes:
     """What the counts of a stage's moments are worth, and what passes within its ops."""
 

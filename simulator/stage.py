@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulator.activations import (
     deferred_bytes,
@@ -153,6 +153,11 @@ class StageCost:
     backward_weight: Work = Work()
     deferred: float = 0.0
     blocks: tuple[tuple[UnitCost, int], ...] = ()
+
+    @functools.cached_property
+    def known_bytes(self) -> dict[object, Any]:
+        """What memory.py has found about this stage."""
+        return {}
 
     @property
     def backward_input(self) -> Work:
