@@ -46,6 +46,10 @@ CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="S
 Weights = Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")]
 Export = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
+SlowRank = Annotated[
+    str | None,
+    typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
+]
 
 
 def main() -> None:
@@ -244,7 +248,9 @@ def run(
     plan_file: PlanFile,
     steps: Steps = 20,
     warmup: Warmup = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes, servers included; the layout's own by default.")
+    ] = None,
     output: Folder = Path("."),
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
@@ -252,6 +258,7 @@ def run(
     weights: Weights = None,
     export: Export = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    slow_rank: SlowRank = None,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
@@ -271,7 +278,7 @@ def run(
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
         steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
-        output / "profile" if profile else None,
+        output / "profile" if profile else None, slow_rank,
     )  # fmt: skip
     if alone:
         unused = {
@@ -421,6 +428,89 @@ def validate_published(
     typer.echo(f"{len(found.results)} rows in {found.seconds:.0f} s")
     for path in written:
         typer.echo(f"written to {path}")
+
+
+@validate.command("sync")
+def validate_sync(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.toml", help="What to train; 12 M parameters on bytes by default.")
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N", help="Numbers of replicas.")] = "2,4",
+    slow: Annotated[float, typer.Option(min=1, help="How many times as long the last of them computes.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 60,
+    output: Folder = Path("out/sync"),
+    as_json: AsJson = False,
+) -> None:
+    """Run every way to keep replicas together here, with a straggler: speed, its prediction, and what it learns."""
+    from planner import show
+    from planner.sync_trial import Trial, run_trial, trial_job
+    from simulator.files import check_writable
+    from simulator.job import read_job
+
+    counts = [int(one) if one.strip().isdigit() else 0 for one in workers.split(",")]
+    if min(counts) < 2:
+        raise UserError(f"--workers '{workers}' must be numbers of at least 2, like 2,4")
+    check_writable(output / "sync.md")
+    job = trial_job(None) if job_file is None else read_job(job_file)
+    trial = Trial(tuple(counts), slow, steps, min(5, steps - 1))
+    with _progress("training", quiet=as_json, lines=True) as report:
+        found = run_trial(job, trial, output, report)
+    if as_json:
+        _print_json(found)
+        return
+    from reports.synchronisation import COLUMNS, SyncRow, cells
+
+    for count, ways in found["workers"].items():
+        show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
+    typer.echo(f"written to {output / 'sync.md'}")
+
+
+@app.command()
+def report(
+    plan_given: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_DIR", help="A plan, or a folder with plan.json and what was measured.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write; beside the plan.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output of `validate published --json`; validation.json beside the plan."),
+    ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Plan the job on these numbers of nodes too, or none; nearby by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
+    import dataclasses
+    import math
+
+    from planner.explain import explain, sentences
+    from planner.other_nodes import PATIENCE, node_counts, plans_for
+    from planner.plan import read_plan
+    from reports.page import write_report
+    from reports.page_inputs import find_inputs, find_plan
+    from simulator.files import check_writable
+
+    path = find_plan(plan_given)
+    read, folder = read_plan(path), output or path.parent
+    check_writable(folder / "report.html")
+    counts = node_counts(read, nodes)
+    inputs = find_inputs(read, path.parent, validation)
+    with _progress("planning", quiet=as_json) as progress:
+        plans, notes = plans_for(read, counts, progress, PATIENCE if nodes is None else math.inf)
+    written = write_report(
+        read,
+        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
+        folder,
+    )
+    if as_json:
+        _print_json({"page": str(written[0]), "files": [str(one) for one in written]})
+        return
+    for one in written:
+        typer.echo(f"written to {one}")
 
 
 @app.command()
