@@ -65,7 +65,7 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
     if not screened:
         raise NothingFitsError(_nothing_fits(job, counts, misses), misses)
     best, simulated = _best_first(job, screened, top, report)
-    safer = _safer(job, screened, best[0], report)
+    safer = _safer(job, screened, tuple(best), report)
     certificate = Certificate(
         space=counts.space,
         illegal=counts.illegal,
@@ -126,14 +126,18 @@ def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened
     return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
 
 
-def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress) -> tuple[list[Prediction], int]:
-    """Simulate in the order of the bounds until no bound left can enter the best `top`."""
+def _best_first(
+    job: Job, screened: list[_Screened], top: int, report: Progress, known: tuple[Prediction, ...] = ()
+) -> tuple[list[Prediction], int]:
+    """Simulate in the order of the bounds until no bound left can enter the best `top`; what is known is not simulated
+    again."""
+    predictions = {prediction.layout: prediction for prediction in known}
     found: list[Prediction] = []
     simulated = 0
     for entry in sorted(screened, key=lambda e: (e.bound, e.layout.short())):
         if len(found) >= top and entry.bound >= found[top - 1].step_seconds:
             break
-        found.append(simulate(job, entry.layout))
+        found.append(predictions.get(entry.layout) or simulate(job, entry.layout))
         simulated += 1
         found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
         del found[top:]
@@ -141,12 +145,12 @@ def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress)
     return found, simulated
 
 
-def _safer(job: Job, screened: list[_Screened], best: Prediction, report: Progress) -> Prediction | None:
-    """Where the fastest layout is likely to run out of memory: the fastest one that is not."""
+def _safer(job: Job, screened: list[_Screened], best: tuple[Prediction, ...], report: Progress) -> Prediction | None:
+    """Where the fastest of the best layouts is likely to run out of memory: the fastest of all that is not."""
     safe = [entry for entry in screened if entry.risk <= HIGH_RISK]
-    if best.out_of_memory_probability <= HIGH_RISK or not safe:
+    if best[0].out_of_memory_probability <= HIGH_RISK or not safe:
         return None
-    found, _ = _best_first(job, safe, 1, report)
+    found, _ = _best_first(job, safe, 1, report, best)
     return found[0]
 
 

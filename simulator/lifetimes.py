@@ -186,7 +186,7 @@ def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
     fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
     # What is kept and not deferred counts for itself, because it may weigh more than what is.
     flat: dict[tuple[int, ...], tuple[Held, ...]] = {
-        sum(moment, ()) + tuple(held.kept - held.deferred for held in moment): moment for moment in moments
+        (*sum(moment, ()), *(held.kept - held.deferred for held in moment)): moment for moment in moments
     }
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):

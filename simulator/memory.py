@@ -14,7 +14,7 @@ import numpy as np
 from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, stage_bytes, stream_bytes
+from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
 
@@ -89,11 +89,12 @@ class _RankBytes:
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
         known = fullest_moments(*self.pipeline)
-        passes = [self.stages[one.stage].passing(one) for one in known.runnings]
-        share = 1 + fragmented(self.job, 1.0, 0.0)
-        passing = np.array([(one.activations + one.buffers) * share + one.gradients for one in passes])
-        each = [worth for _, stage in sorted(self.stages.items()) for worth in stage.worth.with_share(share)]
-        return self.at(known.moments[int((known.counts @ np.array(each) + passing[known.running]).argmax())])
+        apart = [self.stages[one.stage].passing(one) for one in known.runnings]
+        passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
+        moving = 1 + fragmented(self.job, 1.0, 0.0)
+        grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
+        each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
+        return self.at(known.moments[int((known.counts @ each + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""

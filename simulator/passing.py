@@ -47,11 +47,6 @@ class Worth(NamedTuple):
     fresh: float
     returned: float
 
-    def with_share(self, share: float) -> Worth:
-        """The same with what an allocator loses of activations and buffers."""
-        held = (one * share for one in (self.kept, self.deferred, self.ends, self.blocks))
-        return Worth(*held, self.whole, self.reduced, self.fresh * share, self.returned * share)
-
 
 class Passing(NamedTuple):
     """Bytes that are there within an op besides what the rank holds."""

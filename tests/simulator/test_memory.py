@@ -53,6 +53,15 @@ def test_state_of_fsdp2() -> None:
         assert state == pytest.approx(each * task.model.parameters() / 8)
 
 
+def test_what_torchtitan_reserves_has_gradients_all_the_time() -> None:
+    """Its 8B runs reserve 15.0 GiB more on 8 GPUs than on 128 (pytorch/torchtitan@b5bcd76c, benchmarks):
+    16 * 8.03e9 * (1/8 - 1/128) = 14.0 GiB, where 12 bytes per parameter would be 10.5 GiB."""
+    task = job("torchtitan")
+    (rank,) = memory(task, Layout(dp_shard=8, zero_stage=3))
+    state = rank.parameters + rank.gradients + rank.optimizer
+    assert state == pytest.approx(16 * task.model.parameters() / 8)
+
+
 def test_zero_2_keeps_gathered_weights() -> None:
     task = job("torchtitan")
     (two,), (three,) = (memory(task, Layout(dp_shard=8, zero_stage=z)) for z in (2, 3))
