@@ -131,7 +131,7 @@ LONG_CASES = [
     Case(Layout(**_Z3), "llama-3.1-70b", 4),
     Case(Layout(tp=8, dp_shard=4, zero_stage=3, **_SP), "llama-3.1-70b", 8, 9),
     Case(Layout(tp=8, pp=8, dp_shard=2, zero_stage=1, **_SP), "llama-3.1-70b", 16, 40, 8),
-    Case(Layout(tp=8, pp=4, schedule="DualPipeV", virtual_stages=2, dp_shard=4, zero_stage=2, **_SP), "llama-3.1-70b", 16, 33, 8),
+    Case(Layout(tp=8, schedule="DualPipeV", dp_shard=4, zero_stage=2, **_SP, **_CHUNKS), "llama-3.1-70b", 16, 33, 8),
     Case(Layout(tp=8, dp_shard=2, zero_stage=3, **_SP), "gpt3-175b", 4, 3, training={"seq_len": 2048}),
     Case(Layout(dp_replicate=8, micro_batch_size=8), "gpt2", 12, training={"precision": "fp32", "seq_len": 1024}),
     Case(Layout(**_Z3, micro_batch_size=8), "gpt2", 12, training={"seq_len": 1024}),
