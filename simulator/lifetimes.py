@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from simulator.layout import Layout, Schedule
+from simulator.layout import SPLIT_BACKWARD, Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
 from simulator.schedules import Op, compute_order
 
@@ -31,7 +31,7 @@ class Held(NamedTuple):
     are gathered, and its gradients are there: whole, reduced, or fresh, in the width of matmuls beside those whole;
     and input gradients of a split backward, which torch keeps until the step ends."""
 
-    stage: int
+    stage: int = -1
     kept: int = 0
     deferred: int = 0
     ends: int = 0
@@ -90,14 +90,24 @@ def lifetimes(
     """The ops of a rank and what is alive around them."""
     steps: list[Step] = []
     parts: list[Moment] = []
+    stages = _stages(schedule, rank, ranks, chunks)
     for op, running, at, after, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
-        parts.append(Moment(running, tuple(held)))
+        parts.append(Moment(running, _named(stages, held)))
         held[at] = after
         if len(parts) == len(op.leaves):
-            steps.append(Step(op, tuple(parts), tuple(held)))
+            steps.append(Step(op, tuple(parts), _named(stages, held)))
             parts = []
-    end = Moment(_running("OPTIMIZER"), tuple(held))
-    return (*steps, Step(OPTIMIZER, (end,), tuple(one._replace(whole=0, reduced=0, returned=0) for one in held)))
+    end = _named(stages, held)
+    left = tuple(one._replace(whole=0, reduced=0, returned=0) for one in end)
+    return (*steps, Step(OPTIMIZER, (Moment(_running("OPTIMIZER"), end),), left))
+
+
+def _stages(schedule: Schedule, rank: int, ranks: int, chunks: int) -> list[int]:
+    return sorted(Layout(pp=ranks, virtual_stages=chunks, schedule=schedule).stages_of(rank))
+
+
+def _named(stages: list[int], held: Iterable[Held]) -> tuple[Held, ...]:
+    return tuple(one._replace(stage=stage) for stage, one in zip(stages, held, strict=True))
 
 
 def _walk(
@@ -108,9 +118,9 @@ def _walk(
     pipelines: what is the same for many is looked up."""
     layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
     order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
-    stages = sorted(layout.stages_of(rank))
-    place = {stage: i for i, stage in enumerate(stages)}
-    held = [Held(stage) for stage in stages]
+    place = {stage: i for i, stage in enumerate(_stages(schedule, rank, ranks, chunks))}
+    # Stages are named later: the same counts are found for all of them.
+    held = [Held()] * len(place)
     drops = zero_stage == 3
     final = microbatches - 1 if ranks == 1 else -1
     for op in order:
@@ -173,23 +183,27 @@ def fullest_moments(
             if moments is None:
                 moments = found[running] = set()
             moments.add(tuple(held))
-    moments_ = [Moment(running, held) for running, some in found.items() for held in _undominated(some)]
+    stages, split = _stages(schedule, rank, ranks, chunks), schedule in SPLIT_BACKWARD
+    moments_ = [
+        Moment(running, _named(stages, held)) for running, some in found.items() for held in _undominated(some, split)
+    ]
     runnings = list(found)
     place = {running: i for i, running in enumerate(runnings)}
     counts = np.array([[count for one in moment.held for count in one[1:]] for moment in moments_], dtype=np.float64)
     return FullestMoments(tuple(moments_), tuple(runnings), counts, np.array([place[m.running] for m in moments_]))
 
 
-def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
+def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[Held, ...]]:
+    """Those of which no other holds at least as much of everything. With a split backward what is kept and not deferred
+    counts for itself, because it may weigh more than what is."""
     if len(moments) == 1:
         return list(moments)
-    fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
-    # What is kept and not deferred counts for itself, because it may weigh more than what is.
-    flat: dict[tuple[int, ...], tuple[Held, ...]] = {
-        (*sum(moment, ()), *(held.kept - held.deferred for held in moment)): moment for moment in moments
-    }
+    flat: dict[tuple[int, ...], tuple[Held, ...]] = {sum(moment, ()): moment for moment in moments}
+    if split:
+        flat = {(*counts, *(one.kept - one.deferred for one in moment)): moment for counts, moment in flat.items()}
+    fullest: list[tuple[int, ...]] = []
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):
-        if not any(all(map(operator.ge, other, counts)) for other, _ in fullest):
-            fullest.append((counts, flat[counts]))
-    return [moment for _, moment in fullest]
+        if not any(all(map(operator.ge, other, counts)) for other in fullest):
+            fullest.append(counts)
+    return [flat[counts] for counts in fullest]
