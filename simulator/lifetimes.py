@@ -106,8 +106,12 @@ def _stages(schedule: Schedule, rank: int, ranks: int, chunks: int) -> list[int]
     return sorted(Layout(pp=ranks, virtual_stages=chunks, schedule=schedule).stages_of(rank))
 
 
-def _named(stages: list[int], held: Iterable[Held]) -> tuple[Held, ...]:
-    return tuple(one._replace(stage=stage) for stage, one in zip(stages, held, strict=True))
+def _named(stages: list[int], held: Iterable[Held], skipped: int = 0) -> tuple[Held, ...]:
+    """With the numbers of their stages, and the input gradients of microbatches that were skipped."""
+    return tuple(
+        one._replace(stage=stage, returned=one.returned + skipped * (one.returned > 0))
+        for stage, one in zip(stages, held, strict=True)
+    )
 
 
 def _walk(
@@ -176,21 +180,36 @@ def fullest_moments(
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    found: dict[Running, set[tuple[Held, ...]]] = {}
-    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
+    fewer = _as_good_as(schedule, ranks, microbatches)
+    skipped = microbatches - fewer
+    found: dict[tuple[Running, bool], set[tuple[Held, ...]]] = {}
+    late = False
+    for op, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
         if running.kind not in _EMPTY:
-            moments = found.get(running)
+            late = late or (op.kind in "BIW" and op.microbatch is not None and op.microbatch >= fewer // 2)
+            moments = found.get((running, late))
             if moments is None:
-                moments = found[running] = set()
+                moments = found[running, late] = set()
             moments.add(tuple(held))
     stages, split = _stages(schedule, rank, ranks, chunks), schedule in SPLIT_BACKWARD
     moments_ = [
-        Moment(running, _named(stages, held)) for running, some in found.items() for held in _undominated(some, split)
+        Moment(running, _named(stages, held, skipped if split and late else 0))
+        for (running, late), some in found.items()
+        for held in _undominated(some, split)
     ]
-    runnings = list(found)
+    runnings = list(dict.fromkeys(running for running, _ in found))
     place = {running: i for i, running in enumerate(runnings)}
     counts = np.array([[count for one in moment.held for count in one[1:]] for moment in moments_], dtype=np.float64)
     return FullestMoments(tuple(moments_), tuple(runnings), counts, np.array([place[m.running] for m in moments_]))
+
+
+def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
+    """Microbatches that go through the same moments. Schedules that keep no more than so many per rank repeat
+    themselves between their begin and their end, in rounds of a microbatch for each rank: 4 rounds have both and a
+    repetition between them. Only what grows with every microbatch has to be added."""
+    if schedule in ("GPipe", "LoopedBFS") or microbatches % ranks:
+        return microbatches
+    return min(microbatches, 4 * ranks)
 
 
 def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[Held, ...]]:
