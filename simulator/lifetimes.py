@@ -65,13 +65,19 @@ class Moment(NamedTuple):
 
 
 class FullestMoments(NamedTuple):
-    """Moments, and the same as numbers: what they hold as rows of counts, Held's fields but the stage for one stage
-    after the other, and which of `runnings` each of them has."""
+    """Moments as numbers: what they hold as rows of counts, Held's fields but the stage for one of `stages` after the
+    other, and which of `runnings` each of them has."""
 
-    moments: tuple[Moment, ...]
+    stages: tuple[int, ...]
     runnings: tuple[Running, ...]
     counts: np.ndarray
     running: np.ndarray
+
+    def moment(self, row: int) -> Moment:
+        """One of them by its row."""
+        of_stages = self.counts[row].astype(int).reshape(len(self.stages), -1).tolist()
+        held = tuple(Held(stage, *counts) for stage, counts in zip(self.stages, of_stages, strict=True))
+        return Moment(self.runnings[int(self.running[row])], held)
 
 
 class Step(NamedTuple):
@@ -106,12 +112,8 @@ def _stages(schedule: Schedule, rank: int, ranks: int, chunks: int) -> list[int]
     return sorted(Layout(pp=ranks, virtual_stages=chunks, schedule=schedule).stages_of(rank))
 
 
-def _named(stages: list[int], held: Iterable[Held], skipped: int = 0) -> tuple[Held, ...]:
-    """With the numbers of their stages, and the input gradients of microbatches that were skipped."""
-    return tuple(
-        one._replace(stage=stage, returned=one.returned + skipped * (one.returned > 0))
-        for stage, one in zip(stages, held, strict=True)
-    )
+def _named(stages: list[int], held: Iterable[Held]) -> tuple[Held, ...]:
+    return tuple(one._replace(stage=stage) for stage, one in zip(stages, held, strict=True))
 
 
 def _walk(
@@ -181,26 +183,29 @@ def fullest_moments(
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
     fewer = _as_good_as(schedule, ranks, microbatches)
-    skipped = microbatches - fewer
+    skipped, split = microbatches - fewer, schedule in SPLIT_BACKWARD
     found: dict[tuple[Running, bool], set[tuple[Held, ...]]] = {}
     late = False
     for op, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
         if running.kind not in _EMPTY:
-            late = late or (op.kind in "BIW" and op.microbatch is not None and op.microbatch >= fewer // 2)
+            late = late or (split and op.kind in "BIW" and op.microbatch is not None and op.microbatch >= fewer // 2)
             moments = found.get((running, late))
             if moments is None:
                 moments = found[running, late] = set()
             moments.add(tuple(held))
-    stages, split = _stages(schedule, rank, ranks, chunks), schedule in SPLIT_BACKWARD
-    moments_ = [
-        Moment(running, _named(stages, held, skipped if split and late else 0))
-        for (running, late), some in found.items()
-        for held in _undominated(some, split)
-    ]
+    stages = _stages(schedule, rank, ranks, chunks)
     runnings = list(dict.fromkeys(running for running, _ in found))
     place = {running: i for i, running in enumerate(runnings)}
-    counts = np.array([[count for one in moment.held for count in one[1:]] for moment in moments_], dtype=np.float64)
-    return FullestMoments(tuple(moments_), tuple(runnings), counts, np.array([place[m.running] for m in moments_]))
+    rows: list[tuple[int, ...]] = []
+    of, repeats = [], []
+    for (running, is_late), some in found.items():
+        fullest = _undominated(some, split)
+        rows += fullest
+        of += [place[running]] * len(fullest)
+        repeats += [skipped * is_late] * len(fullest)
+    counts = np.array(rows, dtype=np.float64).reshape(len(rows), len(stages), len(Held._fields))[:, :, 1:]
+    counts[:, :, -1] += (counts[:, :, -1] > 0) * np.array(repeats)[:, None]
+    return FullestMoments(tuple(stages), tuple(runnings), counts.reshape(len(rows), -1), np.array(of))
 
 
 def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
@@ -212,14 +217,14 @@ def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
     return min(microbatches, 4 * ranks)
 
 
-def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[Held, ...]]:
-    """Those of which no other holds at least as much of everything. With a split backward what is kept and not deferred
-    counts for itself, because it may weigh more than what is."""
-    if len(moments) == 1:
-        return list(moments)
-    flat: dict[tuple[int, ...], tuple[Held, ...]] = {sum(moment, ()): moment for moment in moments}
+def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[int, ...]]:
+    """The counts of those of which no other holds at least as much of everything. With a split backward what is kept
+    and not deferred counts for itself, because it may weigh more than what is."""
+    flat: dict[tuple[int, ...], tuple[int, ...]] = {counts: counts for counts in (sum(one, ()) for one in moments)}
+    if len(flat) == 1:
+        return list(flat)
     if split:
-        flat = {(*counts, *(one.kept - one.deferred for one in moment)): moment for counts, moment in flat.items()}
+        flat = {(*sum(moment, ()), *(one.kept - one.deferred for one in moment)): sum(moment, ()) for moment in moments}
     fullest: list[tuple[int, ...]] = []
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):
