@@ -142,12 +142,14 @@ class StageBytes:
         gathered = (self.ends_gathered, self.blocks_gathered)
         returned = stream_bytes(job, layout) * job.stack.preallocates_receives
         self.worth = Worth(self.saved, self.deferred, *gathered, self.whole, self.reduced, self.fresh, returned)
-        self._known: dict[Running, Passing] = {}
+        self._known: dict[tuple[str, bool, bool, bool], Passing] = {}
 
     def passing(self, running: Running) -> Passing:
         """What passes within an op at its fullest."""
-        if running not in self._known:
-            kind, _, first, last, finds = running
+        kind, _, first, last, finds = running
+        # Stages that cost the same share this object: which of them runs does not matter.
+        key = (kind, first, last, finds)
+        if key not in self._known:
             # Without a pipeline only the project's own runtime gathers by the ops of a program.
             gathered = finds and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
             if kind == "F":
@@ -163,8 +165,8 @@ class StageBytes:
                 found = Passing(buffers=self.ends * self.how.compute)
             else:
                 found = Passing()
-            self._known[running] = found
-        return self._known[running]
+            self._known[key] = found
+        return self._known[key]
 
     def _shard(self, parameters: float, experts: float) -> float:
         if not self.layout.zero_stage:
