@@ -323,8 +323,8 @@ class StageBytes:
             points = [Passing(self.saved + self.deferred), Passing(0.0, made * first)]
         else:
             begins = Passing(self.saved + units[-1].working, (self.fresh - self.whole * first) * finds)
-            # The gradients of the ends are the last that are added up, or cast where they are the first.
-            cast = max((unit.parameters for unit in units if unit.stays_gathered), default=0.0) * how.compute
+            # Of the unit whose backward ends last they are still there: of the ends, if the stage has one.
+            cast = (self.ends or units[0].parameters) * how.compute
             norm = max(unit.norm_working for unit in units)
             points = [begins, Passing(self.saved + self.deferred + norm, 0.0, cast * finds)]
         return max(points, key=lambda point: point.total)
