@@ -97,17 +97,27 @@ def kept_outputs(kernels: Iterable[Kernel], stack: Stack, precision: str) -> flo
     return total
 
 
-def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+def deferred_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
     the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
-    torch.distributed.pipelining)."""
-    elements = 0.0
+    torch.distributed.pipelining). That of the logits may lie in their place."""
+    width, total = activation_width(precision), 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
-            elements += kernel.copies * kernel.m * kernel.n
+            total += kernel.copies * kernel.m * kernel.n * width * (kernel.name != "output" or not stack.loss_in_place)
         elif isinstance(kernel, Pointwise) and kernel.name in NORMS:
-            elements += kernel.elements
-    return elements * activation_width(precision)
+            total += kernel.elements * (4 if stack.elementwise[kernel.name].saved_fp32 else width)
+    return total
+
+
+def norm_working(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that come and go in the backward of the largest norm."""
+    width, largest = activation_width(precision), 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Pointwise) and kernel.name in NORMS:
+            entry = stack.elementwise[kernel.name]
+            largest = max(largest, kernel.elements * (entry.working_fp32 * 4 or 2 * width))
+    return largest
 
 
 def _alive_logits(stack: Stack, cut: bool) -> float:

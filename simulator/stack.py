@@ -47,6 +47,7 @@ class Elementwise:
     saved: float = 0.0
     in_place: bool = False
     saved_fp32: float = 0.0
+    working_fp32: float = 0.0
 
     __pydantic_config__ = STRICT
 

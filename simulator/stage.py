@@ -16,6 +16,7 @@ from simulator.activations import (
     deferred_bytes,
     kept_logits,
     kept_outputs,
+    norm_working,
     recomputed_share,
     saved_bytes,
     score_bytes,
@@ -123,6 +124,7 @@ class UnitCost:
     backward_weight: Work = Work()
     deferred: float = 0.0
     experts: float = 0.0
+    norm_working: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -390,7 +392,7 @@ class StageCosts:
             work, dropped = self._selected(kernels, cp_forward)
             backward += work
             saved, again = saved - dropped, dropped
-        deferred = deferred_bytes(kernels, precision)
+        deferred = deferred_bytes(kernels, job.stack, precision)
         if job.stack.frees_after_input_gradient:
             deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
@@ -403,6 +405,7 @@ class StageCosts:
             backward_weight=weights,
             deferred=deferred,
             experts=experts,
+            norm_working=norm_working(kernels, job.stack, precision),
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:
