@@ -148,8 +148,8 @@ class StageBytes:
         """What passes within an op at its fullest."""
         if running not in self._known:
             kind, _, first, last, finds = running
-            # Without a pipeline only the project's own runtime gathers by the ops of a program.
-            gathered = finds and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
+            # Without a pipeline blocks are gathered one by one, by hooks and not by the ops of a program.
+            gathered = finds and self.layout.pp > 1
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":
