@@ -24,6 +24,10 @@ from simulator.layout import Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
 from simulator.schedules import Op, compute_order
 
+# Rounds, of as many microbatches as there are ranks or a few more, after which a schedule holds nothing that it has not
+# held before (tests/simulator/test_steady_state.py).
+STEADY_ROUNDS = 4
+
 
 class Held(NamedTuple):
     """What a rank holds of one of its stages, besides what an op works on: microbatches that are kept, those of them
@@ -160,12 +164,22 @@ def _around(kind: str, held: Held, drops: bool, apart: bool) -> tuple[Held, Held
 _EMPTY = ("NOTHING", "RESHARD", "OPTIMIZER")
 
 
-@functools.lru_cache(maxsize=65536)
 def fullest_moments(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
+    if schedule not in ("GPipe", "LoopedBFS"):
+        # The others keep no more alive the longer they run: a few rounds have every moment.
+        microbatches = min(microbatches, STEADY_ROUNDS * (microbatches // max(1, microbatches // ranks)))
+    return fullest_of_all(schedule, rank, ranks, chunks, microbatches, zero_stage)
+
+
+@functools.lru_cache(maxsize=65536)
+def fullest_of_all(
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+) -> FullestMoments:
+    """The same, with every microbatch walked."""
     found: dict[Running, set[tuple[Held, ...]]] = {}
     for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
         if running.kind not in _EMPTY:
