@@ -312,8 +312,11 @@ class StageCosts:
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
-        parameters = self.job.model.embedding_parameters() / self.layout.tp
-        unit = self._unit(kernels, parameters, groups, embedding_cuts(self.job.model))
+        model = self.job.model
+        # The vocabulary is cut over tp; positions, segments and norms are not.
+        tokens = model.vocab_size * model.hidden_size
+        parameters = tokens / self.layout.tp + model.embedding_parameters() - tokens
+        unit = self._unit(kernels, parameters, groups, embedding_cuts(model))
         return dataclasses.replace(unit, stays_gathered=True)
 
     def _head(self, groups: Groups) -> UnitCost:
