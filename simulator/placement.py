@@ -33,18 +33,34 @@ class Groups:
 
 def layout_groups(job: Job, layout: Layout) -> list[Groups]:
     """The groups of every pipeline rank. Layouts, and ranks of a layout, whose groups lie alike share them."""
-    known, spec = known_to(job, "groups"), job.cluster
-    sizes = tuple((axis, getattr(layout, axis)) for axis in layout.axes)
-    cut = (sizes, layout.zero_stage > 0, layout.ep)
-    # Ranks that lie alike in a node, a domain and a leaf: nothing else makes a difference.
-    period = layout.world_size if spec.oversubscribe > 1 else math.lcm(spec.gpus_per_node, *spec.tiers)
-    found = []
-    for rank in range(layout.pp):
-        key = (cut, layout.rank(pp=rank) % period)
-        if key not in known:
-            known[key] = _Placing(job, layout, rank, period).groups()
-        found.append(known[key])
+    found = _distinct_groups(job, layout)
+    stride, period = layout.rank(pp=1), _period(job, layout)
+    return [found[rank * stride % period] for rank in range(layout.pp)]
+
+
+def distinct_groups(job: Job, layout: Layout) -> tuple[Groups, ...]:
+    """The groups of the pipeline ranks whose groups lie in different ways: mostly all lie alike."""
+    return tuple(dict.fromkeys(_distinct_groups(job, layout).values()))
+
+
+def _distinct_groups(job: Job, layout: Layout) -> dict[int, Groups]:
+    """Groups by how far the first rank of a pipeline rank lies behind the begin of a part of the cluster."""
+    known = known_to(job, "groups")
+    key = (tuple((axis, getattr(layout, axis)) for axis in layout.axes), layout.zero_stage > 0, layout.ep)
+    if key not in known:
+        stride, period = layout.rank(pp=1), _period(job, layout)
+        firsts: dict[int, int] = {}
+        for rank in range(layout.pp):
+            firsts.setdefault(rank * stride % period, rank)
+        known[key] = {offset: _Placing(job, layout, rank, offset).groups() for offset, rank in firsts.items()}
+    found: dict[int, Groups] = known[key]
     return found
+
+
+def _period(job: Job, layout: Layout) -> int:
+    """Ranks that are so many apart lie alike in a node, a domain and a leaf."""
+    spec = job.cluster
+    return layout.world_size if spec.oversubscribe > 1 else math.lcm(spec.gpus_per_node, *spec.tiers)
 
 
 def known_to(job: Job, what: str) -> dict[Any, Any]:
@@ -56,9 +72,8 @@ def known_to(job: Job, what: str) -> dict[Any, Any]:
 class _Placing:
     """Where the groups of one pipeline rank of a layout lie."""
 
-    def __init__(self, job: Job, layout: Layout, rank: int, period: int) -> None:
-        self.job, self.layout, self.rank = job, layout, rank
-        self.offset = layout.rank(pp=rank) % period
+    def __init__(self, job: Job, layout: Layout, rank: int, offset: int) -> None:
+        self.job, self.layout, self.rank, self.offset = job, layout, rank, offset
 
     def groups(self) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
