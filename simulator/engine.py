@@ -26,9 +26,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import simpy
 from simpy.core import EmptySchedule
 
-from simulator.cluster import group_shape
-from simulator.collectives import collective_seconds
-from simulator.compute import host_optimizer_seconds, optimizer_seconds
 from simulator.errors import UserError
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
@@ -41,6 +38,7 @@ from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
 from simulator.stage import StageCost, Work
+from simulator.step_end import norm_seconds, update_seconds
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -420,24 +418,14 @@ class _Engine:
             self.all_ready.succeed()
         yield from rank.wait(self.all_ready, "bubble")
         start = self.env.now
-        yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
+        yield self._busy(rank, self._update_seconds(rank) * rank.factor + norm_seconds(self.job, self.layout))
         rank.spend("optimizer", self.env.now - start)
         self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: Rank) -> float:
         """The update of this rank's share of the parameters."""
-        job, layout = self.job, self.layout
-        if job.training.peft != "none":
-            return 0.0
-        held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
-        share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
-        if job.stack.host_optimizer_bandwidth:
-            ranks = min(job.cluster.gpus_per_node, layout.world_size)
-            return host_optimizer_seconds(job.stack.host_optimizer_bandwidth, share * ranks)
-        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
-
-    @functools.cached_property
-    def _norm_seconds(self) -> float:
-        """An all-reduce of the gradient norm over the world."""
-        world = group_shape(self.job.graph, self.layout.group("tp", "cp", "dp_shard", "dp_replicate", "pp"))
-        return collective_seconds("all_reduce", 4.0, world, self.job.cluster)
+        held = [self.program.stages[s] for s in self.layout.stages_of(rank.index)]
+        parameters, experts = sum(s.parameters for s in held), sum(s.experts for s in held)
+        share = per_shard(self.layout, self.job.stack, parameters, experts)
+        seconds: float = update_seconds(self.job, share, min(self.job.cluster.gpus_per_node, self.layout.world_size))
+        return seconds

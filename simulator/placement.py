@@ -34,7 +34,7 @@ class Groups:
 def layout_groups(job: Job, layout: Layout) -> list[Groups]:
     """The groups of every pipeline rank. Layouts, and ranks of a layout, whose groups lie alike share them."""
     found = _distinct_groups(job, layout)
-    stride, period = layout.rank(pp=1), _period(job, layout)
+    stride, period = layout.rank(pp=1), cluster_period(job, layout)
     return [found[rank * stride % period] for rank in range(layout.pp)]
 
 
@@ -48,7 +48,7 @@ def _distinct_groups(job: Job, layout: Layout) -> dict[int, Groups]:
     known = known_to(job, "groups")
     key = (tuple((axis, getattr(layout, axis)) for axis in layout.axes), layout.zero_stage > 0, layout.ep)
     if key not in known:
-        stride, period = layout.rank(pp=1), _period(job, layout)
+        stride, period = layout.rank(pp=1), cluster_period(job, layout)
         firsts: dict[int, int] = {}
         for rank in range(layout.pp):
             firsts.setdefault(rank * stride % period, rank)
@@ -57,7 +57,7 @@ def _distinct_groups(job: Job, layout: Layout) -> dict[int, Groups]:
     return found
 
 
-def _period(job: Job, layout: Layout) -> int:
+def cluster_period(job: Job, layout: Layout) -> int:
     """Ranks that are so many apart lie alike in a node, a domain and a leaf."""
     spec = job.cluster
     return layout.world_size if spec.oversubscribe > 1 else math.lcm(spec.gpus_per_node, *spec.tiers)
