@@ -131,12 +131,15 @@ class _Engine:
         self.slowdown = slowdown
         self.env = simpy.Environment()
         self.block = layout.world_size // layout.pp
-        self.alike = 1 if unfold else self.block
+        # How far apart the first ranks of two pipeline ranks are.
+        self.stride = layout.rank(pp=1)
         self.groups = Rendezvous(self.env, layout, unfold)
         self.network = Network(self.env)
         # Only messages meet anything: without a pipeline no link needs to be looked at.
         self.routes = (
-            Routes(self.network, job.graph, self.alike) if layout.pp > 1 and not job.cluster.concurrency else None
+            Routes(self.network, job.graph, *((1, 0) if unfold else (self.stride, layout.pp)))
+            if layout.pp > 1 and not job.cluster.concurrency
+            else None
         )
         # Under FSDP the ranks that share parameters communicate in every op too.
         self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
@@ -144,7 +147,8 @@ class _Engine:
         self.spans: list[Span] = []
         self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
-        self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
+        numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
+        self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
@@ -181,7 +185,7 @@ class _Engine:
             per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
             pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
             replicas = 1 if self.unfold else min(self.block, per_node)
-        rank = Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
+        rank = Rank(number // self.stride % self.layout.pp, number, pool, replicas, simpy.Resource(self.env, 1))
         rank.factor = self.slowdown.get(number, 1.0)
         if self.slowdown:
             rank.slowest = max(self.slowdown.get(one, 1.0) for one in self.groups.members(number, self.lockstep))
@@ -235,16 +239,20 @@ class _Engine:
         """Occupy the links of a route for what takes `seconds` there alone."""
         return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
+    def _shown(self, rank: Rank) -> int:
+        """The number of a rank in a timeline: of a folded run's that of the pipeline rank."""
+        return rank.number if self.unfold else rank.index
+
     def _span(self, rank: Rank, stream: str, op: Op, start: float) -> None:
         if self.trace:
             name = str(op) if op.kind == "OPTIMIZER" else f"PP:{op}"
-            self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
+            self.spans.append(Span(self._shown(rank), stream, name, start, self.env.now - start))
 
     def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
         """Note what a rank keeps from now on, or with `sign` -1 no more."""
         if self.trace and what:
             rank.activations += sign * sum(getattr(cost, name) for name in what)
-            self.memory.append(MemorySample(rank.number // self.alike, self.env.now, rank.activations))
+            self.memory.append(MemorySample(self._shown(rank), self.env.now, rank.activations))
 
     def _reduces(self, op: Op) -> bool:
         """Whether gradients of the op's stage are reduced behind it."""
@@ -366,7 +374,7 @@ class _Engine:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
         assert op.stage is not None
         stage = op.stage + (1 if op.kind == "SEND_F" else -1)
-        target = rank.number + (self.rank_of[stage] - rank.index) * self.block
+        target = rank.number + (self.rank_of[stage] - rank.index) * self.stride
         if target not in rank.channels:
             rank.channels[target] = self._channel(rank, target)
         message = self._message(target, op, stage)

@@ -15,7 +15,7 @@ from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.program import MOST_UNSHARDED
 from simulator.results import MemoryBreakdown
-from simulator.schedules import peak_in_flight
+from simulator.schedules import as_full, peak_in_flight
 from simulator.stage import StageCost
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def capacity(job: Job, layout: Layout) -> float:
 
 def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
     held = [stages[s] for s in layout.stages_of(rank)]
-    microbatches = layout.microbatches(job.training.global_batch_size)
+    microbatches = as_full(layout.schedule, layout.pp, layout.microbatches(job.training.global_batch_size))
     moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
     alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
     items = {

@@ -177,16 +177,31 @@ class StageCosts:
         self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(_unit_key(job, layout), {})
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
+    def stages(self) -> tuple[StageCost, ...]:
+        """The costs of all stages, in torch's global stage order."""
+        model, layout = self.job.model, self.layout
+        known = known_to(self.job, "blocks")
+        if not known:
+            known["all"] = [
+                (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
+                for i in range(model.num_hidden_layers)
+            ]
+        blocks: list[tuple[BlockKind, bool, int]] = known["all"]
+        found, first = [], 0
+        for index, count in enumerate(layout.layers_per_stage(len(blocks))):
+            found.append(self._stage(index, tuple(blocks[first : first + count])))
+            first += count
+        return tuple(found)
+
     def stage(self, index: int) -> StageCost:
-        """The cost of one stage, in torch's global stage order."""
-        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
-        first = sum(layers[:index])
-        model, groups = self.job.model, self.groups[self.layout.rank_of_stage(index)]
-        blocks = tuple(
-            (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
-            for i in range(first, first + layers[index])
-        )
-        key = (blocks, index == 0, index == self.layout.stages - 1, groups)
+        """The cost of one stage."""
+        return self.stages()[index]
+
+    def _stage(self, index: int, blocks: tuple[tuple[BlockKind, bool, int], ...]) -> StageCost:
+        groups = self.groups[self.layout.rank_of_stage(index)]
+        ends = index == 0, index == self.layout.stages - 1
+        # Equal groups of a layout are one object.
+        key = (blocks, *ends, id(groups))
         if key not in self._stages:
             units = [self.block(*block, groups) for block in blocks]
             if index == 0:
