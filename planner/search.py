@@ -1,8 +1,15 @@
 """plan(job): drop what is illegal, drop what does not fit, simulate the rest best-first until a bound says stop.
 
-The bound is admissible: no layout runs faster than its slowest rank's own work plus the forwards that must come
-before that rank's first one and the backwards that must follow its last one (tests/planner/test_search.py holds it
-against the simulator). So the answer is the simulator's optimum over all the layouts that space.py lists.
+Bounds come in levels, each admissible and each dearer than the one before; a layout is looked at on the next level only
+when no layout has a smaller bound:
+
+    1  screen.py, all layouts at once: seconds and bytes at least
+    2  the exact bytes of its stages, and `lower_bound`
+    3  critical_path.py: its program without contention on the links
+    4  simulate
+
+So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
+every level against the next, and the answer against brute force).
 """
 
 from __future__ import annotations
@@ -14,65 +21,159 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
+import numpy as np
+
 from planner.plan import Certificate, Plan
-from planner.space import candidates, without_model_parallelism
+from planner.space import Search, candidates, space, without_model_parallelism
+from simulator.columns import Columns, legal
+from simulator.critical_path import critical_path
 from simulator.errors import NothingFitsError
 from simulator.job import Job
-from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.memory import capacity, fullest, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.screen import screen
 from simulator.simulate import simulate
 from simulator.stage import StageCost
 
 Progress = Callable[[str, float], None]
+# Bounds are sums of the same terms as what they bound, in another order.
+ROUNDING = 1 - 1e-9
 
 
-@dataclass(frozen=True)
-class _Screened:
-    """A legal layout that fits, with the least time it can take."""
-
-    bound: float
-    layout: Layout
-
-
-@dataclass
-class _Counts:
-    space: int = 0
-    illegal: int = 0
-    out_of_memory: int = 0
-
-
-def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
+def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0) -> Plan:
     """Choose the fastest layout that fits.
 
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
+        gap: how much faster than what is found a layout may be that is not looked at, as a fraction of the step.
 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
-    counts = _Counts()
-    screened, misses = _screen(job, counts, report)
-    if not screened:
-        raise NothingFitsError(_nothing_fits(job, counts, misses))
-    best, simulated = _best_first(job, screened, top, report)
+    report("listing layouts", 0.0)
+    search = _Search(job, job.search, top, gap, report)
+    best = search.run()
+    if not best:
+        raise NothingFitsError(_nothing_fits(job, search))
     certificate = Certificate(
-        space=counts.space,
-        illegal=counts.illegal,
-        out_of_memory=counts.out_of_memory,
-        bounded=len(screened) - simulated,
-        simulated=simulated,
-        lower_bound_gap=0.0,
+        space=len(search.columns),
+        illegal=len(search.columns) - len(search.rows),
+        out_of_memory=search.out_of_memory,
+        bounded=len(search.rows) - search.out_of_memory - search.simulated,
+        simulated=search.simulated,
+        lower_bound_gap=max(0.0, 1 - search.least / best[0].step_seconds) if search.least < math.inf else 0.0,
         seconds=time.perf_counter() - started,
     )
     return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job))
+
+
+@dataclass(order=True)
+class _Entry:
+    """A layout with a lower bound of its step; `level` says which, see above."""
+
+    bound: float
+    row: int
+    level: int = field(compare=False)
+    layout: Layout = field(compare=False)
+    stages: tuple[StageCost, ...] = field(compare=False)
+
+
+class _Search:
+    """One walk through a space. After it `least` is the bound of the best layout that was not simulated."""
+
+    def __init__(self, job: Job, limits: Search, top: int, gap: float, report: Progress) -> None:
+        self.job, self.top, self.gap, self.report = job, top, gap, report
+        self.columns = space(job, limits)
+        report(f"screening {len(self.columns):,} layouts", 0.0)
+        self.rows = np.flatnonzero(legal(job, self.columns))
+        self.legal = self.columns.take(self.rows)
+        screened = screen(job, self.legal)
+        self.seconds, self.memory = screened.seconds * ROUNDING, screened.memory * ROUNDING
+        self.fits = self.memory <= _capacities(job, self.legal)
+        self.out_of_memory = int(np.count_nonzero(~self.fits))
+        self.missed: list[tuple[float, Layout]] = []
+        self.simulated, self.least = 0, math.inf
+        self.found: list[Prediction] = []
+
+    def run(self) -> list[Prediction]:
+        """The best layouts, best first; empty if nothing fits."""
+        fitting = np.flatnonzero(self.fits)
+        order = fitting[np.argsort(self.seconds[fitting], kind="stable")]
+        queue: list[_Entry] = []
+        at = 0
+        while at < len(order) or queue:
+            screened = float(self.seconds[order[at]]) if at < len(order) else math.inf
+            bound = min(screened, queue[0].bound if queue else math.inf)
+            if bound >= self._enough():
+                self.least = bound
+                break
+            if screened <= bound:
+                if entry := self._costed(int(order[at])):
+                    heapq.heappush(queue, entry)
+                at += 1
+                continue
+            entry = heapq.heappop(queue)
+            if entry.level == 2:
+                entry.level, seconds = 3, critical_path(self.job, entry.layout, entry.stages)
+                entry.bound = max(entry.bound, seconds * ROUNDING)
+                heapq.heappush(queue, entry)
+            else:
+                self._simulate(entry.layout)
+                self.report(f"simulating: best step {self.found[0].step_seconds:.3g} s", at / len(order))
+        return self.found
+
+    def _enough(self) -> float:
+        """The bound from which on no layout can enter the best."""
+        if len(self.found) < self.top:
+            return math.inf
+        return self.found[-1].step_seconds * (1 - self.gap)
+
+    def _costed(self, row: int) -> _Entry | None:
+        """The second level; None if the layout does not fit."""
+        layout = self.legal.layout(row)
+        stages = stage_costs(self.job, layout)
+        over = fullest(memory_per_rank(self.job, layout, stages)).peak - capacity(self.job, layout)
+        if over > 0:
+            self.out_of_memory += 1
+            self.missed.append((over, layout))
+            return None
+        bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
+        return _Entry(bound, row, 2, layout, stages)
+
+    def _simulate(self, layout: Layout) -> None:
+        self.found.append(simulate(self.job, layout))
+        self.simulated += 1
+        self.found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
+        del self.found[self.top :]
+
+    def misses(self, count: int) -> list[tuple[float, Layout]]:
+        """The layouts that need least more than there is, with how many bytes that is."""
+        found = heapq.nsmallest(count, self.missed, key=lambda miss: miss[0])
+        limits = _capacities(self.job, self.legal)
+        left = np.flatnonzero(~self.fits)
+        for row in left[np.argsort((self.memory - limits)[left], kind="stable")].tolist():
+            if len(found) == count and self.memory[row] - limits[row] >= found[-1][0]:
+                break
+            layout = self.legal.layout(row)
+            peak = fullest(memory_per_rank(self.job, layout, stage_costs(self.job, layout))).peak
+            found.append((peak - capacity(self.job, layout), layout))
+            found = heapq.nsmallest(count, found, key=lambda miss: miss[0])
+        return found
+
+
+def _capacities(job: Job, columns: Columns) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Bytes that a rank of each row may use: all rows of one number of ranks are alike."""
+    world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
+    limits = {size: capacity(job, Layout(dp_replicate=size)) for size in np.unique(world).tolist()}
+    return np.array([limits[size] for size in world.tolist()], dtype=np.float64)
 
 
 def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
@@ -97,54 +198,11 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     return best
 
 
-def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened], list[tuple[float, Layout]]]:
-    """Split the space into layouts that fit, with their bounds, and the nearest misses."""
-    fitting: list[_Screened] = []
-    misses: list[tuple[float, Layout]] = []
-    costs: dict[Layout, tuple[StageCost, ...]] = {}
-    for layout in candidates(job):
-        counts.space += 1
-        if counts.space % 200 == 0:
-            report(f"screening layout {counts.space}", 0.0)
-        if layout.problems(job):
-            counts.illegal += 1
-            continue
-        # Of the schedule only the placement matters to what a stage costs.
-        placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
-        stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
-        peak = fullest(memory_per_rank(job, layout, stages)).peak
-        over = peak - capacity(job, layout)
-        if over > 0:
-            counts.out_of_memory += 1
-            misses.append((over, layout))
-            continue
-        fitting.append(_Screened(lower_bound(job, layout, stages), layout))
-    return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
-
-
-def _best_first(job: Job, screened: list[_Screened], top: int, report: Progress) -> tuple[list[Prediction], int]:
-    """Simulate in the order of the bounds until no bound left can enter the best `top`."""
-    found: list[Prediction] = []
-    simulated = 0
-    for entry in sorted(screened, key=lambda e: (e.bound, e.layout.short())):
-        if len(found) >= top and entry.bound >= found[top - 1].step_seconds:
-            break
-        found.append(simulate(job, entry.layout))
-        simulated += 1
-        found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
-        del found[top:]
-        report(f"simulating: best step {found[0].step_seconds:.3g} s", simulated / len(screened))
-    return found, simulated
-
-
 def _baseline(job: Job) -> Prediction:
     """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
-    plain = without_model_parallelism(job)
-    fitting, misses = _screen(plain, _Counts(), lambda what, fraction: None)
-    if not fitting:
-        return simulate(job, misses[0][1]) if misses else _impossible_baseline(job)
-    best, _ = _best_first(job, fitting, 1, lambda what, fraction: None)
-    return best[0]
+    search = _Search(job, without_model_parallelism(job), 1, 0.0, lambda what, fraction: None)
+    found = search.run() or [simulate(job, layout) for _, layout in search.misses(1)]
+    return found[0] if found else _impossible_baseline(job)
 
 
 def _impossible_baseline(job: Job) -> Prediction:
@@ -164,15 +222,17 @@ def _impossible_baseline(job: Job) -> Prediction:
     )
 
 
-def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]]) -> str:
+def _nothing_fits(job: Job, search: _Search) -> str:
     """One sentence: the nearest misses and by how much."""
     where = f"{job.model.name} on {job.nodes} x {job.cluster.name}"
-    if not counts.space:
+    if not len(search.columns):
         return f"no layout of {where}: no sizes that [search] allows multiply to its {job.world_size} ranks"
+    misses = search.misses(3)
     if not misses:
-        example = next(iter(candidates(job)), None)
+        example = next(candidates(job), None)
         reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""
-        return f"no layout of {where} is legal: {counts.illegal} of {counts.space} candidates break a rule{reason}"
+        count = len(search.columns)
+        return f"no layout of {where} is legal: {count} of {count} candidates break a rule{reason}"
     shown = "; ".join(f"{layout.short()} by {over / 2**30:.1f} GiB" for over, layout in misses)
     limit = capacity(job, misses[0][1]) / 2**30
     return f"no layout of {where} fits into {limit:.1f} GiB per rank; the nearest miss it: {shown}"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import simpy
 from simpy.core import EmptySchedule
 
+from simulator.critical_path import pair_work
 from simulator.errors import UserError
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
@@ -289,23 +290,12 @@ class _Engine:
         self._span(rank, "compute", op, began)
 
     def _compute_pair(self, rank: Rank, op: Op) -> Process:
-        """A forward and a backward one after the other; the stack puts communication of each (Stack.overlaps_in_pair)
-        beside the computation of the other.
-
-        Rule: such communication of one adds what the computation of the other does not cover, and what hiding the rest
-        costs; without any the pair takes both times (deepseek-ai/DualPipe: F&B).
-        Ignored: that the kernels of the two must be cut finely enough to take turns.
-        """
+        """A forward and a backward together (critical_path.pair_work)."""
         stages = self.program.stages
         for leaf in op.parts:
             for gathered in rank.gathering.pop(leaf.stage or 0, []):
                 yield from rank.wait(gathered, "dp")
-        forward, backward = (self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts)
-        names = self.job.stack.overlaps_in_pair
-        under_backward = min(forward.spent_on(names), backward.computation)
-        under_forward = min(backward.spent_on(names), forward.computation)
-        work = forward.without(under_backward, names) + backward.without(under_forward, names)
-        work += Work(compute=self.job.cluster.gpu.hiding_cost(under_backward + under_forward))
+        work = pair_work(self.job, *(self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts))
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now

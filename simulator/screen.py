@@ -235,7 +235,7 @@ def _busiest(layout: Layout, block_kinds: tuple[int, ...], units: int) -> list[F
 def _fullest(layout: Layout, batch: int, block_kinds: tuple[int, ...], units: int) -> list[Floats]:
     """Vectors (own units, units whose microbatches are kept) of the ranks that no other rank exceeds in everything."""
     stages, count = stage_units(layout, block_kinds, units), layout.microbatches(batch)
-    kept = np.array([[alive for alive in before_backward(layout, rank, count)] for rank in range(layout.pp)])
+    kept = np.array([before_backward(layout, rank, count) for rank in range(layout.pp)])
     held = stages[np.array([layout.stages_of(rank) for rank in range(layout.pp)])]
     return _undominated(np.hstack([held.sum(axis=1), np.einsum("rc,rcu->ru", kept, held)]))
 
