@@ -5,8 +5,9 @@ when no layout has a smaller bound:
 
     1  screen.py, all layouts at once: seconds and bytes at least
     2  the exact bytes of its stages, and `lower_bound`
-    3  critical_path.py: its program without contention on the links
-    4  simulate
+    3  critical_path.pipeline_seconds, shared by all layouts whose pipelines are the same, and what a step has besides
+    4  critical_path: its whole program, without contention on the links
+    5  simulate
 
 So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
 every level against the next, and the answer against brute force).
@@ -29,7 +30,7 @@ import numpy as np
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
 from simulator.columns import Columns, legal
-from simulator.critical_path import critical_path
+from simulator.critical_path import critical_path, edges_seconds, message_ways, pipeline_seconds
 from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import SPLIT_BACKWARD, Layout
@@ -102,6 +103,7 @@ class _Search:
         self.missed: list[tuple[float, Layout]] = []
         self.simulated, self.least = 0, math.inf
         self.found: list[Prediction] = []
+        self.pipelines: dict[tuple[object, ...], float] = {}
 
     def run(self) -> list[Prediction]:
         """The best layouts, best first; empty if nothing fits."""
@@ -121,8 +123,9 @@ class _Search:
                 at += 1
                 continue
             entry = heapq.heappop(queue)
-            if entry.level == 2:
-                entry.level, seconds = 3, critical_path(self.job, entry.layout, entry.stages)
+            if entry.level < 4 and not self.job.cluster.concurrency:
+                entry.level += 1
+                seconds = self._pipeline(entry) if entry.level == 3 else self._whole(entry)
                 entry.bound = max(entry.bound, seconds * ROUNDING)
                 heapq.heappush(queue, entry)
             else:
@@ -147,6 +150,21 @@ class _Search:
             return None
         bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
         return _Entry(bound, row, 2, layout, stages)
+
+    def _pipeline(self, entry: _Entry) -> float:
+        """The third level."""
+        layout, stages = entry.layout, entry.stages
+        works = tuple((s.forward.total, s.backward.total, s.backward_weight.total) for s in stages)
+        ways = tuple(sorted(set(message_ways(self.job, layout).values())))
+        count = layout.microbatches(self.job.training.global_batch_size)
+        key = (layout.schedule, layout.pp, layout.virtual_stages, count, works, ways, layout.rank_order)
+        if key not in self.pipelines:
+            self.pipelines[key] = pipeline_seconds(self.job, layout, stages)
+        return self.pipelines[key] + edges_seconds(self.job, layout, stages)
+
+    def _whole(self, entry: _Entry) -> float:
+        """The fourth level."""
+        return critical_path(self.job, entry.layout, entry.stages)
 
     def _simulate(self, layout: Layout) -> None:
         self.found.append(simulate(self.job, layout))

@@ -7,10 +7,11 @@ on a link the two are equal.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.messages import message_cost
 from simulator.program import with_communication
 from simulator.schedules import Op, compute_order
@@ -37,6 +38,139 @@ def pair_work(job: Job, forward: Work, backward: Work) -> Work:
     under_forward = min(backward.spent_on(names), forward.computation)
     work = forward.without(under_backward, names) + backward.without(under_forward, names)
     return work + Work(compute=job.cluster.gpu.hiding_cost(under_backward + under_forward))
+
+
+def pipeline_seconds(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
+    """Seconds from the first forward to the last backward at least: forwards, backwards and messages alone, so that all
+    layouts that differ in data parallelism only share them."""
+    if layout.pp == 1:
+        microbatches = layout.microbatches(job.training.global_batch_size)
+        return microbatches * (stages[0].forward.total + stages[0].backward.total)
+    return _Pipeline(job, layout, stages).seconds()
+
+
+def edges_seconds(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
+    """Seconds that a step has at least besides its pipeline's: the first forward waits for its parameters, which
+    everything else waits for; behind the last backward, which ends last unless it is split, its gradients are reduced;
+    then comes the update. Where a stack runs these beside kernels, one piece of them stands alone."""
+    stack, first = job.stack, stages[0]
+    seconds = first.gather / (first.units if stack.overlap_param_gather else 1)
+    if layout.schedule not in SPLIT_BACKWARD:
+        pieces = first.units if stack.overlap_grad_reduce and layout.zero_stage < 2 else 1
+        seconds += first.reduce / pieces
+    update = max(rank_update(job, layout, stages, rank) for rank in range(layout.pp))
+    return seconds + update + norm_seconds(job, layout)
+
+
+def rank_update(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> float:
+    """Seconds of the update of a pipeline rank's share of its parameters."""
+    held = [stages[s] for s in layout.stages_of(rank)]
+    share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
+    seconds: float = update_seconds(job, share, min(job.cluster.gpus_per_node, layout.world_size))
+    return seconds
+
+
+def message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
+    """(latency, seconds on the link) of a message by the stages that it goes from and to, where they have two ranks."""
+    ranks = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+    found = {}
+    for one, other in (
+        (s, s + step) for step in (1, -1) for s in range(layout.stages) if 0 <= s + step < layout.stages
+    ):
+        way = ranks[one], ranks[other]
+        if way[0] == way[1]:
+            continue
+        if way not in known:
+            ends = layout.rank(pp=way[0]), layout.rank(pp=way[1])
+            known[way] = message_cost(job, layout, ends[0], ends[1], None, fold=True)[:2]
+        found[one, other] = known[way]
+    return found
+
+
+class _Pipeline:
+    """Ranks that run their forwards and backwards in order, each as soon as its message is there."""
+
+    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> None:
+        self.job, self.layout, self.stages = job, layout, stages
+        self.count = layout.microbatches(job.training.global_batch_size)
+        shape = (layout.pp, layout.virtual_stages, self.count)
+        self.orders = [compute_order(layout.schedule, rank, *shape) for rank in range(layout.pp)]
+        self.total = {kind: [getattr(cost, name).total for cost in stages] for kind, name in WORK.items()}
+        # Of each stage: where a forward's (a backward's) message goes: stage, rank, channel, latency, seconds.
+        ranks, ways = [layout.rank_of_stage(stage) for stage in range(layout.stages)], message_ways(job, layout)
+        sends: dict[int, list[tuple[int, int, int, float, float] | None]] = {}
+        for step in (1, -1):
+            sends[step] = [
+                (s + step, ranks[s + step], ranks[s] * layout.pp + ranks[s + step], *ways[s, s + step])
+                if (s, s + step) in ways
+                else None
+                for s in range(layout.stages)
+            ]
+        self.sends = {"F": sends[1], "B": sends[-1], "I": sends[-1]}
+        self.receives = {
+            "F": [(s - 1, s) in ways for s in range(layout.stages)],
+            "B": [(s + 1, s) in ways for s in range(layout.stages)],
+        }
+        self.receives["I"] = self.receives["B"]
+        self.pairs: dict[tuple[int, int], float] = {}
+
+    def seconds(self) -> float:
+        pp, count, overlap_p2p = self.layout.pp, self.count, self.job.stack.overlap_p2p
+        arrived = {kind: [-1.0] * (self.layout.stages * count) for kind in "FB"}
+        arrived["I"] = arrived["B"]
+        free, now, places = [0.0] * (pp * pp), [0.0] * pp, [0] * pp
+        waits: list[tuple[str, int] | None] = [None] * pp
+        total, receives, sends = self.total, self.receives, self.sends
+        ready = list(range(pp))
+        while ready:
+            rank = ready.pop()
+            order, place, time = self.orders[rank], places[rank], now[rank]
+            for op in itertools.islice(order, place, None):
+                kind, stage, _, parts = op
+                if kind == "W":
+                    time += total["W"][stage]  # type: ignore[index]
+                    place += 1
+                    continue
+                for part, at, number, _ in parts or (op,):
+                    if receives[part][at]:  # type: ignore[index]
+                        key = at * count + number  # type: ignore[operator]
+                        arrival = arrived[part][key]
+                        if arrival < 0:
+                            waits[rank] = ("F" if part == "F" else "B", key)
+                            break
+                        if arrival > time:
+                            time = arrival
+                else:
+                    time += total[kind][stage] if not parts else self._pair(parts)  # type: ignore[index]
+                    for part, at, number, _ in parts or (op,):
+                        way = sends[part][at] if part != "W" else None  # type: ignore[index]
+                        if way is None:
+                            continue
+                        target, peer, channel, latency, seconds = way
+                        left = free[channel]
+                        left = (left if left > time else time) + seconds
+                        free[channel] = left
+                        key = target * count + number  # type: ignore[operator]
+                        arrived[part][key] = left + latency
+                        if not overlap_p2p:
+                            time = left + latency
+                        if waits[peer] == ("F" if part == "F" else "B", key):
+                            waits[peer] = None
+                            ready.append(peer)
+                    place += 1
+                    continue
+                break
+            places[rank], now[rank] = place, time
+        assert places == [len(order) for order in self.orders], "ranks wait for each other"
+        return max(now)
+
+    def _pair(self, parts: tuple[Op, ...]) -> float:
+        key = parts[0].stage or 0, parts[1].stage or 0
+        if key not in self.pairs:
+            works = (getattr(self.stages[leaf.stage or 0], WORK[leaf.kind]) for leaf in parts)
+            self.pairs[key] = pair_work(self.job, *works).total
+        return self.pairs[key]
 
 
 def critical_path(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
@@ -81,23 +215,15 @@ class _Path:
             waiting = [rank for rank in waiting if places[rank] < len(self.orders[rank])]
             assert moved or not waiting, "ranks wait for each other"
         ends = [max(now, stream) for now, stream in zip(self.now, self.stream, strict=True)]
-        return (
-            max(ends) + max(self._update(rank) for rank in range(self.layout.pp)) + norm_seconds(self.job, self.layout)
-        )
-
-    def _update(self, rank: int) -> float:
-        job, layout = self.job, self.layout
-        held = [self.stages[s] for s in layout.stages_of(rank)]
-        share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
-        seconds: float = update_seconds(job, share, min(job.cluster.gpus_per_node, layout.world_size))
-        return seconds
+        update = max(rank_update(self.job, self.layout, self.stages, rank) for rank in range(self.layout.pp))
+        return max(ends) + update + norm_seconds(self.job, self.layout)
 
     def _advance(self, rank: int, place: int) -> int:
         """Run a rank's ops until one waits for a message that nobody has sent yet; the place of that op."""
         order, arrived, now = self.orders[rank], self.arrived, self.now[rank]
         total, gathering, final = self.total, self.gathering[rank], self.final
         overlap_p2p = self.job.stack.overlap_p2p
-        for op in order[place:]:
+        for op in itertools.islice(order, place, None):
             kind, stage, microbatch, _ = op
             if kind in total:
                 assert stage is not None
