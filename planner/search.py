@@ -5,8 +5,8 @@ when no layout has a smaller bound:
 
     1  screen.py, all layouts at once: seconds and bytes at least
     2  the exact bytes of its stages, and `lower_bound`
-    3  critical_path.pipeline_seconds, shared by all layouts whose pipelines are the same, and what a step has besides
-    4  critical_path: its whole program, without contention on the links
+    3  critical_path.step_at_least: its pipeline alone, which most layouts share with others, and what is around it
+    4  critical_path.critical_path: its program without contention on the links
     5  simulate
 
 So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
@@ -30,7 +30,7 @@ import numpy as np
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
 from simulator.columns import Columns, legal
-from simulator.critical_path import critical_path, edges_seconds, message_ways, pipeline_seconds
+from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import SPLIT_BACKWARD, Layout
@@ -103,7 +103,7 @@ class _Search:
         self.missed: list[tuple[float, Layout]] = []
         self.simulated, self.least = 0, math.inf
         self.found: list[Prediction] = []
-        self.pipelines: dict[tuple[object, ...], float] = {}
+        self.pipelines: dict[tuple[object, ...], PipelineTimes] = {}
 
     def run(self) -> list[Prediction]:
         """The best layouts, best first; empty if nothing fits."""
@@ -123,9 +123,12 @@ class _Search:
                 at += 1
                 continue
             entry = heapq.heappop(queue)
+            # Where ranks share processors nothing is alone.
             if entry.level < 4 and not self.job.cluster.concurrency:
                 entry.level += 1
-                seconds = self._pipeline(entry) if entry.level == 3 else self._whole(entry)
+                seconds = (
+                    self._alone(entry) if entry.level == 3 else critical_path(self.job, entry.layout, entry.stages)
+                )
                 entry.bound = max(entry.bound, seconds * ROUNDING)
                 heapq.heappush(queue, entry)
             else:
@@ -151,18 +154,18 @@ class _Search:
         bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
         return _Entry(bound, row, 2, layout, stages)
 
-    def _pipeline(self, entry: _Entry) -> float:
+    def _alone(self, entry: _Entry) -> float:
         """The third level."""
         layout, stages = entry.layout, entry.stages
         works = tuple((s.forward.total, s.backward.total, s.backward_weight.total) for s in stages)
-        ways = tuple(sorted(set(message_ways(self.job, layout).values())))
+        ways = tuple(message_ways(self.job, layout).items())
         count = layout.microbatches(self.job.training.global_batch_size)
-        key = (layout.schedule, layout.pp, layout.virtual_stages, count, works, ways, layout.rank_order)
+        key = (layout.schedule, layout.pp, layout.virtual_stages, count, works, ways)
         if key not in self.pipelines:
-            self.pipelines[key] = pipeline_seconds(self.job, layout, stages)
-        return self.pipelines[key] + edges_seconds(self.job, layout, stages)
+            self.pipelines[key] = pipeline_times(self.job, layout, stages)
+        return step_at_least(self.job, layout, stages, self.pipelines[key])
 
-    def _whole(self, entry: _Entry) -> float:
+    def _critical(self, entry: _Entry) -> float:
         """The fourth level."""
         return critical_path(self.job, entry.layout, entry.stages)
 
