@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation parity golden clean
+.PHONY: demo test test-all check bench validation parity communication golden clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -23,6 +23,7 @@ check: $(READY)  ## lint, format, types
 bench: $(READY)  ## how fast the simulator is and the tool answers, and what the trainer adds to a step
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/answer_time.py
+	$(BIN)/python benchmarks/synchronisation.py
 	$(BIN)/python benchmarks/step_overhead.py
 
 validation: $(READY)  ## predict all published runs anew: docs/validation.md and its figure
@@ -30,6 +31,9 @@ validation: $(READY)  ## predict all published runs anew: docs/validation.md and
 
 parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
 	$(BIN)/python tests/runtime/parity_table.py
+
+communication: $(READY)  ## count what a rank of many layouts sends, beside the prediction: docs/communication.md, in about three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/communication_table.py
 
 golden: $(READY)  ## write the golden files of export and launch anew, to be read before they are committed
 	LAYOUTWISE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/planner/test_export.py

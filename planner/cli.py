@@ -133,6 +133,28 @@ def simulate(
 
 
 @app.command()
+def compare(
+    job_file: JobFile,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are.")] = "",
+    sync: Annotated[str, typer.Option(metavar="WAYS", help="all, or some like all_reduce,parameter_server.")] = "all",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict one layout under every way to keep its replicas together: all-reduce, centre, servers, local SGD."""
+    from planner import show
+    from planner.compare import compare as put_together
+    from planner.compare import comparison_json
+    from simulator.job import read_job
+
+    job = read_job(job_file, overrides)
+    found = put_together(job, layout, sync)
+    if as_json:
+        _print_json(comparison_json(found))
+        return
+    show.print_comparison(found, job)
+
+
+@app.command()
 def explain(
     plan_file: PlanFile,
     against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,

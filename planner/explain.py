@@ -9,6 +9,7 @@ from simulator.errors import UserError
 from simulator.layout_text import parse_layout
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
 from simulator.simulate import simulate
+from simulator.sync_rules import changes_mathematics
 
 _MEANING = {
     "compute": "kernels",
@@ -18,7 +19,7 @@ _MEANING = {
     "ep": "expert exchange that nothing hides",
     "pp": "waiting for a tensor on a link",
     "dp": "gradients and parameters that nothing hides",
-    "bubble": "waiting for another stage",
+    "bubble": "waiting for another stage or replica",
     "optimizer": "update and gradient norm",
     "host": "launching kernels that the device outruns",
     "parameters": "weights",
@@ -69,10 +70,27 @@ def memory_rows(columns: list[tuple[str, Prediction]]) -> list[tuple[str, str, l
     return rows
 
 
+def mathematics(prediction: Prediction) -> str:
+    """A sentence where a layout trains something else than one gradient of the whole batch; empty where it does not."""
+    layout = prediction.layout
+    if not changes_mathematics(layout):
+        return ""
+    if layout.sync == "local_sgd":
+        how = f"replicas agree every {layout.sync_interval} steps only"
+    elif layout.staleness is None:
+        how = "gradients are of parameters that others have changed since, without a bound"
+    else:
+        how = f"gradients are of parameters of up to {layout.staleness} steps ago"
+    return (
+        f"sync = '{layout.sync}' changes the mathematics: {how}. Its step is fast, but may be worth less than one of "
+        f"an all-reduce; only a training run says how much."
+    )
+
+
 def sentences(columns: list[tuple[str, Prediction]]) -> list[str]:
     """For every column after the first: how much slower it is, and the item that costs it most."""
     (_, best), *others = columns
-    found = []
+    found = [f"{name}: {words}" for name, p in columns if (words := mathematics(p))]
     for name, other in others:
         if not other.fits:
             found.append(f"{name} ({other.layout.short()}) does not fit: {other.problems[0]}.")

@@ -29,17 +29,18 @@ import numpy as np
 
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
-from simulator.columns import Columns, legal
+from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
 from simulator.job import Job
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 from simulator.memory import capacity, fullest, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
-from simulator.screen import screen
+from simulator.screen import Screened, screen
 from simulator.simulate import simulate
 from simulator.stage import StageCost
+from simulator.sync_cost import is_simulated
 
 Progress = Callable[[str, float], None]
 # Bounds are sums of the same terms as what they bound, in another order.
@@ -97,7 +98,7 @@ class _Search:
         self.rows = np.flatnonzero(legal(job, self.columns))
         self.legal = self.columns.take(self.rows)
         screened = screen(job, self.legal)
-        self.seconds, self.memory = screened.seconds * ROUNDING, screened.memory * ROUNDING
+        self.seconds, self.memory = _with_stragglers(job, self.legal, screened) * ROUNDING, screened.memory * ROUNDING
         self.fits = self.memory <= _capacities(job, self.legal)
         self.out_of_memory = int(np.count_nonzero(~self.fits))
         self.missed: list[tuple[float, Layout]] = []
@@ -123,8 +124,8 @@ class _Search:
                 at += 1
                 continue
             entry = heapq.heappop(queue)
-            # Where ranks share processors nothing is alone.
-            if entry.level < 4 and not self.job.cluster.concurrency:
+            # Where ranks share processors nothing is alone, and where replicas differ one step is not the mean.
+            if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
                 entry.level += 1
                 seconds = (
                     self._alone(entry) if entry.level == 3 else critical_path(self.job, entry.layout, entry.stages)
@@ -190,11 +191,21 @@ class _Search:
         return found
 
 
+def _with_stragglers(job: Job, columns: Columns, screened: Screened) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """The bounds of screened layouts; where replicas differ only what `lower_bound` may count."""
+    axes = [] if job.stragglers.none else [columns[axis] for axis in (*AXES, "rank_order")]
+    firsts, code = distinct(columns["sync"], *axes)
+    layouts = [columns.layout(row) for row in firsts.tolist()]
+    differ = np.array([is_simulated(job, layout) for layout in layouts], dtype=bool)[code]
+    factors = np.array([job.stragglers.least_factor(layout) for layout in layouts], dtype=np.float64)[code]
+    return np.where(differ, screened.pipeline * factors, screened.seconds)
+
+
 def _capacities(job: Job, columns: Columns) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Bytes that a rank of each row may use: all rows of one number of ranks are alike."""
+    """Bytes that a rank of each row may use: it follows from their number and their servers."""
     world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
-    limits = {size: capacity(job, Layout(dp_replicate=size)) for size in np.unique(world).tolist()}
-    return np.array([limits[size] for size in world.tolist()], dtype=np.float64)
+    firsts, code = distinct(world, columns["sync"])
+    return np.array([capacity(job, columns.layout(row)) for row in firsts.tolist()], dtype=np.float64)[code]
 
 
 def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
@@ -203,7 +214,8 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     Rule: max over ranks of (forwards of the stages before) + m · (work of its own stages) + (backwards of the stages
     before), as every microbatch's first forward climbs to the rank and its last backward comes back from it. Where
     the backward is split a rank may end with weight gradients, which nobody waits for: no backwards follow. Of
-    overlapped pairs what the stack hides in them does not count.
+    overlapped pairs what the stack hides in them does not count. Where ranks and steps differ, some replica takes as
+    many steps as there are on average, so none is faster than the fastest replica on its own.
     """
     microbatches = layout.microbatches(job.training.global_batch_size)
     best, before = 0.0, 0.0
@@ -216,7 +228,7 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
         before += stages[rank].forward.total
         if layout.schedule not in SPLIT_BACKWARD:
             before += stages[rank].backward.total
-    return best
+    return best * job.stragglers.least_factor(layout)
 
 
 def _baseline(job: Job) -> Prediction:

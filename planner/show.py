@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from planner.explain import memory_rows, time_rows
+from planner.compare import Comparison
+from planner.explain import mathematics, memory_rows, time_rows
 from planner.plan import Plan
 from simulator.files import plain
 from simulator.job import Job
@@ -18,6 +20,7 @@ from simulator.layout import Layout
 from simulator.profile import Profile
 from simulator.program import build_program, own_seconds
 from simulator.results import Alone, Measurement, Prediction
+from simulator.sync_rules import changes_mathematics
 from simulator.units import show_bytes, show_seconds
 
 
@@ -25,6 +28,8 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
     """A prediction without its timeline, which is a file of its own (`--trace`)."""
     document: dict[str, Any] = plain(prediction)
     document.pop("timeline")
+    if prediction.synchronisation is None:
+        document.pop("synchronisation")
     return document
 
 
@@ -51,21 +56,29 @@ def print_plan(plan: Plan) -> None:
     shown = [(str(place), p) for place, p in enumerate((best, *plan.runners_up), start=1)]
     # Most jobs cut neither sequences nor experts.
     extra = [axis for axis in ("cp", "ep") if any(getattr(p.layout, axis) > 1 for _, p in shown)]
+    synced = any(p.layout.sync != "all_reduce" for _, p in shown)
     table = _table(
-        "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute", "step",
-        "tok/s/GPU", "MFU", "GiB",
+        "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
+        *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB",
     )  # fmt: skip
-    for place, p in shown:
-        table.add_row(place, *_layout_cells(p.layout, extra), *_number_cells(p))
-    table.add_section()
-    table.add_row("data parallel", *_layout_cells(plan.baseline.layout, extra), *_number_cells(plan.baseline))
+    for place, p in [*shown, ("data parallel", plan.baseline)]:
+        if p is plan.baseline:
+            table.add_section()
+        sync = [_sync_cell(p.layout)] if synced else []
+        table.add_row(place, *_layout_cells(p.layout, extra), *sync, *_number_cells(p))
     console.print(table)
     if not plan.baseline.fits:
         console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
     elif plan.baseline.step_seconds < best.step_seconds:
         console.print(escape("plain data parallelism is faster, but [search] leaves it out"))
     console.print("+SP sequence parallel, VP stages per rank, DP replicas x shards, MBS micro-batch size")
+    if synced:
+        console.print(
+            escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
+        )
     console.print(f"recommended: {best.layout.short()}")
+    if warning := mathematics(best):
+        console.print(escape(warning))
     c = plan.certificate
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
@@ -83,6 +96,11 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
         table.add_row(item, meaning, *(_share(v, p.step_seconds) for v, (_, p) in zip(values, columns, strict=True)))
     table.add_section()
     table.add_row("step", "", *(show_seconds(p.step_seconds) for _, p in columns))
+    simulated = [p.synchronisation for _, p in columns]
+    if any(simulated):
+        shown = [(show_seconds(s.p95), f"{s.mean_staleness:.1f}") if s else ("", "") for s in simulated]
+        table.add_row("95th percentile", "of many steps", *(p95 for p95, _ in shown))
+        table.add_row("staleness", "updates of others since the parameters", *(stale for _, stale in shown))
     table.add_row("tokens/s/GPU", "", *(f"{p.tokens_per_second_per_gpu:,.0f}" for _, p in columns))
     peak = "data-sheet peak" if job.cluster.gpu.kind == "gpu" else "the matmul rate measured here"
     table.add_row("MFU", f"model FLOPs over {peak}", *(f"{p.mfu:.1%}" for _, p in columns))
@@ -96,6 +114,53 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     limit = show_bytes(job.cluster.gpu.memory)
     memory.add_row("peak", f"of {limit} that a rank has", *(show_bytes(p.memory.peak) for _, p in columns))
     console.print(memory)
+
+
+def print_comparison(found: Comparison, job: Job) -> None:
+    """Ways to keep replicas together, a row each, and what the textbook says of their exchange."""
+    console = _console()
+    first = next(way for way in found.ways if way.prediction is not None)
+    base = dataclasses.replace(
+        first.layout, sync="all_reduce", servers=0, staleness=0, sync_interval=1, outer_optimizer="none"
+    )
+    console.print(f"{job.model.name} on {_ranks(job)}, {job.stack.name}: {base.short()}")
+    if not job.stragglers.none:
+        shown = {name: value for name, value in vars(job.stragglers).items() if value and name != "steps"}
+        console.print(escape("stragglers: " + ", ".join(f"{name} {value}" for name, value in shown.items())))
+    table = _table(
+        "", "step", "p95", "computing", "transfers", "waiting", "stale", "ahead", "tok/s/GPU", "GiB", "least exchange"
+    )
+    for way in found.ways:
+        p = way.prediction
+        if p is None:
+            continue
+        s = p.synchronisation
+        own = p.step_seconds - p.breakdown.dp - p.breakdown.bubble
+        parts = (own, p.breakdown.dp, p.breakdown.bubble)
+        mark = " *" if changes_mathematics(way.layout) else ""
+        table.add_row(
+            way.name + mark, show_seconds(p.step_seconds), show_seconds(way.p95), *map(show_seconds, parts),
+            f"{s.mean_staleness:.1f}" if s else "0.0", str(s.lead) if s else "0",
+            f"{p.tokens_per_second_per_gpu:,.0f}", f"{p.memory.peak / 2**30:.1f}{'' if p.fits else ' (too much)'}",
+            show_seconds(way.bound),
+        )  # fmt: skip
+    console.print(table)
+    for way in found.ways:
+        if way.problems:
+            console.print(escape(f"{way.name}: {way.problems[0]}"))
+    console.print(
+        "* another mathematics: gradients of older parameters, or replicas that agree only now and then. A step is not "
+        "worth as much there; how much less, no simulator of time can say"
+    )
+    console.print(
+        "stale: updates of others between a replica's parameters and its own; ahead: steps before the slowest"
+    )
+    table = _table(
+        f"M = {show_bytes(found.bytes)} among n = {found.replicas} replicas", "", "B each way", "least"
+    )  # fmt: skip
+    for name, formula, rate, seconds in found.textbook:
+        table.add_row(name, escape(formula), f"{rate / 1e9:.3g} GB/s", show_seconds(seconds))
+    console.print(table)
 
 
 def print_measurement(measured: Measurement, predicted: Prediction) -> None:
@@ -149,10 +214,18 @@ def print_alone(found: Alone, plan: Plan) -> None:
         error = f"{expected / measured - 1:+.1%}" if measured else ""
         table.add_row(name, show_bytes(expected), show_bytes(measured), error)
     console.print(table)
-    moved = _table("collectives of a step", "along", "count", "bytes")
-    for one in found.collectives:
-        moved.add_row(one.name, one.axis, str(one.count), show_bytes(one.bytes))
-    console.print(moved)
+    console.print(_communication(found))
+
+
+def _communication(found: Alone) -> Table:
+    """The collectives of a step, predicted beside counted."""
+    table = _table("collectives of a step", "along", "count predicted", "counted", "bytes predicted", "counted")
+    sides = [{(one.axis, one.name): one for one in side} for side in (found.communication, found.collectives)]
+    for axis, name in sorted(sides[0].keys() | sides[1].keys()):
+        pair = [side.get((axis, name)) for side in sides]
+        counts = [str(one.count) if one else "none" for one in pair]
+        table.add_row(name, axis, *counts, *(show_bytes(one.bytes) if one else "none" for one in pair))
+    return table
 
 
 def print_profile(profile: Profile) -> None:
@@ -211,6 +284,16 @@ def _layout_cells(layout: Layout, extra: list[str]) -> list[str]:
         layout.schedule if layout.pp > 1 else "-",
         layout.recompute,
     ]
+
+
+def _sync_cell(layout: Layout) -> str:
+    """`parameter_server 4, staleness 2 *`"""
+    mark = " *" if changes_mathematics(layout) else ""
+    shown = {
+        "parameter_server": f" {layout.servers}, staleness {'none' if layout.staleness is None else layout.staleness}",
+        "local_sgd": f" {layout.sync_interval}" + (", nesterov" if layout.outer_optimizer != "none" else ""),
+    }
+    return layout.sync + shown.get(layout.sync, "") + mark
 
 
 def _number_cells(p: Prediction) -> list[str]:

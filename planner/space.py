@@ -18,6 +18,8 @@ from simulator.layout import MULTI_STAGE, RANK_ORDER, SPLIT_BACKWARD, V_PLACEMEN
 from simulator.program import MOST_UNSHARDED
 from simulator.stage_split import with_balanced_splits
 
+# Fields that belong to some ways to keep replicas together only: they are no condition for the others.
+SYNC_FIELDS = ("servers", "staleness", "sync_interval", "outer_optimizer")
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
 # The shortest part of a sequence that a context-parallel rank gets, unless [search] names cp.
@@ -54,8 +56,8 @@ class _Space:
             if name in self.names:
                 known = self.names[name]
                 known += [value for value in self.values(name, []) if value not in known]
-            elif not isinstance(DEFAULTS[name], int):
-                self.names[name] = list(dict.fromkeys([DEFAULTS[name], *self.values(name, [])]))
+        for name in ("sync", *SYNC_FIELDS):
+            self.names[name] = list(dict.fromkeys([DEFAULTS[name], *self.values(name, []), job.nodes]))
         self.names["rank_order"] += [order for order in RANK_ORDERS if order not in self.names["rank_order"]]
         self.recipes: dict[tuple[Any, ...], Column] = {}
 
@@ -76,7 +78,7 @@ class _Space:
         blocks = list(self.blocks())
         table = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(grid) + len(recipe), 0), dtype=np.int64)
         numbers = dict(zip((*grid, *recipe), table, strict=True))
-        columns = self.with_other_fields(Columns(numbers, self.names))
+        columns = self.with_syncs(Columns(numbers, self.names))
         columns = columns.take(self.kept(columns))
         # The split that balances is computed from what blocks cost, so it comes last.
         return columns if "stage_layers" in self.search else with_balanced_splits(self.job, columns)
@@ -99,21 +101,39 @@ class _Space:
                 grid = np.array([(tp, pp, cp, ep) for ep in sizes["ep"]], dtype=np.int64).reshape(-1, 4).T
                 yield _product(grid, data, recipes)
 
-    def with_other_fields(self, columns: Columns) -> Columns:
-        """Fields that are varied only where [search] names them."""
-        for name, default in DEFAULTS.items():
-            if name in columns.numbers:
-                continue
-            values = self.values(name, [default])
-            codes = self.codes(name, [default]) if name in self.names else values
-            rows = columns.take(np.repeat(np.arange(len(columns)), len(codes)))
-            columns = rows.replace(**{name: np.tile(np.array(codes, dtype=np.int64), len(columns))})
-        return columns
+    def with_syncs(self, columns: Columns) -> Columns:
+        """Every row with every way to keep replicas together: an all-reduce, or what [search] names, because most
+        others change what is trained. Servers are tried one on every node."""
+        ways = list(self.syncs())
+        names = ("sync", *SYNC_FIELDS)
+        table = np.array(
+            [[self.names[n].index(way.get(n, DEFAULTS[n])) for n in names] for way in ways], dtype=np.int64
+        )
+        rows = columns.take(np.repeat(np.arange(len(columns)), len(ways)))
+        tiled = {name: np.tile(table[:, i], len(columns)) for i, name in enumerate(names)}
+        found = rows.replace(**tiled)
+        return found.take((found["dp_replicate"] > 1) | found.is_named("sync", "all_reduce"))
+
+    def syncs(self) -> Iterator[dict[str, Any]]:
+        for sync in self.values("sync", ["all_reduce"]):
+            fields: dict[str, list[Any]] = {}
+            if sync == "parameter_server":
+                fields = {
+                    "servers": self.values("servers", [self.job.nodes]),
+                    "staleness": self.values("staleness", [0]),
+                }
+            elif sync == "local_sgd":
+                fields = {
+                    "sync_interval": self.values("sync_interval", [1]),
+                    "outer_optimizer": self.values("outer_optimizer", ["none"]),
+                }
+            for values in itertools.product(*fields.values()):
+                yield {"sync": sync} | dict(zip(fields, values, strict=True))
 
     def kept(self, columns: Columns) -> Any:
         """The rows that have values that `search` names, and no twin."""
         found = np.ones(len(columns), dtype=bool)
-        for name in self.search:
+        for name in (name for name in self.search if name not in SYNC_FIELDS):
             found &= np.isin(columns[name], self.codes(name, []) if name in self.names else self.values(name, []))
         # A backward that is split cannot recompute; that is so for every job.
         found &= ~(columns.is_named("schedule", *SPLIT_BACKWARD) & ~columns.is_named("recompute", "none"))

@@ -22,17 +22,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.pipelining.schedules import _PipelineSchedule
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.futures import Future
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
 import runtime.parallelize
 from planner.plan import Plan
+from runtime.collective_log import CollectiveLog
 from runtime.data import Batch, Batches
 from runtime.here import check_alone
 from runtime.machine import memory_bytes
@@ -40,7 +39,8 @@ from runtime.parallelize import apply_ddp
 from runtime.step import Run, build_run
 from runtime.trainer import find_device
 from simulator.errors import UserError
-from simulator.results import Alone, Collective, TrackedMemory
+from simulator.results import Alone, TrackedMemory
+from simulator.traffic import communication
 
 # Model FLOPs of a step that a processor is asked for: about a minute at 1e11 a second.
 MOST_FLOPS = 6e12
@@ -64,22 +64,20 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
             f"tokens go to which expert is found by computing; choose a job whose share of a rank fits this machine"
         )
     layout, device = plan.layout, find_device()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
     symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
     mode = FakeTensorMode(allow_non_fake_inputs=True, **symbols) if fake else contextlib.nullcontext()
     log = CollectiveLog()
-    with _stand_ins(mode, log, fake):
+    with _fake_group(rank, layout.world_size), _stand_ins(mode, log, fake):
         batches = Batches(plan.job, layout, rank, device)
         run = build_run(plan.job, layout, device)
-        axes = _axes_of_groups(run)
         seconds = [_timed(run, batches.load(step), mode) for step in range(1 if fake else steps)]
         memory = RankMemory(run)
         log.clear()
         batch = batches.load(len(seconds))
         with mode, memory, log:
             run.step(_faked(batch, mode))
-    dist.destroy_process_group()
+        collectives = log.collectives(run)
     return Alone(
         layout=layout,
         rank=rank,
@@ -87,10 +85,23 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         fake=fake,
         step_seconds=None if fake else statistics.median(seconds[warmup:]),
         memory=memory.peak(),
-        collectives=log.collectives(axes),
+        collectives=collectives,
+        communication=communication(plan.job, layout, rank),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"torch": torch.__version__},
     )
+
+
+@contextlib.contextmanager
+def _fake_group(rank: int, world_size: int) -> Iterator[None]:
+    """A world whose other ranks are not there. What DTensor remembers of an op holds the mesh that it saw first, and
+    with it groups of a world that this process had before."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    _clear_sharding_prop_cache()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def needs_fake(plan: Plan, rank: int, device: torch.device) -> bool:
@@ -145,12 +156,12 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
 
     def ddp(stage: nn.Module, mesh: Any) -> nn.Module:
         if fake:
-            # The reducer is C++ and wants real memory; its buckets are as large as the gradients that lie in them.
+            # The reducer is C++ and wants real memory.
             log.at_the_end = [p for p in stage.parameters() if p.requires_grad]
             return stage
         wrapped = apply_ddp(stage, mesh)
         # DDP checks annotations, which are texts here: a lambda has none.
-        wrapped.register_comm_hook(log, lambda state, bucket: _ddp_hook(state, bucket))
+        wrapped.register_comm_hook(log, lambda log, bucket: log.reduce_bucket(bucket))
         return wrapped
 
     with (
@@ -160,103 +171,6 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
         mock.patch.object(runtime.parallelize, "apply_ddp", ddp),
     ):
         yield
-
-
-def _ddp_hook(log: CollectiveLog, bucket: dist.GradBucket) -> Future[Any]:
-    log.add("all_reduce", "dp_replicate", bucket.buffer().nbytes)
-    done: Future[Any] = Future()
-    done.set_result(bucket.buffer())
-    return done
-
-
-class CollectiveLog(TorchDispatchMode):
-    """Counts collectives and messages and their bytes: of the whole buffer that a collective gathers, reduces or
-    scatters, of the tensor that a message moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
-        # Parameters whose gradients DDP would reduce where it is left out.
-        self.at_the_end: list[nn.Parameter] = []
-
-    def clear(self) -> None:
-        self.counts.clear()
-        self.bytes.clear()
-
-    def add(self, name: str, group: str, size: int) -> None:
-        self.counts[name, group] += 1
-        self.bytes[name, group] += size
-
-    def collectives(self, axes: dict[str, str]) -> tuple[Collective, ...]:
-        if self.at_the_end:
-            self.add("all_reduce", "dp_replicate", sum(p.nbytes for p in self.at_the_end))
-        # The world's group may be that of an axis too, so that two keys are one row.
-        rows = sorted({(axes.get(group, group), name) for name, group in self.counts})
-        return tuple(Collective(name, axis, *self._sums(name, axis, axes)) for axis, name in rows)
-
-    def _sums(self, name: str, axis: str, axes: dict[str, str]) -> tuple[int, float]:
-        keys = [key for key in self.counts if key[0] == name and axes.get(key[1], key[1]) == axis]
-        return sum(self.counts[key] for key in keys), float(sum(self.bytes[key] for key in keys))
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            # DTensor takes the op apart into ops of plain tensors, which come back here.
-            return NotImplemented
-        result = function(*args, **(kwargs or {}))
-        if (name := _name_of(function)) is not None:
-            sizes = [sum(t.nbytes for t in tree_leaves(one) if isinstance(t, torch.Tensor)) for one in (*args, result)]
-            self.add(name, _group_of([*args, *(kwargs or {}).values()]), max(sizes))
-        return result
-
-
-_NAMES = {
-    "allreduce": "all_reduce",
-    "all_reduce": "all_reduce",
-    "allgather": "all_gather",
-    "_allgather_base": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "_reduce_scatter_base": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "alltoall_base": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-    "send": "send",
-    "recv": "recv",
-}
-
-
-def _name_of(function: Any) -> str | None:
-    """The collective that an op is: `c10d::_allgather_base_`, `_c10d_functional::all_gather_into_tensor` ..."""
-    namespace, _, name = str(function.name()).partition("::")
-    if "c10d" not in namespace:
-        return None
-    return _NAMES.get(name.partition(".")[0].removesuffix("_").removesuffix("_out").removesuffix("_coalesced"))
-
-
-def _group_of(args: list[Any]) -> str:
-    """The name of the process group among the arguments of a collective."""
-    for one in args:
-        if isinstance(one, torch.ScriptObject):
-            with contextlib.suppress(RuntimeError, TypeError):
-                return str(dist.ProcessGroup.unbox(one).group_name)
-        if isinstance(one, str) and one not in ("sum", "avg", "max", "min"):
-            return one
-    return "world"
-
-
-def _axes_of_groups(run: Run) -> dict[str, str]:
-    """The axis that each process group of the mesh lies along, by the group's name; later axes of one rank share a
-    name with none."""
-    names = run.mesh.mesh_dim_names or ()
-    found = {run.mesh.get_group(axis).group_name: axis for axis in names}
-    world = dist.group.WORLD
-    assert world is not None
-    # An axis that spans the world may use its group.
-    whole = [axis for axis in names if run.mesh[axis].size() == dist.get_world_size()]
-    return found | {world.group_name: whole[0] if whole and dist.get_world_size() > 1 else "world"}
 
 
 class _NoModules:

@@ -180,4 +180,6 @@ def scale_expert_gradients(stages: Iterable[nn.Module], tp: int, ep: int) -> Non
         return
     modules = (module for stage in stages for module in stage.modules() if isinstance(module, Experts))
     grads = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
-    torch._foreach_mul_([local_tensor(g) for g in grads], tp / ep)
+    # A pipeline rank may have dense blocks alone.
+    if grads:
+        torch._foreach_mul_([local_tensor(g) for g in grads], tp / ep)

@@ -37,6 +37,8 @@ class Run:
     stages: list[nn.Module]
     schedule: Any
     optimizer: torch.optim.Optimizer
+    # The same ranks as routed experts see them, where expert parallelism spreads them.
+    experts: DeviceMesh | None = None
 
     @property
     def microbatches(self) -> int:
@@ -112,7 +114,7 @@ def build_run(job: Job, layout: Layout, device: torch.device) -> Run:
         for number in numbers
     ]
     optimizer = build_optimizer([p for stage in stages for p in stage.parameters()], training)
-    run = Run(layout, training, mesh, device, stages, None, optimizer)
+    run = Run(layout, training, mesh, device, stages, None, optimizer, experts)
     if layout.pp > 1:
         run.schedule = build_schedule(stages, job.model, layout, training, mesh, device, run._microbatch_loss)
     return run

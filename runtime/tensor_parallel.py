@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -19,6 +21,35 @@ from torch.distributed.tensor.parallel import (
 
 from runtime.experts import MixtureOfExperts, replicate_weights, split_experts
 from runtime.model import Attention, FeedForward, Transformer, norms_behind
+from runtime.shards import local_tensor
+
+
+class VocabularyParallel(ParallelStyle):
+    """Token embedding cut by rows (Megatron-LM, arXiv 1909.08053): each rank looks up the ids of its own rows, takes 0
+    for the others, and the ranks' summands are reduced to `stream`.
+
+    torch's RowwiseParallel does the same forward, but has no rule for a backward into rows: there the gradient of a
+    rank's rows is as large as the whole vocabulary until it is reduced (torch 2.13, _embedding_ops.py).
+    """
+
+    def __init__(self, stream: Shard | Replicate) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_parameter(
+            "weight", nn.Parameter(distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)]))
+        )
+        module.forward = functools.partial(self._look_up, module, device_mesh)
+        return module
+
+    def _look_up(self, module: nn.Module, mesh: DeviceMesh, ids: Tensor) -> Tensor:
+        rows = local_tensor(module.get_parameter("weight"))
+        places = ids - mesh.get_local_rank() * rows.shape[0]
+        elsewhere = (places < 0) | (places >= rows.shape[0])
+        summand = F.embedding(places.masked_fill(elsewhere, 0), rows).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        partial = DTensor.from_local(summand, mesh, [Partial()], run_check=False)
+        return partial.redistribute(mesh, [self.stream]).to_local()
 
 
 class ShardedPositions(ParallelStyle):
@@ -51,15 +82,17 @@ def apply_tensor_parallel(
     """
     stream = Shard(1) if sequence_parallel else Replicate()
     plan: dict[str, ParallelStyle] = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
+        "tok_embeddings": VocabularyParallel(stream),
         "output": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
-    # BERT's transform is cut by columns, and its output gathered again; T5's biases by heads.
-    plan["transform"] = ColwiseParallel(input_layouts=stream, output_layouts=stream)
+    # BERT's transform is cut by columns, and its output gathered again; T5's biases are cut by heads.
+    plan["transform"] = ColwiseParallel(output_layouts=Replicate())
     plan |= dict.fromkeys(("encoder_bias", "decoder_bias"), ColwiseParallel())
     if sequence_parallel:
         local = SequenceParallel(use_local_output=True)
         plan["norm"] = SequenceParallel()
+        # A matrix of h² is less than to exchange what it is cut by, twice.
+        plan["transform"] = local
         plan |= {f"{side}embedding_norm": local for side in ("", "encoder_", "decoder_")} | {"encoder_norm": local}
         tables = ("pos_embeddings", "type_embeddings", "encoder_positions", "decoder_positions")
         plan |= dict.fromkeys(tables, ShardedPositions())

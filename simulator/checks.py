@@ -162,6 +162,7 @@ def check_job(job: Job, where: str) -> None:
             f"that {job.model.name} has"
         )
     _check_precision(job, where)
+    job.stragglers.check(int(job.world_size * job.cluster.oversubscribe), where)
 
 
 def _check_precision(job: Job, where: str) -> None:

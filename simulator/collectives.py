@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
 
 from simulator import nccl
 from simulator.cluster import ClusterSpec, CollectiveFit, GroupShape
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+
+
+class Transfer(NamedTuple):
+    """`times` collectives or messages of `size` bytes each, one after another, in one of a rank's groups: tp, cp, ep,
+    pp, world, shard and replicate (of the dense parameters), expert_shard and expert_replicate. Sizes are of the whole
+    buffer, as `collective_seconds` takes them."""
+
+    kind: Collective
+    group: str
+    size: float
+    times: int = 1
+
 
 _RING_SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
@@ -55,6 +68,11 @@ def collective_seconds(collective: Collective, size: float, shape: GroupShape, s
     seconds = _inside_seconds if shape.domains == 1 else _between_seconds
     floor = nccl.latency_floor(collective, shape, spec) if chosen_by_nccl else 0.0
     return max(floor, seconds(collective, bus_bytes(collective, shape.ranks, size), shape, spec))
+
+
+def transfer_seconds(transfers: Iterable[Transfer], shapes: Mapping[str, GroupShape], spec: ClusterSpec) -> float:
+    """Seconds of collectives one after another; `shapes` says how their groups lie on the cluster."""
+    return sum(t.times * collective_seconds(t.kind, t.size, shapes[t.group], spec) for t in transfers)
 
 
 def collective_multiprocessors(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.layout import RANK_ORDER, SCHEDULES, Layout
+from simulator.sync_rules import sync_problems
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -131,13 +132,24 @@ RULES: dict[str, tuple[str, ...]] = {
         "ep", "tp", "cp", "pp", "zero_stage", "schedule", "recompute", "sequence_parallel", "rank_order", "replicates",
         "shards",
     ),
+    "sync_problems": ("replicates", "ep", "zero_stage", "world"),
 }  # fmt: skip
+
+
+def _problems(rule: str, layout: Layout, job: Job) -> list[str]:
+    if rule == "sync_problems":
+        return sync_problems(layout, job)
+    if rule == "_order_problems":
+        return layout._order_problems()
+    found: list[str] = getattr(layout, rule)(job)
+    return found
 
 
 def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
     """Which rows have no problems with the job: exactly those for which Layout.problems(job) is empty."""
     sizes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "micro_batch_size", "virtual_stages")
     found = np.all([columns[name] >= 1 for name in sizes], axis=0)
+    world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
     extra = [name for name in columns.numbers if name not in _ENUMERATED]
     for rule, reads in RULES.items():
         rows = np.flatnonzero(found)
@@ -148,10 +160,10 @@ def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
             "microbatches": some.microbatches(job.training.global_batch_size),
             "replicates": some["dp_replicate"] > 1,
             "shards": some["dp_shard"] > 1,
+            "world": world[rows],
         }
         firsts, codes = distinct(*(derived[name] if name in derived else some[name] for name in (*reads, *extra)))
-        asked = () if rule == "_order_problems" else (job,)
-        fine = [not getattr(some.layout(row), rule)(*asked) for row in firsts.tolist()]
+        fine = [not _problems(rule, some.layout(row), job) for row in firsts.tolist()]
         found[rows] = np.array(fine)[codes]
     return found
 

@@ -1,4 +1,4 @@
-"""Context parallelism: seconds of bringing the keys and values of other ranks to a rank's queries.
+"""Context parallelism: bytes and seconds of bringing the keys and values of other ranks to a rank's queries.
 
     ring         blocks of keys and values go round, each step beside the attention on the block before
     all_gather   all keys and values are gathered ahead of the attention
@@ -13,11 +13,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape
-from simulator.collectives import collective_seconds, message_seconds
+from simulator.collectives import Transfer, message_seconds, transfer_seconds
 from simulator.kernels import Attention
 
 if TYPE_CHECKING:
     from simulator.job import Job
+
+Transfers = tuple[Transfer, ...]
 
 
 def key_value_bytes(core: Attention, width: float) -> float:
@@ -25,37 +27,57 @@ def key_value_bytes(core: Attention, width: float) -> float:
     return width * core.batch * core.keys * core.key_value_heads * (core.qk_dim + core.v_dim)
 
 
-def context_seconds(job: Job, core: Attention, cp: GroupShape, forward: float, backward: float) -> tuple[float, float]:
-    """Exposed seconds of one attention core's communication, forward and backward.
+def context_transfers(job: Job, core: Attention, c: int) -> tuple[Transfers, Transfers]:
+    """What one attention core moves over c ranks, forward and backward; the steps of a ring are exchanges in which each
+    rank sends to its neighbour alone.
 
-    Args:
-        forward, backward: seconds of the core itself, behind which a ring hides.
-
-    Rule: ring: c - 1 steps, each exposing what 1/c of the core does not hide; twice the bytes in the backward, where
-    the gradients of keys and values go round too. all_gather: 2·s·b·k·d bytes gathered, in the backward again, and
-    as many reduce-scattered. ulysses: queries, keys, values and output, four all-to-alls each way.
-    Reference: arXiv 2310.01889 (ring), arXiv 2407.21783, section 3.3.2 (all-gather), arXiv 2309.14509 (Ulysses).
-    Ignored: that the steps of a ring are uneven under a sliding window.
+    Rule: ring: c - 1 steps with a block of keys and values; in the backward again, and the gradients go with them in
+    the same width, or apart from them in fp32 and in c steps, the last of them home. all_gather: 2·s·b·k·d bytes
+    gathered, in the backward again, and as many reduce-scattered. ulysses: queries, keys, values and output, four
+    all-to-alls each way.
+    Reference: arXiv 2310.01889 (ring; torch 2.13, _templated_ring_attention_backward), arXiv 2407.21783, section 3.3.2
+    (all-gather), arXiv 2309.14509 (Ulysses).
     """
-    if cp.ranks == 1:
-        return 0.0, 0.0
+    if c == 1:
+        return (), ()
     width = job.stack.recipes[job.training.precision].compute
-    method, cluster, c = job.stack.context_parallel, job.cluster, cp.ranks
+    block, method = key_value_bytes(core, width), job.stack.context_parallel
     if method == "ulysses":
         queries = core.batch * core.heads * core.queries
         keys = core.batch * core.key_value_heads * core.keys
         tensors = (queries * core.qk_dim, keys * core.qk_dim, keys * core.v_dim, queries * core.v_dim)
-        one_way = sum(collective_seconds("all_to_all", width * elements, cp, cluster) for elements in tensors)
+        one_way = tuple(Transfer("all_to_all", "cp", width * elements) for elements in tensors)
         return one_way, one_way
-    block = key_value_bytes(core, width)
     if method == "all_gather":
-        gather = collective_seconds("all_gather", c * block, cp, cluster)
-        return gather, gather + collective_seconds("reduce_scatter", c * block, cp, cluster)
-    there, back = (sum(message_seconds(size, _neighbours(cp), cluster)) for size in (block, 2 * block))
+        gather = Transfer("all_gather", "cp", c * block)
+        return (gather,), (gather, Transfer("reduce_scatter", "cp", c * block))
+    there = Transfer("all_to_all", "cp", block, c - 1)
+    if not job.stack.ring_gradients_apart:
+        return (there,), (there._replace(size=2 * block),)
+    return (there,), (there, Transfer("all_to_all", "cp", key_value_bytes(core, 4.0), c))
+
+
+def context_seconds(job: Job, core: Attention, cp: GroupShape, forward: float, backward: float) -> tuple[float, float]:
+    """Exposed seconds of one attention core's communication, forward and backward.
+
+    Args:
+        forward, backward: seconds of the core itself, behind which a ring hides: a step behind 1/c of the core.
+
+    Ignored: that the steps of a ring are uneven under a sliding window.
+    """
+    moved = context_transfers(job, core, cp.ranks)
+    if job.stack.context_parallel != "ring":
+        there, back = (transfer_seconds(transfers, {"cp": cp}, job.cluster) for transfers in moved)
+        return there, back
+    there, back = (
+        sum(t.times * sum(message_seconds(t.size, _neighbours(cp), job.cluster)) for t in transfers)
+        for transfers in moved
+    )
     if not job.stack.overlap_cp:
-        return (c - 1) * there, (c - 1) * back
-    gpu = cluster.gpu
-    return (c - 1) * gpu.exposed(there, forward / c), (c - 1) * gpu.exposed(back, backward / c)
+        return there, back
+    gpu, steps = job.cluster.gpu, cp.ranks - 1
+    hidden_by = (forward * steps / cp.ranks, backward * steps / cp.ranks)
+    return gpu.exposed(there, hidden_by[0]), gpu.exposed(back, hidden_by[1])
 
 
 def _neighbours(cp: GroupShape) -> GroupShape:

@@ -19,12 +19,54 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from simulator.cluster import GroupShape
-from simulator.collectives import Collective, collective_seconds
+from simulator.collectives import Transfer, transfer_seconds
 from simulator.expert_parallel import expert_grid
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 
 if TYPE_CHECKING:
     from simulator.job import Job
+
+
+def uses_fsdp(job: Job, layout: Layout) -> bool:
+    """Whether units are gathered and reduced as FSDP does, one by one. A stack that replicates by FSDP does so unless
+    replicas of a whole model compute in fp32, which DDP serves, or are no replicas at all (runtime/parallelize.py)."""
+    if layout.zero_stage >= 2 or not job.stack.replicates_by_fsdp:
+        return layout.zero_stage >= 2
+    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
+    replicated = without_ddp and layout.dp_replicate * layout.cp > 1
+    return job.training.precision != "fp32" or layout.zero_stage > 0 or layout.ep > 1 or replicated
+
+
+def gather_transfer(job: Job, parameters: float, group: str, pieces: int = 1) -> Transfer:
+    """All-gather this many parameters, in the width that kernels read."""
+    width = job.stack.recipes[job.training.precision].compute
+    return Transfer("all_gather", group, parameters * width / pieces, pieces)
+
+
+def scatter_transfer(job: Job, parameters: float, group: str, pieces: int = 1) -> Transfer:
+    """Reduce-scatter their gradients."""
+    return Transfer("reduce_scatter", group, gradient_bytes(job, parameters) / pieces, pieces)
+
+
+def replica_transfer(job: Job, parameters: float, group: str, shards: int, pieces: int = 1) -> Transfer:
+    """All-reduce a shard of their gradients over replicas."""
+    return Transfer("all_reduce", group, gradient_bytes(job, parameters) / shards / pieces, pieces)
+
+
+def gradient_bytes(job: Job, parameters: float) -> float:
+    return parameters * job.stack.recipes[job.training.precision].gradient_reduce
+
+
+def bucket_sizes(sizes: Sequence[float]) -> list[float]:
+    """Bytes of DDP's buckets of gradients of these sizes, in the order of the parameters: from the last on they fill a
+    bucket until it has 25 MiB, the first one 1 MiB (torch 2.13, compute_bucket_assignment_by_size)."""
+    found, filled, most = [], 0.0, 2.0**20
+    for size in reversed(sizes):
+        filled += size
+        if filled >= most:
+            found.append(filled)
+            filled, most = 0.0, 25 * 2.0**20
+    return [*found, filled] if filled else found
 
 
 class Unit(Protocol):
@@ -59,27 +101,35 @@ class DataParallel:
         return self.layout.zero_stage == 3
 
     def gather_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
-        """All-gather parameters of this many units, in the width that kernels read."""
+        """All-gather parameters of this many units."""
         width = self.job.stack.recipes[self.job.training.precision].compute
-        dense = self._in_pieces("all_gather", (parameters - experts) * width, self.shard, units)
-        return dense + self._in_pieces("all_gather", experts * width, self.expert_shard, units)
+        return self._seconds(
+            gather_transfer(
+                self.job, parameters - experts, "shard", self._pieces((parameters - experts) * width, units)
+            ),
+            gather_transfer(self.job, experts, "expert_shard", self._pieces(experts * width, units)),
+        )
 
     def scatter_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
         """Reduce-scatter the gradients of this many units over the shards; frozen weights have none."""
         if self.job.training.peft != "none":
             return 0.0
-        size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
-        dense = self._in_pieces("reduce_scatter", size, self.shard, units)
-        return dense + self._in_pieces("reduce_scatter", routed, self.expert_shard, units)
+        dense = parameters - experts
+        return self._seconds(
+            scatter_transfer(self.job, dense, "shard", self._reduced_pieces(dense, units)),
+            scatter_transfer(self.job, experts, "expert_shard", self._reduced_pieces(experts, units)),
+        )
 
     def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
         if self.job.training.peft != "none":
             return 0.0
-        size, routed = self._gradient_bytes(parameters - experts), self._gradient_bytes(experts)
-        grid = expert_grid(self.layout, self.job.stack)
-        replicas = self._in_pieces("all_reduce", size, self.replicate, units, self.layout.shards)
-        replicas += self._in_pieces("all_reduce", routed, self.expert_replicate, units, grid.shards)
+        dense, shards = parameters - experts, expert_grid(self.layout, self.job.stack).shards
+        pieces = [self._reduced_pieces(one, units) for one in (dense, experts)]
+        replicas = self._seconds(
+            replica_transfer(self.job, dense, "replicate", self.layout.shards, pieces[0]),
+            replica_transfer(self.job, experts, "expert_replicate", shards, pieces[1]),
+        )
         return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
 
     def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
@@ -89,10 +139,9 @@ class DataParallel:
             return 0.0
         return self.gather_seconds(parameters, experts, units)
 
-    def _in_pieces(self, kind: Collective, size: float, group: GroupShape, units: int, shards: int = 1) -> float:
-        """A collective over 1/shards of this many bytes, cut as the stack cuts them."""
-        pieces = self._pieces(size, units)
-        return pieces * collective_seconds(kind, size / shards / pieces, group, self.job.cluster)
+    def _seconds(self, *transfers: Transfer) -> float:
+        names = ("shard", "replicate", "expert_shard", "expert_replicate")
+        return transfer_seconds(transfers, {name: getattr(self, name) for name in names}, self.job.cluster)
 
     def exposed_forward(self, units: Sequence[Unit]) -> float:
         """Seconds that a forward waits for parameters: what the unit before does not hide.
@@ -129,11 +178,11 @@ class DataParallel:
             return 0.0
         return self.gather_seconds(unit.parameters, unit.experts)
 
-    def _gradient_bytes(self, parameters: float) -> float:
-        return parameters * self.job.stack.recipes[self.job.training.precision].gradient_reduce
+    def _reduced_pieces(self, parameters: float, units: int) -> int:
+        return self._pieces(gradient_bytes(self.job, parameters), units)
 
     def _pieces(self, size: float, units: int) -> int:
         """Collectives that a transfer of this size is cut into: FSDP's units, or DDP's buckets."""
-        if self.layout.zero_stage >= 2:
+        if uses_fsdp(self.job, self.layout):
             return units * self.job.stack.gathers_per_unit
         return max(1, round(size / self.job.stack.bucket_bytes))

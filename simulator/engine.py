@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import simpy
 from simpy.core import EmptySchedule
 
-from simulator.critical_path import pair_work
+from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
-from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
@@ -39,7 +38,7 @@ from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, MemorySample, Span, Timeline
 from simulator.schedules import Op
 from simulator.stage import StageCost, Work
-from simulator.step_end import norm_seconds, update_seconds
+from simulator.step_end import norm_seconds
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -66,8 +65,8 @@ COMPUTE = {
 }
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
-# Axes whose ranks communicate within every op; that reduce gradients together; that gather parameters together.
-LOCKSTEP, REDUCING, GATHERING = ("tp", "cp"), ("cp", "dp_shard", "dp_replicate"), ("cp", "dp_shard")
+# Axes whose ranks communicate within every op; that gather parameters together.
+LOCKSTEP, GATHERING = ("tp", "cp"), ("cp", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,7 @@ class _Engine:
         )
         # Under FSDP the ranks that share parameters communicate in every op too.
         self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
+        self.reducing = (*GATHERING, *layout.reducing_replicas)
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
         self.memory: list[MemorySample] = []
@@ -283,9 +283,9 @@ class _Engine:
             yield self._busy(rank, spent["total"] / pieces)
             rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, REDUCING, piece))
+                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, self.reducing, piece))
         if reduces and not overlaps:
-            rank.reducing.append(self._collective(rank, cost.reduce, op, REDUCING))
+            rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
         self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
         self._span(rank, "compute", op, began)
 
@@ -306,7 +306,7 @@ class _Engine:
         for leaf in op.parts:
             self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].frees, sign=-1)
             if self._reduces(leaf):
-                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, REDUCING))
+                rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, self.reducing))
         self._span(rank, "compute", op, began)
 
     def _reshard(self, rank: Rank, op: Op) -> None:
@@ -421,9 +421,7 @@ class _Engine:
         self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: Rank) -> float:
-        """The update of this rank's share of the parameters."""
-        held = [self.program.stages[s] for s in self.layout.stages_of(rank.index)]
-        parameters, experts = sum(s.parameters for s in held), sum(s.experts for s in held)
-        share = per_shard(self.layout, self.job.stack, parameters, experts)
-        seconds: float = update_seconds(self.job, share, min(self.job.cluster.gpus_per_node, self.layout.world_size))
-        return seconds
+        """The update of this rank's share of the parameters, which servers do for their workers."""
+        if self.layout.sync == "parameter_server":
+            return 0.0
+        return rank_update(self.job, self.layout, self.program.stages, rank.index)

@@ -1,4 +1,4 @@
-"""Expert parallelism: which ranks hold which routed experts, and the seconds of sending tokens to them and back.
+"""Expert parallelism: which ranks hold which routed experts, and bytes and seconds of sending tokens to them and back.
 
 Experts regroup the ranks of a pipeline stage: `tp` neighbours split one expert, `ep` groups of them hold different
 experts, and the rest hold the same ones and reduce their gradients among themselves (expert data parallelism).
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape
-from simulator.collectives import collective_seconds
+from simulator.collectives import Transfer, transfer_seconds
 from simulator.kernels import Cut
 from simulator.model import ModelSpec
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from simulator.job import Job
     from simulator.layout import Layout
     from simulator.stack import Stack
+
+Transfers = tuple[Transfer, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def expert_grid(layout: Layout, stack: Stack) -> ExpertGrid:
 
 def expert_groups(layout: Layout, grid: ExpertGrid, pp_rank: int) -> tuple[tuple[int, ...], ...]:
     """Ranks of the first ep group of a pipeline stage, of its first shard group, and of its first replicas."""
-    ranks = layout.group("tp", "cp", "dp_shard", "dp_replicate", pp_rank=pp_rank)
+    ranks = layout.group("tp", "cp", "dp_shard", *layout.reducing_replicas, pp_rank=pp_rank)
     whole = grid.tp * grid.ep
     return ranks[: whole : grid.tp], ranks[: whole * grid.shards : whole], ranks[:: whole * grid.shards]
 
@@ -86,25 +88,30 @@ def dispatch_bytes(job: Job, cut: Cut, shape: GroupShape, width: float) -> float
     return width * cut.tokens / cut.tp * copies * model.hidden_size
 
 
-def expert_seconds(job: Job, cut: Cut, ep: GroupShape, tp: GroupShape) -> tuple[float, float]:
-    """Seconds of a mixture's communication, forward and backward: dispatch and combine, each an all-to-all.
+def expert_transfers(job: Job, cut: Cut, ep: GroupShape) -> tuple[Transfers, Transfers]:
+    """A mixture's communication, forward and backward: how many tokens come is exchanged first (an int64 for every
+    expert), then dispatch and combine are an all-to-all each.
 
     Where tp splits the experts, what arrived is gathered over tp before them and scattered behind. In the backward
     the gradients go the same ways in the width of activations.
     Reference: NVIDIA/Megatron-LM@d98e8a64, token dispatchers; volumes e·topk·T·h per all-to-all.
-    Ignored: imbalance, the counts that are exchanged ahead, the fast path inside a node of hierarchical kernels.
+    Ignored: imbalance, the fast path inside a node of hierarchical kernels.
     """
     if cut.ep == 1:
-        return 0.0, 0.0
-    recipe, cluster = job.stack.recipes[job.training.precision], job.cluster
+        return (), ()
+    recipe = job.stack.recipes[job.training.precision]
     sent = recipe.compute if recipe.dispatch is None else recipe.dispatch
-    out, back = (
-        collective_seconds("all_to_all", dispatch_bytes(job, cut, ep, width), ep, cluster)
-        for width in (sent, recipe.compute)
-    )
-    split = 0.0
+    out, back = (Transfer("all_to_all", "ep", dispatch_bytes(job, cut, ep, width)) for width in (sent, recipe.compute))
+    split: Transfers = ()
     if cut.expert_tp > 1:
         size = recipe.compute * cut.tokens * job.model.num_experts_per_tok * job.model.hidden_size
-        split = collective_seconds("all_gather", size, tp, cluster)
-        split += collective_seconds("reduce_scatter", size, tp, cluster)
-    return out + back + split, 2 * back + split
+        split = (Transfer("all_gather", "tp", size), Transfer("reduce_scatter", "tp", size))
+    counts = Transfer("all_to_all", "ep", 8.0 * job.model.num_experts)
+    return (counts, out, *split, back), (back, *split, back)
+
+
+def expert_seconds(job: Job, cut: Cut, ep: GroupShape, tp: GroupShape) -> tuple[float, float]:
+    """Seconds of a mixture's communication, forward and backward."""
+    shapes = {"ep": ep, "tp": tp}
+    forward, backward = (transfer_seconds(one, shapes, job.cluster) for one in expert_transfers(job, cut, ep))
+    return forward, backward

@@ -17,6 +17,7 @@ from simulator.files import STRICT, read_toml, to_dataclass
 from simulator.layout import Layout
 from simulator.model import ModelSpec
 from simulator.stack import Stack
+from simulator.stragglers import Stragglers
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -48,7 +49,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, on what, and how. `search` pins or limits fields of the Layout: {"tp": [1, 2, 4]}."""
+    """What to train, on what, and how. `search` pins or limits fields of the Layout: {"tp": [1, 2, 4]}; stragglers are
+    ranks and steps slower than the others."""
 
     model: ModelSpec
     cluster: ClusterSpec
@@ -56,6 +58,7 @@ class Job:
     training: Training
     stack: Stack
     search: dict[str, list[Any]] = field(default_factory=dict)
+    stragglers: Stragglers = field(default_factory=Stragglers)
 
     __pydantic_config__ = STRICT
 
@@ -91,7 +94,7 @@ def read_job(path: Path | str, overrides: list[str] | None = None) -> Job:
 
 def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> Job:
     """The job in a dictionary with the keys of a job.toml; paths in it are relative to `folder`."""
-    known = ("model", "cluster", "nodes", "profile", "training", "search")
+    known = ("model", "cluster", "nodes", "profile", "training", "search", "stragglers")
     for key in data:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, known)}")
@@ -101,7 +104,7 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     nodes = data["nodes"]
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise UserError(f"{where}: nodes = {nodes!r} must be an integer of at least 1")
-    for key in ("training", "search"):
+    for key in ("training", "search", "stragglers"):
         if not isinstance(data.get(key, {}), dict):
             raise UserError(f"{where}: '{key}' must be a table: write [{key}] above its keys")
     for key in ("model", "cluster", "profile"):
@@ -115,7 +118,8 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
         if isinstance(settings.get(key), str) and settings[key]:
             settings[key] = presets.absolute(settings[key], folder)
     training = _training(settings, model, cluster, nodes, where)
-    job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where))
+    stragglers = to_dataclass(Stragglers, data.get("stragglers", {}), f"{where} [stragglers]")
+    job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where), stragglers)
     check_job(job, where)
     return job
 
@@ -148,10 +152,17 @@ def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
         values = value if isinstance(value, list) and key != "stage_layers" else [value]
         if not values:
             raise UserError(f"{where}: search.{key} = [] leaves no layout; name at least one value")
+        if key == "staleness":
+            # TOML has no word for nothing.
+            values = [None if one == "none" else one for one in values]
         for one in values:
             shown = tuple(one) if isinstance(one, list) else one
             to_dataclass(Layout, {key: shown}, f"{where} [search]")
         result[key] = values
+    owners = {"servers": "parameter_server", "staleness": "parameter_server", "sync_interval": "local_sgd"}
+    for key, owner in (owners | {"outer_optimizer": "local_sgd"}).items():
+        if key in result and owner not in result.get("sync", []):
+            raise UserError(f"{where}: search.{key} says nothing without '{owner}' in search.sync")
     return result
 
 

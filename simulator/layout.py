@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from simulator.errors import nearest
 from simulator.expert_parallel import expert_tp
 from simulator.files import STRICT
+from simulator.sync_rules import OuterOptimizer, Sync, sync_problems
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -39,6 +40,12 @@ class Layout:
     3 also parameters. stage_layers are the blocks of each stage in torch's global stage order; None means as even
     as possible. rank_order names the axes from the innermost, as Megatron-LM's RankGenerator does; dp stands for
     dp_shard inside dp_replicate, and axes of one rank may be left out.
+
+    sync is how the dp_replicate replicas keep together (sync_rules.py). With "parameter_server" `servers` processes
+    beside the ranks hold the parameters, one on every node in turn; staleness is how many updates a replica may be
+    ahead of the slowest: 0 waits for all (synchronous), None for nobody (asynchronous). With "local_sgd" parameters
+    are averaged every sync_interval steps, and outer_optimizer "nesterov" takes the average as a gradient (DiLoCo,
+    arXiv 2311.08105).
     """
 
     dp_replicate: int = 1
@@ -55,6 +62,11 @@ class Layout:
     recompute: Literal["none", "selective", "full"] = "none"
     sequence_parallel: bool = False
     rank_order: str = RANK_ORDER
+    sync: Sync = "all_reduce"
+    servers: int = 0
+    staleness: int | None = 0
+    sync_interval: int = 1
+    outer_optimizer: OuterOptimizer = "none"
 
     __pydantic_config__ = STRICT
 
@@ -77,6 +89,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def reducing_replicas(self) -> tuple[str, ...]:
+        """The axis along which replicas all-reduce within a step, empty where they keep together in another way."""
+        return ("dp_replicate",) if self.sync == "all_reduce" else ()
 
     @property
     def shards(self) -> int:
@@ -184,6 +201,7 @@ class Layout:
             *self._tensor_problems(job),
             *self._pipeline_problems(job),
             *self._stack_problems(job),
+            *sync_problems(self, job),
         ]
 
     def _sizes(self) -> dict[str, int]:

@@ -16,11 +16,17 @@ def parse_layout(text: str, job: Job) -> Layout:
 
     Ranks not named go to data parallelism, sharded as the stack shards by default; sequence_parallel is on with tp
     where the stack has it; naming virtual_stages alone chooses Interleaved1F1B, naming a schedule of several stages
-    chooses two of them on each rank.
+    chooses two of them on each rank; with another sync than all_reduce ranks not named are replicas, and
+    parameter_server has one server.
 
     Raises:
         UserError: a word that is no `field=value`, an unknown field, a value of the wrong kind.
     """
+    return complete(parse_fields(text), job)
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    """The fields that a layout's text names. Raises UserError as `parse_layout` does."""
     hints = get_type_hints(Layout)
     given: dict[str, Any] = {}
     for word in text.replace(",", " ").split() if "stage_layers" not in text else text.split():
@@ -32,7 +38,7 @@ def parse_layout(text: str, job: Job) -> Layout:
         if name in given:
             raise UserError(f"layout: '{name}' is given twice")
         given[name] = _parse_value(name, hints[name], value)
-    return complete(given, job)
+    return given
 
 
 def complete(given: dict[str, Any], job: Job) -> Layout:
@@ -44,11 +50,15 @@ def complete(given: dict[str, Any], job: Job) -> Layout:
         fields.setdefault("schedule", "Interleaved1F1B")
     elif fields.get("schedule") in MULTI_STAGE:
         fields.setdefault("virtual_stages", 2)
+    if fields.get("sync") == "parameter_server":
+        fields.setdefault("servers", 1)
     if "dp_replicate" not in fields and "dp_shard" not in fields:
         inner = math.prod(fields.get(axis, 1) for axis in ("tp", "cp", "pp"))
         rest = max(1, job.world_size // inner) if inner > 0 else 1
         shards = rest * max(1, fields.get("cp", 1))
-        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if shards > 1 else 0)
+        # Other ways to synchronise than an all-reduce keep replicas together.
+        sharded = shards > 1 and fields.get("sync", "all_reduce") == "all_reduce"
+        zero = fields.setdefault("zero_stage", job.stack.default_zero_stage if sharded else 0)
         fields["dp_shard" if zero else "dp_replicate"] = rest
     elif fields.get("dp_shard", 1) > 1:
         fields.setdefault("zero_stage", job.stack.default_zero_stage or max(job.stack.zero_stages, default=0))
@@ -68,7 +78,11 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
         return text == "true"
     if hint is str:
         return text
-    parts = [text] if hint is int else text.split(",")
+    optional = type(None) in get_args(hint)
+    if optional and text == "none":
+        return None
+    single = hint in (int, int | None)
+    parts = [text] if single else text.split(",")
     if not all(re.fullmatch(r"-?[0-9]{1,12}", part) for part in parts):
-        raise UserError(f"layout: {name} = '{text}' must be an integer")
-    return int(text) if hint is int else tuple(map(int, parts))
+        raise UserError(f"layout: {name} = '{text}' must be an integer{' or none' if optional else ''}")
+    return int(text) if single else tuple(map(int, parts))

@@ -37,7 +37,17 @@ def capacity(job: Job, layout: Layout) -> float:
     spec = job.cluster
     if spec.gpu.kind == "gpu":
         return spec.gpu.memory
-    return spec.gpu.memory * spec.gpus_per_node * job.nodes / max(layout.world_size, job.nodes)
+    machine, ranks = spec.gpu.memory * spec.gpus_per_node * job.nodes, max(layout.world_size, job.nodes)
+    return (machine - _server_bytes(job, layout)) / ranks
+
+
+def _server_bytes(job: Job, layout: Layout) -> float:
+    """What parameter servers hold in the memory of their hosts: parameters, optimizer state and a sum of gradients."""
+    if layout.sync != "parameter_server":
+        return 0.0
+    recipe = job.stack.recipes[job.training.precision]
+    width = recipe.parameters + recipe.gradients + recipe.optimizer[job.training.optimizer]
+    return job.model.parameters() * width
 
 
 def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
@@ -75,10 +85,17 @@ def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[
         return {"parameters": held(recipe.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     # FSDP2 keeps master parameters sharded, in ZeRO-1 too; the gathered copy for the kernels is a buffer.
     shards_parameters = zero >= 2 or (zero == 1 and job.stack.replicates_by_fsdp)
+    optimizer = held(recipe.optimizer[job.training.optimizer], zero > 0)
+    if layout.sync == "parameter_server":
+        # The servers update, in the memory of their hosts.
+        optimizer = 0.0
+    elif layout.outer_optimizer == "nesterov":
+        # What the last average was, and the outer momentum, both in fp32.
+        optimizer += held(8.0, shards_parameters)
     return {
         "parameters": held(recipe.parameters, shards_parameters),
         "gradients": held(recipe.gradients, layout.shards_gradients),
-        "optimizer": held(recipe.optimizer[job.training.optimizer], zero > 0),
+        "optimizer": optimizer,
     }
 
 

@@ -46,7 +46,7 @@ def distinct_groups(job: Job, layout: Layout) -> tuple[Groups, ...]:
 def _distinct_groups(job: Job, layout: Layout) -> dict[int, Groups]:
     """Groups by how far the first rank of a pipeline rank lies behind the begin of a part of the cluster."""
     known = known_to(job, "groups")
-    key = (tuple((axis, getattr(layout, axis)) for axis in layout.axes), layout.zero_stage > 0, layout.ep)
+    key = (tuple((axis, getattr(layout, axis)) for axis in layout.axes), layout.zero_stage > 0, layout.ep, layout.sync)
     if key not in known:
         stride, period = layout.rank(pp=1), cluster_period(job, layout)
         firsts: dict[int, int] = {}
@@ -78,7 +78,7 @@ class _Placing:
     def groups(self) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
         layout = self.layout
-        shard, replicate = ["dp_shard"], ["dp_replicate"]
+        shard, replicate = ["dp_shard"], [*layout.reducing_replicas]
         (shard if layout.zero_stage else replicate).append("cp")
         dense = [self._shape(*names) for names in (["tp"], ["cp"], shard, replicate)]
         if layout.ep == 1:

@@ -70,7 +70,7 @@ def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[Stag
     """
     # A large step has millions of ops: what is the same for all of a kind and stage is looked up.
     final_gradient = {leaf.stage: i for i, op in enumerate(order) for leaf in op.leaves if leaf.kind in ("B", "W")}
-    final, messages, unsharding = set(final_gradient.values()), _messages(layout), _unsharding(order, layout)
+    final, messages, unsharding = set(final_gradient.values()), stage_messages(layout), _unsharding(order, layout)
     ops: list[Op] = []
     for i, op in enumerate(order):
         if i in unsharding:
@@ -105,7 +105,7 @@ def sharded_order(order: tuple[Op, ...], layout: Layout) -> list[Op]:
     return ops + moves.get(len(order), [Op("RESHARD", stage) for stage in final_gradient])
 
 
-def _messages(layout: Layout) -> dict[tuple[str, int | None], tuple[str, str]]:
+def stage_messages(layout: Layout) -> dict[tuple[str, int | None], tuple[str, str]]:
     """The kinds of the messages that a forward or a backward receives first and sends afterwards, by its kind and
     stage; empty where there is none. The gradients of weights move nothing."""
     found: dict[tuple[str, int | None], tuple[str, str]] = {}

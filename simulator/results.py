@@ -80,8 +80,38 @@ class Timeline(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Synchronisation:
+    """Many steps of replicas that differ or wait for each other little, simulated one by one. A step is done whenever
+    as many updates have come in as there are replicas.
+
+    mean and p95 are seconds of a step; computing, communicating and waiting those of a replica's own, which sum to the
+    mean but for the replicas that were under way at the end. staleness counts updates by how many others came between
+    the parameters that they were made from and themselves: ((0, 12), (3, 88)). lead is how many steps a replica was
+    ahead of the slowest at most.
+    """
+
+    steps: int
+    mean: float
+    p95: float
+    computing: float
+    communicating: float
+    waiting: float
+    waiting_p95: float
+    staleness: tuple[tuple[int, int], ...]
+    mean_staleness: float
+    lead: int
+    events: int
+    changes_mathematics: bool = False
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
+
+    synchronisation is there for ways other than an all-reduce, and where ranks or steps differ; step_seconds is then
+    its mean.
 
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
     """
@@ -98,6 +128,7 @@ class Prediction:
     memory: MemoryBreakdown
     memory_per_stage: tuple[MemoryBreakdown, ...]
     timeline: Timeline = field(default=Timeline(), compare=False)
+    synchronisation: Synchronisation | None = None
 
     __pydantic_config__ = STRICT
 
@@ -178,7 +209,8 @@ class TrackedMemory:
 
 @dataclass(frozen=True)
 class Alone:
-    """One rank, run without the others. step_seconds is its own work, None where tensors were fake."""
+    """One rank, run without the others. step_seconds is its own work, None where tensors were fake; `communication` is
+    what the simulator says that the rank's collectives are."""
 
     layout: Layout
     rank: int
@@ -187,6 +219,7 @@ class Alone:
     step_seconds: float | None
     memory: TrackedMemory
     collectives: tuple[Collective, ...]
+    communication: tuple[Collective, ...]
     device: str
     versions: dict[str, str]
     version: int = 1

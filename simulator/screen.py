@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Screened:
-    """What screening says of each row: seconds of a step and bytes of the fullest rank, both at least."""
+    """What screening says of each row: seconds of a step, of them those of its pipeline, and bytes of the fullest rank,
+    all at least."""
 
     seconds: Floats
+    pipeline: Floats
     memory: Floats
 
 
 def screen(job: Job, columns: Columns) -> Screened:
     """Lower bounds of legal layouts (all rows must be)."""
     if not len(columns):
-        return Screened(np.zeros(0), np.zeros(0))
+        return Screened(np.zeros(0), np.zeros(0), np.zeros(0))
     screening = _Screening(job, columns)
-    return Screened(screening.seconds(), screening.memory())
+    pipeline = screening.pipeline()
+    return Screened(pipeline + screening.update() + screening.norm(), pipeline, screening.memory())
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class _Screening:
         self.shards, self.expert_shards = self._shards()
         self.ranks = self._ranks()
 
-    def seconds(self) -> Floats:
+    def pipeline(self) -> Floats:
         """Seconds that no schedule can beat.
 
         Rule: max over ranks of (forwards and messages on the way to the rank) + m · (its own work) + (backwards and
@@ -93,7 +96,7 @@ class _Screening:
             climb = _dot(ranks.before[ranks.code, place], before)
             climb += ranks.hops[ranks.code, place] * hop * back
             best = np.maximum(best, climb + self.count * (work + ranks.sends[ranks.code, place] * waits))
-        return best + self._update() + self._norm()
+        return best
 
     def memory(self) -> Floats:
         """Bytes that the fullest rank needs at least.
@@ -155,7 +158,7 @@ class _Screening:
         # A host that launches more slowly than the device computes is busy longer anyway.
         return np.maximum(0.0, seconds - units["host"][units.code])
 
-    def _update(self) -> Floats:
+    def update(self) -> Floats:
         """Seconds of the optimizer on the rank that has most to update."""
         units, ranks = self.units, self.ranks
         parameters, experts = units["parameters"][units.code], units["experts"][units.code]
@@ -171,7 +174,7 @@ class _Screening:
         columns = self.columns
         return columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
 
-    def _norm(self) -> Floats:
+    def norm(self) -> Floats:
         firsts, code = distinct(self._world())
         return np.array([norm_seconds(self.job, self.columns.layout(row)) for row in firsts.tolist()])[code]
 

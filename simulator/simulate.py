@@ -9,6 +9,7 @@ from simulator.layout import Layout
 from simulator.memory import fullest, memory_per_rank, shortfall
 from simulator.program import build_program
 from simulator.results import Prediction
+from simulator.sync_cost import is_simulated, synchronise
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     """Predict one step of one layout: seconds, where they go, and bytes per rank.
+
+    Where replicas keep together in another way than by an all-reduce, or ranks and steps differ, many steps of all
+    replicas are simulated after one of one replica, and the mean is predicted; the timeline is the one step.
 
     A layout that does not fit is predicted all the same, with `fits` false and the reason in `problems`.
 
@@ -26,9 +30,13 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
     program = build_program(job, layout)
     ranks = memory_per_rank(job, layout, program.stages)
     run = run_program(job, layout, program, trace)
+    step_seconds, breakdown, synchronisation = run.step_seconds, run.breakdown, None
+    if is_simulated(job, layout):
+        synchronisation, breakdown = synchronise(job, layout, run)
+        step_seconds = synchronisation.mean
     memory = fullest(ranks)
     reason = shortfall(job, layout, memory)
-    tokens = job.tokens_per_step / run.step_seconds
+    tokens = job.tokens_per_step / step_seconds
     # Ranks that share processors are no more devices than there are.
     per_gpu = tokens / min(layout.world_size, job.world_size)
     gpu, seq_len = job.cluster.gpu, job.training.seq_len
@@ -43,13 +51,14 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         layout=layout,
         fits=not reason,
         problems=(reason,) if reason else (),
-        step_seconds=run.step_seconds,
+        step_seconds=step_seconds,
         tokens_per_second=tokens,
         tokens_per_second_per_gpu=per_gpu,
         mfu=per_gpu * flops / peak,
         hfu=per_gpu * (flops + recomputed) / peak,
-        breakdown=run.breakdown,
+        breakdown=breakdown,
         memory=memory,
         memory_per_stage=ranks,
         timeline=run.timeline,
+        synchronisation=synchronisation,
     )

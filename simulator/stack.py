@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from simulator.cluster import HostFit
 from simulator.files import STRICT
 from simulator.model import ModelSpec
+from simulator.sync_rules import Sync
 from simulator.units import BANDWIDTH
 
 
@@ -58,7 +59,9 @@ class Stack:
     are multiples of expert_alignment.
 
     lacks are the parts of attention that it cannot train; context_precisions those that its context parallelism has
-    kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention.
+    kernels for, all if empty; overlap_cp says whether a ring's messages run beside the attention; with
+    ring_gradients_apart the gradients of keys and values go round in fp32 and in messages of their own, where others
+    send them with the keys and values.
 
     host is the host's work per kernel: on a GPU it runs beside the device and counts where the device is faster;
     on a CPU it adds to each kernel. A measured device brings its own. overlaps_in_pair is the communication that
@@ -93,6 +96,9 @@ class Stack:
     split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
 
     compile: blocks run through torch.compile.
+
+    syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
+    server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
 
     name: str
@@ -143,11 +149,14 @@ class Stack:
     lacks: tuple[Literal["latent_attention", "attention_sinks"], ...] = ()
     context_precisions: tuple[str, ...] = ()
     overlap_cp: bool = True
+    ring_gradients_apart: bool = False
     peft: bool = True
     model_families: tuple[str, ...] = field(default_factory=tuple)
     pipeline_families: tuple[str, ...] = field(default_factory=tuple)
     rope_scaling: tuple[str, ...] = field(default_factory=tuple)
     masked_context: bool = True
+    syncs: tuple[Sync, ...] = ("all_reduce",)
+    server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
 

@@ -11,7 +11,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from simulator.collectives import collective_seconds
 from simulator.compute import (
     KernelTime,
     accumulation_seconds,
@@ -38,7 +37,17 @@ from simulator.kernels import (
 from simulator.layout import RANK_ORDER, Layout
 from simulator.model import BlockKind
 from simulator.placement import Groups, known_to, layout_groups
-from simulator.tensor_parallel import exposed_seconds, hidden_seconds, tensor_seconds
+from simulator.tensor_parallel import (
+    HEAD_CUTS,
+    block_cuts,
+    embedding_cuts,
+    exposed_seconds,
+    hidden_seconds,
+    loss_transfers,
+    repeated_transfers,
+    tensor_seconds,
+    tensor_transfers,
+)
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -244,15 +253,13 @@ class StageCosts:
         if key not in self._units:
             model = self.job.model
             kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
-            modules = model.block_norms(kind)
             spread = kind in ("moe", "experts") and self.layout.ep > 1
-            if spread and not model.num_shared_experts:
-                # Tokens go to routed experts by dispatch, straight from the shards of sequence parallelism.
-                modules -= 1
-            columns = self._columns(kind) if self.job.stack.reduces_every_projection else modules
+            columns, rows = block_cuts(model, kind, spread)
+            if self.job.stack.reduces_every_projection:
+                columns = self._columns(kind)
             experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
             parameters = self._cut_parameters(kind, spread) + experts
-            self._units[key] = self._unit(kernels, parameters, groups, columns, modules, experts)
+            self._units[key] = self._unit(kernels, parameters, groups, (columns, rows), experts)
         return self._units[key]
 
     def _columns(self, kind: BlockKind) -> int:
@@ -281,7 +288,7 @@ class StageCosts:
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
         parameters = self.job.model.embedding_parameters() / self.layout.tp
-        unit = self._unit(kernels, parameters, groups, columns=0, rows=1)
+        unit = self._unit(kernels, parameters, groups, embedding_cuts(self.job.model))
         return dataclasses.replace(unit, stays_gathered=True)
 
     def head(self, groups: Groups) -> UnitCost:
@@ -296,13 +303,12 @@ class StageCosts:
         # A tied projection on another stage than the embedding is a second copy.
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
-        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, columns=1, rows=0)
+        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, HEAD_CUTS)
         # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
         logits = self.cut.tokens * model.vocab_size / self.layout.tp
         kept = min(4.0, self.job.stack.logits_bytes) * logits
         passing = self.job.stack.logits_bytes * logits - kept
-        # A vocabulary cut over tp: maximum, sum and target logit of every token are all-reduced in fp32.
-        loss = 3 * collective_seconds("all_reduce", 4.0 * self.cut.tokens, groups.tp, self.job.cluster)
+        loss = tensor_seconds(self.job, groups.tp, loss_transfers(self.layout, self.cut.tokens))
         return dataclasses.replace(
             unit,
             forward=unit.forward + Work(tp=loss),
@@ -312,15 +318,22 @@ class StageCosts:
         )
 
     def _unit(
-        self, kernels: list[Kernel], parameters: float, groups: Groups, columns: int, rows: int, experts: float = 0.0
+        self,
+        kernels: list[Kernel],
+        parameters: float,
+        groups: Groups,
+        cuts: tuple[int, int],
+        experts: float = 0.0,
     ) -> UnitCost:
-        """Cost of kernels with `columns` column-parallel inputs and `rows` row-parallel outputs; `experts` of the
-        parameters are routed experts' that other ranks send tokens to."""
+        """Cost of kernels with `cuts` column-parallel inputs and row-parallel outputs; `experts` of the parameters are
+        routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
         saved = saved_bytes(kernels, job.stack, precision)
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
-        tp_forward, tp_backward = tensor_seconds(job, self.layout, groups.tp, size, columns, rows)
+        tp_forward, tp_backward = (
+            tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
+        )
         if job.training.peft != "none":
             times = times.without_weights()
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
@@ -341,19 +354,19 @@ class StageCosts:
         late = times.host_weights / times.host_backward if times.host_backward else 0.0
         weights = Work(compute=times.weights + device_backward - times.backward, host=backward.host * late)
         # The embedding has no column-parallel input, the head no row-parallel output.
-        is_block = (columns > 0) == (rows > 0)
+        is_block = (cuts[0] > 0) == (cuts[1] > 0)
         recompute = self.layout.recompute if is_block else "none"
+        tp_again = tensor_seconds(job, groups.tp, repeated_transfers(job, self.layout, size, *cuts))
         working = passing_bytes(kernels, precision) if is_block else 0.0
         boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
         if recompute == "full":
-            backward += self._again(kernels, times, beside_forward, columns + rows)
+            repeated = beside_forward.tp * tp_again / tp_forward if tp_forward else 0.0
+            backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
             saved, working = boundary, working + saved
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
-            gathers = columns if self.layout.sequence_parallel else 0
-            gathered = tensor_seconds(job, self.layout, groups.tp, size, gathers, 0)[0]
-            backward += self._selected(kernels, cp_forward)[0] + Work(tp=gathered, ep=ep_forward)
+            backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
-            kept = boundary * (1 + (rows if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
+            kept = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
             saved, working = kept, working + max(0.0, saved - kept)
         elif recompute == "selective":
             again, dropped = self._selected(kernels, cp_forward)
@@ -364,17 +377,15 @@ class StageCosts:
             forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
         )
 
-    def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work, collectives: int) -> Work:
-        """The forward, run again. Where it stops early, its last matmul and what is communicated behind that are left
-        out: one of the tensor-parallel collectives, and the way back from the experts."""
+    def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:
+        """The forward, run again. Where it stops early, its last matmul and the reduction behind that are left out;
+        what comes back from experts is weighted, and the backward of that needs it."""
         job = self.job
         if not job.stack.recompute_stops_early:
             return self._work(forward.forward, forward.host_forward, beside, recompute=True)
         last = max((i for i, kernel in enumerate(kernels) if isinstance(kernel, Matmul)), default=len(kernels))
         times = kernel_time(kernels[:last], job.cluster.gpu, job.stack, job.training.precision, self.layout.tp)
-        behind = 0.0 if job.model.num_shared_experts else beside.ep / 2
-        kept = dataclasses.replace(beside, tp=beside.tp * (1 - 1 / max(1, collectives)), ep=beside.ep - behind)
-        return self._work(times.forward, times.host_forward, kept, recompute=True)
+        return self._work(times.forward, times.host_forward, beside, recompute=True)
 
     def _selected(self, kernels: list[Kernel], context: float) -> tuple[Work, float]:
         """What selective recomputation adds to a backward, and the bytes that it does not keep; `context` is the

@@ -24,10 +24,12 @@ def update_seconds(job: Job, parameters: Any, ranks_per_node: Any) -> Any:
 
 
 def norm_seconds(job: Job, layout: Layout) -> float:
-    """Seconds of the all-reduce of the gradient norm over the world."""
-    known = known_to(job, "norms")
-    if layout.world_size not in known:
-        world = group_shape(job.graph, tuple(range(layout.world_size)))
-        known[layout.world_size] = collective_seconds("all_reduce", 4.0, world, job.cluster)
-    found: float = known[layout.world_size]
+    """Seconds of the all-reduce of the gradient norm over the world, or over a replica that does not reduce with
+    others."""
+    known, key = known_to(job, "norms"), (layout.world_size, layout.reducing_replicas or layout)
+    if key not in known:
+        axes = ("tp", "cp", "dp_shard", *layout.reducing_replicas, "pp")
+        world = group_shape(job.graph, layout.group(*axes))
+        known[key] = collective_seconds("all_reduce", 4.0, world, job.cluster)
+    found: float = known[key]
     return found

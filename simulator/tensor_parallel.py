@@ -1,35 +1,75 @@
-"""Seconds of tensor-parallel collectives of a unit, and what a stack hides of them."""
+"""Tensor-parallel collectives of a unit, their seconds, and what a stack hides of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape
-from simulator.collectives import collective_seconds
+from simulator.collectives import Transfer, transfer_seconds
 from simulator.layout import Layout
+from simulator.model import BlockKind, ModelSpec
 
 if TYPE_CHECKING:
     from simulator.job import Job
 
+Transfers = tuple[Transfer, ...]
+# Families with norms behind the residual sums and not in front of each part.
+NORMS_BEHIND = ("bert", "bart")
+# Column-parallel inputs and row-parallel outputs of the head.
+HEAD_CUTS = (1, 0)
 
-def tensor_seconds(
-    job: Job, layout: Layout, group: GroupShape, size: float, columns: int, rows: int
-) -> tuple[float, float]:
-    """Seconds of the collectives of a unit with `columns` column-parallel inputs and `rows` row-parallel outputs,
-    forward and backward; `size` is the bytes of the activations of one microbatch.
+
+def block_cuts(model: ModelSpec, kind: BlockKind, spread: bool) -> tuple[int, int]:
+    """Column-parallel inputs and row-parallel outputs of a block that have a collective each: one of each for attention
+    and for feed-forward, and an input more for what cross attention looks at. Experts that are spread over ep take
+    their tokens from where they are; shared ones are a feed-forward."""
+    modules = model.block_norms(kind) - (spread and not model.num_shared_experts)
+    return modules + (kind == "cross"), modules
+
+
+def embedding_cuts(model: ModelSpec) -> tuple[int, int]:
+    """A vocabulary-parallel lookup is a row-parallel output; an encoder and a decoder have one each."""
+    return 0, 2 if model.encoder_decoder else 1
+
+
+def tensor_transfers(layout: Layout, size: float, columns: int, rows: int) -> tuple[Transfers, Transfers]:
+    """Collectives of a unit with `columns` column-parallel inputs and `rows` row-parallel outputs, forward and
+    backward; `size` is the bytes of the activations of one microbatch.
 
     Megatron (arXiv 1909.08053): an all-reduce behind every row-parallel output, and in the backward behind every
     column-parallel input. With sequence parallelism (arXiv 2205.05198) each becomes an all-gather before the
     column-parallel input and a reduce-scatter behind the row-parallel output.
     """
     if layout.tp == 1:
-        return 0.0, 0.0
+        return (), ()
     if not layout.sequence_parallel:
-        one = collective_seconds("all_reduce", size, group, job.cluster)
-        return rows * one, columns * one
-    gather = collective_seconds("all_gather", size, group, job.cluster)
-    scatter = collective_seconds("reduce_scatter", size, group, job.cluster)
-    return columns * gather + rows * scatter, columns * scatter + rows * gather
+        return (Transfer("all_reduce", "tp", size, rows),), (Transfer("all_reduce", "tp", size, columns),)
+    gather, scatter = Transfer("all_gather", "tp", size), Transfer("reduce_scatter", "tp", size)
+    forward = gather._replace(times=columns), scatter._replace(times=rows)
+    return forward, (scatter._replace(times=columns), gather._replace(times=rows))
+
+
+def repeated_transfers(job: Job, layout: Layout, size: float, columns: int, rows: int) -> Transfers:
+    """The collectives that a backward repeats where a block with these cuts is recomputed.
+
+    Full recomputation that stops early ends ahead of the last reduction, unless a norm stands behind it; selective
+    recomputation that keeps outputs keeps those of reductions.
+    """
+    if layout.recompute == "full":
+        last = job.stack.recompute_stops_early and job.model.family not in NORMS_BEHIND
+        return tensor_transfers(layout, size, columns, rows - last)[0]
+    if layout.recompute == "selective" and job.stack.selective_keeps_outputs and layout.sequence_parallel:
+        return tensor_transfers(layout, size, columns, 0)[0]
+    return ()
+
+
+def loss_transfers(layout: Layout, tokens: float) -> Transfers:
+    """Of the cross entropy over a vocabulary that is cut: maximum, sum and target logit of every token, in fp32."""
+    return (Transfer("all_reduce", "tp", 4.0 * tokens, 3),) if layout.tp > 1 else ()
+
+
+def tensor_seconds(job: Job, group: GroupShape, transfers: Transfers) -> float:
+    return transfer_seconds(transfers, {"tp": group}, job.cluster)
 
 
 def hidden_seconds(job: Job, collectives: float, work: float) -> float:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from planner.export import accelerate, deepspeed, megatron, megatron_bridge, torchtitan, torchtitan_main, transformers
+from planner.export import (
+    accelerate,
+    deepspeed,
+    megatron,
+    megatron_bridge,
+    rules,
+    torchtitan,
+    torchtitan_main,
+    transformers,
+)
 from planner.plan import Plan
 from simulator.errors import UserError, nearest
 
@@ -46,7 +55,7 @@ def export(plan: Plan, name: str) -> dict[str, str]:
         UserError: the target is not known, or it cannot express the layout; the sentence has every reason.
     """
     target = find_target(name)
-    problems = target.problems(plan)
+    problems = rules.synchronisation(plan.layout) + target.problems(plan)
     if problems:
         raise UserError(f"{target.WRITTEN_FOR} cannot express '{plan.layout.short()}': {'; '.join(problems)}")
     return target.files(plan)

@@ -20,6 +20,13 @@ def rank_order(layout: Layout, mesh: str, axes: tuple[str, ...] = AXES) -> list[
     return [f"the mesh is always {mesh}, outermost first: rank_order = '{layout.rank_order}' is another"]
 
 
+def synchronisation(layout: Layout) -> list[str]:
+    """A problem if replicas keep together in a way that no target has: all of them all-reduce."""
+    if layout.sync == "all_reduce":
+        return []
+    return [f"sync = '{layout.sync}': its replicas all-reduce their gradients in every step"]
+
+
 def missing(layout: Layout, knobs: dict[str, str]) -> list[str]:
     """Axes that the target does not have at all: {"pp": "what it says instead"}."""
     return [f"{axis} = {getattr(layout, axis)}: {why}" for axis, why in knobs.items() if getattr(layout, axis) > 1]

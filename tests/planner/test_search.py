@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
-from planner.space import candidates, without_model_parallelism
+from planner.space import candidates, space, without_model_parallelism
 from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
@@ -166,13 +166,14 @@ def test_uneven_layers_are_legal() -> None:
 
 
 def test_sequences_are_cut_from_a_length_on_and_experts_always() -> None:
-    """Short sequences leave the search as large as it was; the baseline cuts neither."""
-    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
-    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=65536))} == {1, 2, 4, 8}
+    """A rank's part of a sequence has 1,024 tokens at least; the baseline cuts neither sequences nor experts."""
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=1024))} == {1}
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1, 2, 4, 8}
     assert {layout.ep for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
     mixture = job("mixtral-8x7b", seq_len=4096)
     assert {layout.ep for layout in candidates(mixture)} == {1, 2, 4, 8}
-    assert {layout.ep for layout in candidates(without_model_parallelism(mixture))} == {1}
+    plain = space(mixture, without_model_parallelism(mixture))
+    assert set(plain["ep"].tolist()) == set(plain["cp"].tolist()) == {1}
 
 
 def test_a_mixture_is_planned_with_its_experts_spread() -> None:
@@ -190,7 +191,8 @@ def test_a_runtime_without_the_axes_is_not_asked_for_them() -> None:
 
 
 def test_a_named_rank_order_is_searched() -> None:
-    """[search] pins any field of the layout; without it the stack's own order holds."""
+    """[search] pins any field of the layout; without it the two orders that Megatron-LM has switches for, where the stack has a choice."""
     named = {layout.rank_order for layout in candidates(job(search={"rank_order": ["tp-cp-ep-pp-dp"]}))}
     assert named == {"tp-cp-ep-pp-dp"}
-    assert {layout.rank_order for layout in candidates(job())} == {Layout.rank_order}
+    assert {layout.rank_order for layout in candidates(job())} == {Layout.rank_order, "tp-cp-ep-pp-dp"}
+    assert {layout.rank_order for layout in candidates(job(stack="torchtitan"))} == {Layout.rank_order}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,18 @@ def test_fake_tensors_take_what_real_ones_do(text_folder: Path) -> None:
     assert fake == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_gradient_of_a_cut_embedding_is_cut(sequence_parallel: bool, text_folder: Path) -> None:
+    """One block and a vocabulary that is most of the model: with gradients of V/tp rows no step needs more than the
+    rank's weights, gradients and moments, and 1 MiB of activations; a gradient of V rows alone is 16 MiB."""
+    wide = dataclasses.replace(LLAMA, num_hidden_layers=2, vocab_size=2**16, num_key_value_heads=4)
+    layout = Layout(pp=2, tp=4, sequence_parallel=sequence_parallel, micro_batch_size=1)
+    memory = run_alone(tiny_plan(layout, wide, data=str(text_folder)), 0, steps=1, warmup=0, fake=True).memory
+    rows = 4 * 2**16 // 4 * 64
+    assert memory.parameters == pytest.approx(rows, rel=0.02)
+    assert memory.peak < 5.1 * rows + 2**20
+
+
 def test_a_mixture_is_not_faked(text_folder: Path) -> None:
     with pytest.raises(UserError, match="rank 0 of a mixture"):
         run_alone(tiny_plan(Layout(), MOE, data=str(text_folder)), 0, steps=1, warmup=0, fake=True)
@@ -109,7 +123,10 @@ def test_the_command_shows_memory_beside_its_prediction(
     assert call(monkeypatch, "run", plan, *arguments) == 0
     shown = capsys.readouterr().out
     assert "rank 5 of 8 (dp_shard=5)" in shown and "fake tensors: nothing was computed" in shown
-    assert "reduce_scatter" in shown and (tmp_path / "alone.json").exists()
+    # Predicted, then counted.
+    assert re.search(r"reduce_scatter +dp_shard +5 +5 +(\S+ \S+) +\1", shown), shown
+    document = json.loads((tmp_path / "alone.json").read_text())
+    assert document["communication"] == document["collectives"]
 
 
 def test_ranks_that_there_are_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

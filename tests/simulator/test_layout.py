@@ -112,6 +112,7 @@ def changed(job: Job, **changes: Any) -> Job:
 
 
 EIGHT_EXPERTS = {"model_num_experts": 8, "model_num_experts_per_tok": 2, "model_moe_intermediate_size": 64}
+ALL_SYNCS = {"stack_syncs": ("all_reduce", "reduce_broadcast", "parameter_server", "local_sgd")}
 PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     # the layout, changes to the job, key words of the sentence
     ({"tp": 0}, {}, ["tp = 0", "at least 1"]),
@@ -120,6 +121,23 @@ PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"rank_order": "tp-dp-pp-xp"}, {}, ["rank_order = 'tp-dp-pp-xp'", "once each"]),
     ({"rank_order": "tp-cp-ep-pp-dp"}, {"stack_fixed_rank_order": True}, ["no other rank_order"]),
     ({"micro_batch_size": -1}, {}, ["micro_batch_size = -1", "at least 1"]),
+    ({"dp_replicate": 16, "sync": "local_sgd", "sync_interval": 0}, {}, ["sync_interval = 0", "at least 1"]),
+    ({"dp_replicate": 16, "sync": "parameter_server", "servers": -1}, {}, ["servers = -1", "at least 0"]),
+    ({"dp_replicate": 16, "sync": "parameter_server", "staleness": -1}, {}, ["staleness = -1", "none for no bound"]),
+    ({"dp_replicate": 16, "sync": "parameter_server"}, ALL_SYNCS, ["needs servers of at least 1"]),
+    ({"dp_replicate": 16, "sync": "parameter_server", "servers": 17}, ALL_SYNCS, ["servers = 17", "16 ranks"]),
+    ({"dp_replicate": 16, "servers": 2}, {}, ["servers = 2 needs sync = 'parameter_server', not 'all_reduce'"]),
+    ({"dp_replicate": 16, "staleness": None}, {}, ["staleness = none needs sync = 'parameter_server'"]),
+    ({"dp_replicate": 16, "sync_interval": 4}, {}, ["sync_interval = 4 needs sync = 'local_sgd'"]),
+    ({"dp_replicate": 16, "outer_optimizer": "nesterov"}, {}, ["outer_optimizer = 'nesterov' needs sync"]),
+    ({"dp_shard": 16, "zero_stage": 3, "sync": "local_sgd"}, ALL_SYNCS, ["needs dp_replicate > 1"]),
+    ({"dp_replicate": 16, "sync": "local_sgd"}, {}, ["stack megatron-core has no sync = 'local_sgd'"]),
+    ({"dp_replicate": 16, "sync": "local_sgd"}, ALL_SYNCS | {"training_peft": "lora"}, ["not peft = 'lora'"]),
+    (
+        {"dp_replicate": 16, "ep": 2, "sync": "reduce_broadcast"},
+        EIGHT_EXPERTS | ALL_SYNCS,
+        ["ep = 2 needs the experts inside a replica"],
+    ),
     ({"dp_replicate": 8}, {}, ["dp_replicate(8)", "= 8 ranks", "2 nodes have 16"]),
     ({"dp_replicate": 32}, {}, ["= 32 ranks", "2 nodes have 16"]),
     ({"dp_replicate": 64}, {"cluster_oversubscribe": 2.0}, ["64 ranks", "more than the 32"]),
