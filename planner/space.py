@@ -22,8 +22,10 @@ from simulator.stage_split import with_balanced_splits
 SYNC_FIELDS = ("servers", "staleness", "sync_interval", "outer_optimizer")
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
-# The shortest part of a sequence that a context-parallel rank gets, unless [search] names cp.
-SHORTEST_PART = 1024
+# The shortest part of a sequence that a context-parallel rank gets, and the most parts of one that is not long, unless
+# [search] names cp.
+SHORTEST_PART, LONG_PART = 1024, 8192
+MOST_PARTS = 8
 # Pipeline ranks far apart, or data-parallel ranks: the two orders that Megatron-LM has switches for.
 RANK_ORDERS = (RANK_ORDER, "tp-cp-ep-pp-dp")
 
@@ -40,10 +42,11 @@ def space(job: Job, search: Search | None = None) -> Columns:
     """Every layout worth asking about, each once. A field that `search` (the job's own if there is none) names has one
     of its values in all of them.
 
-    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes; parts of sequences have at
-    least SHORTEST_PART tokens; ep is tried for models with experts. A pipeline is cut as evenly as its blocks allow
-    and, where that is something else, such that the slowest rank has least to do beside embedding and head. Fields that
-    change nothing for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
+    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes; sequences are cut into up to
+    MOST_PARTS parts, long ones until a part has LONG_PART tokens; ep is tried for models with experts. A pipeline is
+    cut as evenly as its blocks allow and, where that is something else, such that the slowest rank has least to do
+    beside embedding and head. Fields that change nothing for a layout (sequence_parallel without tp, virtual stages
+    without pp) are not varied.
     """
     return _Space(job, job.search if search is None else search).columns()
 
@@ -161,7 +164,9 @@ class _Space:
     def context_sizes(self) -> list[int]:
         if not self.stack.context_parallel:
             return [1]
-        return [2**i for i in range(max(1, (self.job.training.seq_len // SHORTEST_PART).bit_length()))]
+        length = self.job.training.seq_len
+        most = max(1, length // LONG_PART, min(MOST_PARTS, length // SHORTEST_PART))
+        return [2**i for i in range(most.bit_length())]
 
     def expert_sizes(self, world: int) -> list[int]:
         """Numbers of ranks that the experts can be spread over; most stacks spread them inside a pipeline stage."""

@@ -88,13 +88,15 @@ class _Screening:
         before = np.where(self.split[:, None], forward, passes)
         hop = self._hop_seconds()
         waits = np.zeros(len(hop)) if job.stack.overlap_p2p else hop
-        back = np.where(self.split, 1.0, 2.0)
         best = np.zeros(len(self.columns))
         ranks = self.ranks
         for place in range(ranks.own.shape[1]):
             work = _dot(ranks.own[ranks.code, place], own)
             climb = _dot(ranks.before[ranks.code, place], before)
-            climb += ranks.hops[ranks.code, place] * hop * back
+            hops = ranks.hops[ranks.code, place]
+            # A sender that waits has the first hop of its way back among its own messages.
+            back = np.where(self.split, 0.0, hops if job.stack.overlap_p2p else np.maximum(0.0, hops - 1))
+            climb += (hops + back) * hop
             best = np.maximum(best, climb + self.count * (work + ranks.sends[ranks.code, place] * waits))
         return best
 
