@@ -46,6 +46,10 @@ CheckpointEvery = Annotated[int | None, typer.Option(min=1, metavar="N", help="S
 Weights = Annotated[Path | None, typer.Option(metavar="DIR", help="Safetensors to begin with.")]
 Export = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trained model as safetensors.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, metavar="R", help="Restarts from DIR when a rank dies.")]
+SlowRank = Annotated[
+    str | None,
+    typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
+]
 
 
 def main() -> None:
@@ -228,7 +232,9 @@ def run(
     plan_file: PlanFile,
     steps: Steps = 20,
     warmup: Warmup = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; the layout's own by default.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes, servers included; the layout's own by default.")
+    ] = None,
     output: Folder = Path("."),
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = None,
@@ -236,6 +242,7 @@ def run(
     weights: Weights = None,
     export: Export = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile the last step, beside its prediction.")] = False,
+    slow_rank: SlowRank = None,
     alone: Annotated[bool, typer.Option("--alone", help="Run --rank by itself, communication faked.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="With --alone: which rank of the layout.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="With --alone: count memory, compute nothing.")] = False,
@@ -255,7 +262,7 @@ def run(
         raise UserError("--rank and --fake belong to --alone, which runs one rank by itself")
     settings = Settings(
         steps, _warmup(warmup, steps - profile), None, checkpoint, checkpoint_every, weights, export,
-        output / "profile" if profile else None,
+        output / "profile" if profile else None, slow_rank,
     )  # fmt: skip
     if alone:
         unused = {
@@ -405,6 +412,41 @@ def validate_published(
     typer.echo(f"{len(found.results)} rows in {found.seconds:.0f} s")
     for path in written:
         typer.echo(f"written to {path}")
+
+
+@validate.command("sync")
+def validate_sync(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.toml", help="What to train; 12 M parameters on bytes by default.")
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N", help="Numbers of replicas.")] = "2,4",
+    slow: Annotated[float, typer.Option(min=1, help="How many times as long the last of them computes.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 60,
+    output: Folder = Path("out/sync"),
+    as_json: AsJson = False,
+) -> None:
+    """Run every way to keep replicas together here, with a straggler: speed, its prediction, and what it learns."""
+    from planner import show
+    from planner.sync_trial import Trial, run_trial, trial_job
+    from simulator.files import check_writable
+    from simulator.job import read_job
+
+    counts = [int(one) if one.strip().isdigit() else 0 for one in workers.split(",")]
+    if min(counts) < 2:
+        raise UserError(f"--workers '{workers}' must be numbers of at least 2, like 2,4")
+    check_writable(output / "sync.md")
+    job = trial_job(None) if job_file is None else read_job(job_file)
+    trial = Trial(tuple(counts), slow, steps, min(5, steps - 1))
+    with _progress("training", quiet=as_json, lines=True) as report:
+        found = run_trial(job, trial, output, report)
+    if as_json:
+        _print_json(found)
+        return
+    from reports.synchronisation import COLUMNS, SyncRow, cells
+
+    for count, ways in found["workers"].items():
+        show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
+    typer.echo(f"written to {output / 'sync.md'}")
 
 
 @app.command()

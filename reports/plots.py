@@ -53,7 +53,7 @@ def predicted_vs_measured(comparisons: Sequence[Comparison], path: Path | str, t
     figure.suptitle(f"{title}\nabove the bars: error of the predicted speedup", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def parity(points: Mapping[str, Sequence[tuple[float, float]]], path: Path | str, title: str) -> Path:
@@ -76,7 +76,7 @@ def parity(points: Mapping[str, Sequence[tuple[float, float]]], path: Path | str
     if points:
         axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def timelines(prediction: Prediction, measured: MeasuredTimeline, path: Path | str, most_ranks: int = 8) -> Path:
@@ -108,10 +108,11 @@ def timelines(prediction: Prediction, measured: MeasuredTimeline, path: Path | s
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in OP_COLORS.values()]
     figure.legend(handles, OP_COLORS, loc="outside upper center", ncols=len(OP_COLORS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
-def _write(figure: Any, path: Path | str) -> Path:
+def write_figure(figure: Any, path: Path | str) -> Path:
+    """A figure as PNG; closes it."""
     from matplotlib import pyplot as plt
 
     buffer = io.BytesIO()

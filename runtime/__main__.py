@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from planner.plan import Plan, read_plan
 from runtime.environment import slurm_ranks, world_size
@@ -23,6 +23,9 @@ from runtime.machine import leave
 from runtime.settings import Settings, add_arguments, settings_of
 from simulator.errors import UserError
 from simulator.files import plain, write_json
+
+if TYPE_CHECKING:
+    from runtime.link import Link, Seat
 
 # A rank that waits longer than this for another has lost it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -61,16 +64,35 @@ def _run(plan: Plan, settings: Settings) -> None:
     settings.check()
     # torch's notices about its own internals are nothing that a user could act on.
     warnings.filterwarnings("ignore", module="torch")
+    from runtime.link import find_seat
     from runtime.trainer import train
 
-    with _process_group() as rank:
-        measurement = train(plan, settings, *((_show_step, _note) if rank == 0 else ()))
-        if rank != 0:
+    seat = find_seat(plan.layout, os.environ)
+    with _process_group(seat) as link:
+        if seat.serves:
+            assert link is not None
+            _serve(plan, settings, link)
+            return
+        first = seat.number == 0
+        measurement = train(plan, settings, _show_step if first else None, _note if first else None, link)
+        if not first:
             return
         if settings.output is None:
             print(json.dumps(plain(measurement), indent=2))
         else:
             write_json(settings.output, measurement)
+
+
+def _serve(plan: Plan, settings: Settings, link: Link) -> None:
+    """Be a parameter server until the workers are done. The first one shows steps where replicas have none in
+    common."""
+    from runtime.asynchronous import UpdateNotes
+    from runtime.parameter_server import Server
+
+    notes = None
+    if link.seat.number == 0 and plan.layout.staleness != 0:
+        notes = UpdateNotes(plan, settings.metrics, settings.steps, _show_step)
+    Server(plan.layout, plan.job.training, link, settings.steps, notes).serve()
 
 
 def _note(sentence: str) -> None:
@@ -103,19 +125,19 @@ def _show_step(step: int, steps: int, loss: float, grad_norm: float, seconds: fl
 
 
 @contextlib.contextmanager
-def _process_group() -> Iterator[int]:
-    """The default process group of this rank: NCCL on GPUs, gloo on processors. Yields the rank."""
+def _process_group(seat: Seat) -> Iterator[Link | None]:
+    """The default process group of this process, which is that of its kind: NCCL on GPUs, gloo on processors and for
+    parameter servers. Yields the link between workers and servers, where there are some."""
     import torch
     import torch.distributed as dist
 
+    from runtime.link import Link
     from runtime.trainer import find_device
 
-    device = find_device()
+    device = torch.device("cpu") if seat.serves else find_device()
     if device.type == "cuda":
-        if (count := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise UserError(
-                f"this machine has {count} GPUs, but {os.environ['LOCAL_WORLD_SIZE']} ranks are to run on it"
-            )
+        if (count := torch.cuda.device_count()) < seat.local_workers:
+            raise UserError(f"this machine has {count} GPUs, but {seat.local_workers} ranks are to run on it")
         torch.cuda.set_device(device)
         dist_options = {"backend": "nccl", "device_id": device}
     else:
@@ -124,8 +146,15 @@ def _process_group() -> Iterator[int]:
     if "WORLD_SIZE" not in os.environ:
         # Started without torchrun, as a single process.
         dist_options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    link = None
+    if seat.servers:
+        store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        kind = dist.PrefixStore("servers" if seat.serves else "workers", store)
+        dist_options |= {"store": kind, "rank": seat.number, "world_size": seat.peers}
+        link = Link(store, seat, COLLECTIVE_TIMEOUT)
     dist.init_process_group(timeout=COLLECTIVE_TIMEOUT, **dist_options)
-    yield dist.get_rank()
+    yield link
     # Not after an error: it waits for ranks that may be gone, while torchrun waits for this one to end.
     if device.type == "cuda":
         dist.destroy_process_group()

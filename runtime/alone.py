@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -20,12 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -36,16 +33,15 @@ from runtime.data import Batch, Batches
 from runtime.here import check_alone
 from runtime.machine import memory_bytes
 from runtime.parallelize import apply_ddp
+from runtime.rank_memory import Buckets, RankMemory
 from runtime.step import Run, build_run
 from runtime.trainer import find_device
 from simulator.errors import UserError
-from simulator.results import Alone, TrackedMemory
+from simulator.results import Alone
 from simulator.traffic import communication
 
 # Model FLOPs of a step that a processor is asked for: about a minute at 1e11 a second.
 MOST_FLOPS = 6e12
-# What MemTracker calls the kinds of memory, and what we do.
-_KINDS = {"Parameter": "parameters", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
 
 
 def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alone:
@@ -67,12 +63,12 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
     symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
     mode = FakeTensorMode(allow_non_fake_inputs=True, **symbols) if fake else contextlib.nullcontext()
-    log = CollectiveLog()
-    with _fake_group(rank, layout.world_size), _stand_ins(mode, log, fake):
+    log, buckets = CollectiveLog(), Buckets()
+    with _fake_group(rank, layout.world_size), _stand_ins(mode, log, buckets if fake else None):
         batches = Batches(plan.job, layout, rank, device)
         run = build_run(plan.job, layout, device)
         seconds = [_timed(run, batches.load(step), mode) for step in range(1 if fake else steps)]
-        memory = RankMemory(run)
+        memory = RankMemory(run, buckets)
         log.clear()
         batch = batches.load(len(seconds))
         with mode, memory, log:
@@ -131,10 +127,14 @@ def _faked(batch: Batch, mode: Any) -> Batch:
 
 
 @contextlib.contextmanager
-def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
+def _stand_ins(mode: Any, log: CollectiveLog, buckets: Buckets | None) -> Iterator[None]:
     """What a process group that hears nobody needs. Stages cannot agree on their shapes by messages, so they take
     those that they were built with; DDP's reducer, which no dispatch mode sees, is given a hook; and fake weights are
-    materialised after the model is cut, because DTensor and FSDP cut real meta tensors only."""
+    materialised after the model is cut, because DTensor and FSDP cut real meta tensors only.
+
+    Args:
+        buckets: what stands in for DDP's where tensors are fake.
+    """
     from torch.distributed.pipelining._utils import InferenceMode
 
     def static(schedule: _PipelineSchedule, stages: list[Any], *_: object) -> None:
@@ -155,9 +155,12 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
             original(*arguments)
 
     def ddp(stage: nn.Module, mesh: Any) -> nn.Module:
-        if fake:
+        if buckets is not None:
             # The reducer is C++ and wants real memory.
-            log.at_the_end = [p for p in stage.parameters() if p.requires_grad]
+            trained = [p for p in stage.parameters() if p.requires_grad]
+            log.at_the_end += trained
+            with mode:
+                buckets.hold(trained)
             return stage
         wrapped = apply_ddp(stage, mesh)
         # DDP checks annotations, which are texts here: a lambda has none.
@@ -171,52 +174,3 @@ def _stand_ins(mode: Any, log: CollectiveLog, fake: bool) -> Iterator[None]:
         mock.patch.object(runtime.parallelize, "apply_ddp", ddp),
     ):
         yield
-
-
-class _NoModules:
-    """Stands in for MemTracker's tracker of modules, whose hooks forbid a split backward."""
-
-    parents = frozenset({"Global"})
-
-    @property
-    def is_bw(self) -> bool:
-        return torch._C._current_graph_task_id() != -1
-
-    def __enter__(self) -> _NoModules:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def register_user_hooks(self, *hooks: object) -> None: ...
-
-    def clear_user_hooks(self) -> None: ...
-
-
-class RankMemory(MemTracker):
-    """torch's MemTracker over whole steps: what there is before counts from the begin, and modules are not told apart
-    (a stage runs once for every microbatch, which the tracker refuses to attribute)."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self._mod_tracker = _NoModules()
-        self.run = run
-        self.track_external(*run.stages, run.optimizer)
-
-    def __enter__(self) -> RankMemory:
-        for stage in self.run.stages:
-            hooks = not isinstance(stage, DistributedDataParallel)
-            self._track_module_params_and_buffers(stage, install_grad_hooks=hooks)
-        super().__enter__()
-        return self
-
-    def peak(self) -> TrackedMemory:
-        """Bytes by kind at the fullest moment."""
-        snapshots = self.get_tracker_snapshot("peak")
-        device = max(snapshots, key=lambda one: snapshots[one]["Total"])
-        items: Counter[str] = Counter()
-        for kind, size in snapshots[device].items():
-            name = getattr(kind, "value", kind)
-            if name != "Total":
-                items[_KINDS.get(str(name), "temporary")] += size
-        known = {name: float(items[name]) for name in (*_KINDS.values(), "temporary")}
-        return TrackedMemory(**known, peak=sum(known.values()))

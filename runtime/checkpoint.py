@@ -6,6 +6,8 @@ A checkpoint is a flat dictionary of tensors under the names of the whole model,
     model.layers.3.attention.wq.weight              a parameter, or a buffer that is kept
     optimizer.layers.3.attention.wq.weight.exp_avg  what the optimizer keeps for it, cut as the parameter is
     rng.cpu.5                                       the random state of rank 5
+    replica.1.model ...  replica.1.optimizer ...    of the second replica, where replicas differ (local SGD)
+    sync.outer.0  sync.outer_momentum.0             DiLoCo's, of rank 0 of every replica
 
 Each rank writes and reads its own parts; torch finds out from DTensor's placements which parts these are, and a tensor
 that several ranks hold is written once. When a checkpoint is complete, and what else is in it: checkpoint_folder.py.
@@ -30,9 +32,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from planner.plan import Plan
 from runtime import checkpoint_folder
-from runtime.checkpoint_folder import Checkpoint, damaged, find_checkpoint, part_of
+from runtime.checkpoint_folder import Checkpoint, cuts_after, damaged, find_checkpoint, part_of
+from runtime.local_sgd import LocalSgd
 from runtime.model import canonical_name, named_weights
+from runtime.replicas import place_of
+from runtime.server_client import Synchronous
+from runtime.sharding import Cut
 from runtime.step import Run
+from runtime.sync import Synchroniser
 from simulator.errors import UserError
 from simulator.results import Measurement
 
@@ -61,7 +68,7 @@ class Checkpointer:
         self.saved = 0
         self._pending: Future[Any] | None = None
 
-    def restore(self, plan: Plan, run: Run, steps: int) -> Measurement | None:
+    def restore(self, plan: Plan, run: Run, sync: Synchroniser, steps: int) -> Measurement | None:
         """Load the newest complete checkpoint into a run that was just built; None where there is none.
 
         Returns what was measured up to it; its number of steps is where to go on, if it is less than `steps`. From
@@ -70,7 +77,8 @@ class Checkpointer:
         Raises:
             UserError: the folder cannot be used, or its checkpoint is damaged or another run's. On all ranks alike.
         """
-        self.plan, self.run = plan, run
+        self.plan, self.run, self.sync = plan, run, sync
+        self.cuts: tuple[Cut, ...] = (Cut(0, plan.layout.dp),)
         signal.signal(signal.SIGTERM, lambda *_: self.warned.set())
         self.tensors = named_tensors(run.stages)
         allocate_state(run.optimizer)
@@ -79,7 +87,10 @@ class Checkpointer:
             return None
         path, checkpoint, measured = found
         same = checkpoint.layout == plan.layout and checkpoint.device == run.device.type
-        state = self._state(with_rng=same)
+        apart = checkpoint.layout.sync == "local_sgd"
+        if isinstance(sync, LocalSgd):
+            sync.resumed = apart
+        state = self._state(with_rng=same, apart=apart)
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
         except CheckpointException as error:
@@ -90,6 +101,7 @@ class Checkpointer:
             # Another layout has other ranks; so that a run that goes on twice does the same twice.
             torch.manual_seed(hash((plan.job.training.seed, checkpoint.step, dist.get_rank())))
         self.saved = checkpoint.step
+        self.cuts = cuts_after(checkpoint, plan.layout.dp)
         changed = checkpoint_folder.changes(checkpoint, plan)
         if checkpoint.step >= steps:
             self.note(f"'{path}' has {checkpoint.step} steps already; raise --steps = {steps} to go on from there")
@@ -123,9 +135,14 @@ class Checkpointer:
             return
         job = self.plan.job
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        info = Checkpoint(step, job.model, job.training, self.plan.layout, self.run.device.type, versions)
+        info = Checkpoint(step, job.model, job.training, self.plan.layout, self.run.device.type, versions, self.cuts)
+        if isinstance(self.sync, Synchronous):
+            self.sync.client.load_optimizer()
+        apart = isinstance(self.sync, LocalSgd)
         writer = _Writer(part_of(self.folder, step), info, measured)
-        self._pending = dcp.async_save(self._state(with_rng=True), storage_writer=writer, process_group=self.group)
+        self._pending = dcp.async_save(
+            self._state(with_rng=True, apart=apart), storage_writer=writer, process_group=self.group
+        )
         self.saved = step
 
     def wait(self) -> None:
@@ -144,7 +161,7 @@ class Checkpointer:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _look(self, plan: Plan) -> tuple[Path, Checkpoint, Measurement] | None:
-        found = find_checkpoint(self.folder, plan.job)
+        found = find_checkpoint(self.folder, plan.job, plan.layout)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint_folder.remove_parts(self.folder)
@@ -175,14 +192,20 @@ class Checkpointer:
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
-    def _state(self, with_rng: bool) -> dict[str, Tensor]:
-        """The tensors of this rank, not copied."""
-        state = {f"model.{name}": tensor.detach() for name, tensor in self.tensors.items()}
+    def _state(self, with_rng: bool, apart: bool) -> dict[str, Tensor]:
+        """The tensors of this rank, not copied. `apart`: replicas differ, so that each has names of its own."""
+        layout, prefix = self.plan.layout, ""
+        place = place_of(layout, dist.get_rank())
+        if apart and place.replica:
+            prefix = f"replica.{place.replica}."
+        state = {f"{prefix}model.{name}": tensor.detach() for name, tensor in self.tensors.items()}
         kept = self.run.optimizer.state
         for name, tensor in self.tensors.items():
             for key, value in kept.get(tensor, {}).items():
                 if isinstance(value, Tensor):
-                    state[f"optimizer.{name}.{key}"] = value
+                    state[f"{prefix}optimizer.{name}.{key}"] = value
+        if apart and isinstance(self.sync, LocalSgd):
+            state |= {f"sync.{key}.{place.rank}": value for key, value in self.sync.state().items()}
         return state | (self._rng() if with_rng else {})
 
     def _rng(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from planner.plan import Plan
+from runtime.sharding import Cut
 from simulator.errors import UserError
 from simulator.files import STRICT, plain, read_json, to_dataclass
 from simulator.job import Job, Training
@@ -35,14 +36,15 @@ _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = ".part"
 # What must stay for a run to be the same run. The others may change: a lower learning_rate after a divergence, another
 # precision, data that has moved.
-_FIXED = ("optimizer", "global_batch_size", "seq_len", "seed", "peft")
+_FIXED = ("optimizer", "global_batch_size", "seq_len", "seed", "peft", "sharding", "remainder")
 # A file system's own folder, on a disk that holds nothing else.
 _NOBODYS = ("lost+found",)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """checkpoint.json: what was trained, for how many steps, and the layout and device that it was saved with."""
+    """checkpoint.json: what was trained, for how many steps, and the layout and device that it was saved with; `cuts`
+    are the numbers of replicas among which samples were cut on the way."""
 
     step: int
     model: ModelSpec
@@ -50,6 +52,7 @@ class Checkpoint:
     layout: Layout
     device: str
     versions: dict[str, str]
+    cuts: tuple[Cut, ...] = ()
     version: int = VERSION
 
     __pydantic_config__ = STRICT
@@ -61,7 +64,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def find_checkpoint(folder: Path, job: Job) -> tuple[Path, Checkpoint, Measurement] | None:
+def find_checkpoint(
+    folder: Path, job: Job, layout: Layout | None = None
+) -> tuple[Path, Checkpoint, Measurement] | None:
     """The newest complete checkpoint with what was measured up to it; None where training is to begin.
 
     Raises:
@@ -83,6 +88,8 @@ def find_checkpoint(folder: Path, job: Job) -> tuple[Path, Checkpoint, Measureme
     if not checkpoint.step == _step(path) == measured.steps == len(measured.losses) == len(measured.grad_norms):
         raise damaged(path, f"step = {checkpoint.step} and {measured.steps} measured steps are not its name's")
     _check_same_run(path, checkpoint, job)
+    if layout is not None:
+        _check_same_replicas(path, checkpoint.layout, layout)
     return path, checkpoint, measured
 
 
@@ -133,6 +140,23 @@ def _check_same_run(path: Path, saved: Checkpoint, job: Job) -> None:
                 f"checkpoint '{path}' was trained with {key} = {before!r}, but the plan has {now!r}; "
                 "name another folder, or plan with what it was trained with"
             )
+
+
+def _check_same_replicas(path: Path, saved: Layout, now: Layout) -> None:
+    """Local SGD leaves every replica with parameters and a state of its own, which nobody else can go on from."""
+    if saved.sync == "local_sgd" and saved != now:
+        raise UserError(
+            f"checkpoint '{path}' holds {saved.dp_replicate} replicas of local SGD, which differ; go on with its "
+            f"layout '{saved.short()}', or begin with --weights from what it exports"
+        )
+
+
+def cuts_after(saved: Checkpoint, replicas: int) -> tuple[Cut, ...]:
+    """The cuts of a run that goes on with so many replicas."""
+    cuts = saved.cuts or (Cut(0, saved.layout.dp),)
+    if cuts[-1].replicas == replicas:
+        return cuts
+    return (*(cut for cut in cuts if cut.step < saved.step), Cut(saved.step, replicas))
 
 
 def changes(saved: Checkpoint, plan: Plan) -> list[str]:

@@ -133,5 +133,4 @@ def _axes_of_groups(run: Run) -> dict[object, str]:
         groups = {run.experts.get_group(name).group_name: name for name in names}
         world = dist.distributed_c10d._get_default_group().group_name
         found |= {("all_to_all", group) if group == world else group: name for group, name in groups.items()}
-    replicas = [axis for axis in ("dp_replicate", "cp") if getattr(run.layout, axis) > 1]
-    return found | {"ddp": "_".join(replicas)}
+    return found | {"ddp": group_name(run.layout, run.layout.group("dp_replicate", "cp"))}

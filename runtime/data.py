@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from runtime.sharding import Cut, Epochs, Shares, owners, samples_of
 from runtime.tokens import VOCABULARY, open_stream
 from simulator.errors import UserError
 from simulator.job import Job
@@ -55,27 +56,58 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of one rank: `load(step)` is its share of the global batch of a step, a function of (seed, step)
-    alone, so that every layout sees the same samples, and a run can be continued at any step."""
+    """The batches of one rank: `load(step)` is its share of the global batch of a step. By default that is a function
+    of (seed, step) alone, so that every layout sees the same samples, and a run can be continued at any step.
 
-    def __init__(self, job: Job, layout: Layout, rank: int, device: torch.device) -> None:
+    Args:
+        cuts: among how many replicas samples were cut from which step on; None for the layout's, from the first step.
+    """
+
+    def __init__(
+        self, job: Job, layout: Layout, rank: int, device: torch.device, cuts: tuple[Cut, ...] | None = None
+    ) -> None:
         self.training, self.model, self.device = job.training, job.model, device
         self.stream = open_stream(job.training, job.model.vocab_size)
         self.share = share_of(layout, rank, job.training.global_batch_size)
         self.context = layout.cp, layout.coordinates(rank)["cp"]
         # The last id of a vocabulary stands in: no byte of UTF-8 text is 255, and it is rare in any other.
         self.mask_token = self.stream.mask_token if self.stream.mask_token >= 0 else job.model.vocab_size - 1
+        self.epochs: Epochs | None = None
+        if job.training.sharding != "sampled":
+            self.cut_anew(cuts or (Cut(0, layout.dp),))
+
+    def cut_anew(self, cuts: tuple[Cut, ...]) -> None:
+        """Cut samples as a run did that is continued. Raises UserError where an epoch has not one global batch."""
+        if self.training.sharding == "sampled":
+            return
+        ids, seq_len = self.stream.ids, self.training.seq_len
+        samples = samples_of(len(ids), seq_len)
+        self.epochs = Epochs(samples, self.training, cuts, lambda: owners(ids, seq_len, samples))
+
+    def shares(self) -> Shares | None:
+        """What the replicas have of an epoch; None where there are no epochs."""
+        return None if self.epochs is None else self.epochs.shares()
 
     def load(self, step: int) -> Batch:
         import torch
 
         training, ids = self.training, self.stream.ids
-        offsets = sample_offsets(len(ids), training.seed, step, training.global_batch_size, training.seq_len)
-        windows = read_windows(ids, offsets[self.share], training.seq_len)
+        windows = read_windows(ids, self._offsets(step), training.seq_len)
         _check_ids(windows, self.model.vocab_size, training.data)
         arrays = self._shown(windows, step)
         *inputs, targets = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
         return Batch(tuple(inputs), targets).cut(training.seq_len, *self.context)
+
+    def _offsets(self, step: int) -> np.ndarray:
+        """Where this rank's samples of a step begin in the stream."""
+        training = self.training
+        if self.epochs is not None:
+            share = self.share.stop - self.share.start
+            return self.epochs.batch(step)[self.share.start // share] * training.seq_len
+        offsets = sample_offsets(
+            len(self.stream.ids), training.seed, step, training.global_batch_size, training.seq_len
+        )
+        return offsets[self.share]
 
     def _shown(self, windows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
         """Inputs and, last, targets of windows (samples, T + 1)."""

@@ -28,6 +28,7 @@ from runtime.machine import CPU_RANK_ENVIRONMENT, processors
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
+from simulator.layout import Layout
 from simulator.results import Alone, Measurement
 
 # Lines that ranks write on stderr (runtime/__main__.py) and the launcher reads.
@@ -50,13 +51,33 @@ _SHOWN_LINES = 40
 _TORCHRUN_LINE = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 
 
+def processes(layout: Layout) -> int:
+    """Ranks, and parameter servers beside them."""
+    return layout.world_size + layout.servers
+
+
 def check_plan(plan: Plan, world_size: int) -> None:
     """Raises UserError if the runtime cannot train this plan on so many processes."""
     layout = plan.layout
     check_layout(plan)
-    if world_size != layout.world_size:
-        raise UserError(f"the layout '{layout.short()}' needs {layout.world_size} processes, not {world_size}")
+    if world_size != (needed := processes(layout)):
+        raise UserError(f"the layout '{layout.short()}' needs {needed} processes, not {world_size}")
     check_data(plan.job)
+
+
+def check_settings(plan: Plan, settings: Settings) -> None:
+    """Raises UserError for settings that do not go with the plan's layout."""
+    layout = plan.layout
+    for rank in settings.slowdowns:
+        if rank >= layout.world_size:
+            raise UserError(f"slow-rank {rank} must be one of the layout's ranks, 0 to {layout.world_size - 1}")
+    if layout.sync == "parameter_server" and layout.staleness != 0:
+        for name in ("checkpoint", "profile"):
+            if getattr(settings, name) is not None:
+                raise UserError(
+                    f"--{name} needs a step that ends on all replicas at once, but with staleness = "
+                    f"{'none' if layout.staleness is None else layout.staleness} there is none; take staleness = 0"
+                )
 
 
 def check_layout(plan: Plan) -> None:
@@ -70,6 +91,11 @@ def check_layout(plan: Plan) -> None:
     problems = layout.problems(plan.job)
     if problems:
         raise UserError(f"the layout '{layout.short()}' cannot run: {problems[0]}")
+    if layout.sync != "all_reduce" and layout.cp > 1 and layout.dp_shard > 1:
+        raise UserError(
+            f"sync = '{layout.sync}' runs with cp = {layout.cp} or dp_shard = {layout.dp_shard} in a replica, "
+            "not both; plan with search.cp = 1"
+        )
     if plan.job.training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision = '{plan.job.training.precision}' is simulated only; the runtime has fp32 and bf16")
 
@@ -77,6 +103,8 @@ def check_layout(plan: Plan) -> None:
 def check_alone(plan: Plan, rank: int) -> None:
     """Raises UserError if this plan has no such rank, or the runtime cannot execute it."""
     check_layout(plan)
+    if plan.layout.sync != "all_reduce":
+        raise UserError(f"a rank runs alone with sync = 'all_reduce', not '{plan.layout.sync}'")
     if not 0 <= rank < plan.layout.world_size:
         raise UserError(f"--rank {rank} must be one of the layout's ranks, 0 to {plan.layout.world_size - 1}")
     check_data(plan.job)
@@ -95,8 +123,8 @@ def run_here(
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
     Args:
-        nproc: processes to start; None takes what the layout needs, and nothing else is right.
-        max_restarts: how often torchrun may start all ranks again when one has died.
+        nproc: processes to start, parameter servers included; None takes what the layout needs, and nothing else is
+        right. max_restarts: how often torchrun may start all ranks again when one has died.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
 
@@ -105,8 +133,9 @@ def run_here(
         RuntimeError: the ranks failed (with the end of what they wrote), or were too slow.
     """
     plan = read_plan(plan_path)
-    nproc = plan.layout.world_size if nproc is None else nproc
+    nproc = processes(plan.layout) if nproc is None else nproc
     check_plan(plan, nproc)
+    check_settings(plan, settings)
     _check_processors(nproc)
     settings = replace(settings, output=Path(output))
     _check_folders(plan, settings)
@@ -147,7 +176,7 @@ def _check_folders(plan: Plan, settings: Settings) -> None:
             f"weights '{settings.weights}' is not a folder; name one with safetensors and their config.json"
         )
     if settings.checkpoint is not None:
-        find_checkpoint(settings.checkpoint, plan.job)
+        find_checkpoint(settings.checkpoint, plan.job, plan.layout)
 
 
 def run_alone_here(

@@ -42,10 +42,15 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many nodes a layout takes, and how many ranks run on each."""
+    """How many nodes a layout takes, and how many ranks and parameter servers run on each."""
 
     count: int
     ranks: int
+    servers: int = 0
+
+    @property
+    def processes(self) -> int:
+        return self.ranks + self.servers
 
 
 def launch_files(plan: Plan, target: str, options: LaunchOptions | None = None) -> dict[str, str]:
@@ -75,7 +80,12 @@ def nodes_of(plan: Plan) -> Nodes:
         raise UserError(
             f"the layout '{plan.layout.short()}' has {ranks} ranks, which {count} nodes cannot share evenly"
         )
-    return Nodes(count, ranks // count)
+    if (servers := plan.layout.servers) % count:
+        raise UserError(
+            f"servers = {servers} cannot be spread evenly over {count} nodes; the nearest number is "
+            f"{max(1, round(servers / count)) * count}"
+        )
+    return Nodes(count, ranks // count, servers // count)
 
 
 def torchrun_files(plan: Plan, nodes: Nodes, options: LaunchOptions) -> dict[str, str]:
@@ -106,7 +116,7 @@ def slurm_files(plan: Plan, nodes: Nodes, options: LaunchOptions) -> dict[str, s
         f"--job-name={_label(plan)}",
         f"--nodes={nodes.count}",
         "--ntasks-per-node=1",
-        f"--gpus-per-node={nodes.ranks}" if _on_gpus(plan) else f"--cpus-per-task={nodes.ranks}",
+        f"--gpus-per-node={nodes.ranks}" if _on_gpus(plan) else f"--cpus-per-task={nodes.processes}",
         "--exclusive",
         "--distribution=block",
         "--output=%x-%j.out",
@@ -146,15 +156,15 @@ def kubernetes_files(plan: Plan, nodes: Nodes, options: LaunchOptions) -> dict[s
     name, text = _label(plan), _plan_text(plan, compact=True)
     if len(text.encode()) >= MOST_PLAN_BYTES:
         raise UserError(f"the plan has {len(text.encode())} bytes; a container takes less than {MOST_PLAN_BYTES}")
-    torchrun = ["torchrun", f"--nproc-per-node={nodes.ranks}"]
+    torchrun = ["torchrun", f"--nproc-per-node={nodes.processes}"]
     torchrun += [f"--max-restarts={options.max_restarts}"] if options.max_restarts else []
     run = shlex.join([*torchrun, "-m", "runtime", "/tmp/plan.json", *_arguments(options, output=False)])
-    per_node = {"nvidia.com/gpu": nodes.ranks} if _on_gpus(plan) else {"cpu": nodes.ranks}
+    per_node = {"nvidia.com/gpu": nodes.ranks} if _on_gpus(plan) else {"cpu": nodes.processes}
     source = {"configMapKeyRef": {"name": name, "key": "plan.json"}}
     trainer = {
         "image": options.image,
         "numNodes": nodes.count,
-        "numProcPerNode": nodes.ranks,
+        "numProcPerNode": nodes.processes,
         "command": ["bash", "-c", f'printf %s "$LAYOUTWISE_PLAN" > /tmp/plan.json && exec {run}'],
         "env": [
             {"name": "LAYOUTWISE_PLAN", "valueFrom": source},
@@ -221,7 +231,7 @@ def _exports(plan: Plan, options: LaunchOptions) -> list[str]:
 
 def _torchrun_options(nodes: Nodes, options: LaunchOptions) -> list[str]:
     restarts = [f"--max-restarts={options.max_restarts}"] if options.max_restarts else []
-    return [f"--nproc-per-node={nodes.ranks}", *restarts]
+    return [f"--nproc-per-node={nodes.processes}", *restarts]
 
 
 def _arguments(options: LaunchOptions, output: bool = True) -> list[str]:

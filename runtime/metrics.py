@@ -47,8 +47,11 @@ class MetricsFile:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def write(self, step: int, loss: float, grad_norm: float, seconds: float, data_seconds: float) -> None:
-        """One line: `step` counts from 1, `seconds` are the step's from end to end, data_seconds of them loading."""
+    def write(
+        self, step: int, loss: float, grad_norm: float, seconds: float, data_seconds: float, **more: list[int]
+    ) -> None:
+        """One line: `step` counts from 1, `seconds` are the step's from end to end, data_seconds of them loading;
+        `more` comes last."""
         rate = self.tokens_per_step / seconds / self.devices
         active, reserved = memory_bytes(self.device)
         line = {
@@ -65,6 +68,7 @@ class MetricsFile:
             "time_metrics/data_loading(%)": 100 * data_seconds / seconds,
             "memory/max_active(GiB)": active / GIB,
             "memory/max_reserved(GiB)": reserved / GIB,
+            **more,
         }
         self.file.write(json.dumps(line) + "\n")
 

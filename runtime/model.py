@@ -228,8 +228,10 @@ class Stage(Transformer):
     def forward(self, x: Tensor) -> Tensor:
         if self.tok_embeddings is not None:
             x = self._embed(x)
+        # Cast once: blocks would each keep their own copy for the backward.
+        rope = None if self.rope is None else self.rope.to(x.dtype)
         for block in self.layers.values():
-            x = block(x, self.rope)
+            x = block(x, rope)
         if self.transform is not None:
             x = _ACTIVATIONS[self.spec.activation](self.transform(x))
         if self.norm is not None and self.output is not None:

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from runtime.shards import local_tensor
 from simulator.job import Training
 
-MAX_GRAD_NORM = 1.0
 # What GPT-3, Llama and torchtitan train with.
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -62,18 +61,19 @@ def squared_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> Te
     by_copies = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            by_copies[ranks_per_stage // _pieces(parameter.grad)].append(local_tensor(parameter.grad))
+            by_copies[ranks_per_stage // pieces(parameter.grad)].append(local_tensor(parameter.grad))
     parts = [torch.nn.utils.get_total_norm(grads).double().square() / n for n, grads in by_copies.items()]
     return torch.stack(parts).sum()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, most: float = MAX_GRAD_NORM) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, most: float = 1.0) -> None:
     """Scale gradients so that their global norm is at most `most`, without waiting for the device."""
     grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0).float())
 
 
-def _pieces(gradient: Tensor) -> int:
+def pieces(gradient: Tensor) -> int:
+    """Over how many ranks of its mesh a tensor is cut."""
     if not isinstance(gradient, DTensor):
         return 1
     sizes = [gradient.device_mesh.size(i) for i, x in enumerate(gradient.placements) if not x.is_replicate()]

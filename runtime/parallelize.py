@@ -18,6 +18,7 @@ Routed experts under expert parallelism are FSDP modules of their own, over the 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,18 +39,30 @@ from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 MESH_AXES = tuple(reversed(AXES))
 
 
-def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The ranks as a grid, pp outermost and tp innermost, so that a coordinate here is `Layout.coordinates`."""
-    return init_device_mesh(device_type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
+def build_mesh(layout: Layout, device_type: str, ranks: Sequence[int] | None = None) -> DeviceMesh:
+    """The ranks as a grid, pp outermost and tp innermost, so that a coordinate here is `Layout.coordinates`.
+
+    Args:
+        ranks: which ranks, where they are not all; every rank makes the meshes of all of them, in the same order.
+    """
+    return _grid(device_type, tuple(getattr(layout, axis) for axis in MESH_AXES), MESH_AXES, ranks)
 
 
-def build_expert_mesh(job: Job, layout: Layout, device_type: str) -> DeviceMesh | None:
+def build_expert_mesh(
+    job: Job, layout: Layout, device_type: str, ranks: Sequence[int] | None = None
+) -> DeviceMesh | None:
     """The same ranks as routed experts see them under expert parallelism, ep innermost; None without it."""
     if layout.ep == 1:
         return None
     grid = expert_grid(layout, job.stack)
     names = ("pp", "expert_replicate", "expert_shard", "ep")
-    return init_device_mesh(device_type, (layout.pp, grid.replicas, grid.shards, grid.ep), mesh_dim_names=names)
+    return _grid(device_type, (layout.pp, grid.replicas, grid.shards, grid.ep), names, ranks)
+
+
+def _grid(device_type: str, sizes: tuple[int, ...], names: tuple[str, ...], ranks: Sequence[int] | None) -> DeviceMesh:
+    if ranks is None:
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return DeviceMesh(device_type, torch.tensor(ranks).view(sizes), mesh_dim_names=names)
 
 
 def data_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
@@ -58,13 +71,15 @@ def data_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
         return mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
     if not layout.zero_stage:
         return DeviceMesh._concatenate([replica_mesh(layout, mesh), mesh["dp_shard"]])
-    shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    shards = mesh["cp"] if layout.dp_shard == 1 else mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if layout.dp_replicate > 1 else shards
 
 
 def replica_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
     """The ranks that hold the same parameters where nothing is sharded."""
-    return mesh["dp_replicate"] if layout.cp == 1 else mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
+    if layout.cp == 1 or layout.dp_replicate == 1:
+        return mesh["dp_replicate" if layout.cp == 1 else "cp"]
+    return mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
 
 
 def uses_ddp(layout: Layout, training: Training) -> bool:

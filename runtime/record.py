@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
-from simulator.results import Measurement, Quantiles
+from simulator.results import Measurement, Quantiles, Sharding, Updates
 
 
 class Recorder:
@@ -22,6 +22,8 @@ class Recorder:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self.updates: Updates | None = None
+        self.sharding: Sharding | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -56,6 +58,8 @@ class Recorder:
             grad_norms=tuple(self.grad_norms),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             versions={"torch": torch.__version__, "python": platform.python_version()},
+            updates=self.updates,
+            sharding=self.sharding,
         )
 
 

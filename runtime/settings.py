@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Settings:
     checkpoint: a folder to go on from, and to save in every checkpoint_every (100) steps and at the end.
     weights: a folder of Hugging Face safetensors to begin with. export: one to write the trained model to.
     profile: a folder for the traces of the last step, which then is left out of the step times too.
+    slow_rank: artificial stragglers for experiments, "1:2.0,3:1.5": rank 1 computes twice as long, rank 3 half again;
+    they really wait, in proportion to what they computed.
     """
 
     steps: int = 20
@@ -31,6 +34,20 @@ class Settings:
     weights: Path | None = None
     export: Path | None = None
     profile: Path | None = None
+    slow_rank: str | None = None
+
+    @property
+    def slowdowns(self) -> dict[int, float]:
+        """slow_rank by rank. Raises UserError if it is not of this form."""
+        found: dict[int, float] = {}
+        for part in (self.slow_rank or "").split(",") if self.slow_rank is not None else []:
+            match = re.fullmatch(r"\s*(\d{1,9}):(\d{1,6}(?:\.\d*)?)\s*", part)
+            if match is None or float(match[2]) < 1 or int(match[1]) in found:
+                raise UserError(
+                    f"slow-rank = '{self.slow_rank}' must name ranks once each with a factor of at least 1, like 1:2.0"
+                )
+            found[int(match[1])] = float(match[2])
+        return found
 
     @property
     def every(self) -> int:
@@ -45,6 +62,7 @@ class Settings:
         """Raises UserError where settings contradict each other."""
         if not 0 <= self.warmup < self.steps:
             raise UserError(f"warmup = {self.warmup} must be at least 0 and less than steps = {self.steps}")
+        _ = self.slowdowns
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UserError(f"checkpoint-every = {self.checkpoint_every} must be at least 1")
         if self.checkpoint_every is not None and self.checkpoint is None:
@@ -84,6 +102,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="begin with these safetensors")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the trained model as safetensors")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="traces and timeline.json of the last step go here")
+    parser.add_argument("--slow-rank", metavar="R:X", help="artificial stragglers: rank R computes X times as long")
 
 
 def settings_of(options: Namespace) -> Settings:

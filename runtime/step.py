@@ -3,21 +3,20 @@ every layout, on CPU and on GPUs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.profiler import record_function
 
 from runtime.data import Batch
 from runtime.experts import scale_expert_gradients
+from runtime.loss import mean_cross_entropy
 from runtime.optimizer import build_optimizer, clip_gradients, squared_norm, sum_partial_gradients
 from runtime.parallelize import build_expert_mesh, build_mesh, gradient_sync, parallelize
 from runtime.pipeline import build_schedule, build_stage
@@ -28,7 +27,13 @@ from simulator.layout import Layout
 
 @dataclass
 class Run:
-    """What one rank holds during a training run. `step` does one optimizer step."""
+    """What one rank holds during a training run. `step` does one optimizer step.
+
+    Where replicas keep together in another way than by all-reduce (sync.py), layout, training and mesh are those of one
+    replica, `group` are its ranks, and `update` is what follows the gradients of a step; it takes this run and the
+    rank's share of the replica's loss, and returns loss and gradient norm.
+    slowdown: an artificial straggler computes so many times as long.
+    """
 
     layout: Layout
     training: Training
@@ -39,6 +44,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     # The same ranks as routed experts see them, where expert parallelism spreads them.
     experts: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    update: Callable[[Run, Tensor], tuple[Tensor, Tensor]] = field(default=lambda run, loss: run.apply(loss))
+    slowdown: float = 1.0
 
     @property
     def microbatches(self) -> int:
@@ -47,26 +55,49 @@ class Run:
     def step(self, batch: Batch) -> tuple[float, float]:
         """One step on this rank's share of the global batch. Returns the loss of the global batch and the norm of its
         gradient before clipping, the same on every rank."""
-        # The cross entropy of a head cut by vocabulary has its own kernels, forward and backward.
-        with loss_parallel() if self.layout.tp > 1 else contextlib.nullcontext():
-            forward_backward = self._run_microbatches if self.schedule is None else self._run_schedule
-            loss = forward_backward(batch)
+        loss = self.forward_backward(batch)
         with record_function("OPTIMIZER"):
-            sum_partial_gradients(self._parameters(), self.mesh)
-            if self.layout.ep > 1:
-                scale_expert_gradients(self.stages, self.layout.tp, self.layout.ep)
-            loss, norm = self._reduce(loss)
-            clip_gradients(self._parameters(), norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.complete_gradients()
+            loss, norm = self.update(self, loss)
         return loss.item(), norm.item()
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Returns this rank's share of the loss."""
+        begin = self._clock()
+        loss = self._run_microbatches(batch) if self.schedule is None else self._run_schedule(batch)
+        if self.slowdown > 1:
+            time.sleep((self.slowdown - 1) * (self._clock() - begin))
+        return loss
+
+    def complete_gradients(self) -> None:
+        """What neither autograd nor data parallelism has summed inside a replica."""
+        sum_partial_gradients(self.parameters(), self.mesh)
+        if self.layout.ep > 1:
+            scale_expert_gradients(self.stages, self.layout.tp, self.layout.ep)
+
+    def apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and update. Returns the loss, and the norm before clipping, of the ranks of `group`."""
+        loss, norm = self.reduce(loss)
+        clip_gradients(self.parameters(), norm, self.training.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _clock(self) -> float:
+        """Seconds that this rank has computed: of its thread on a processor, where waiting for others does not count;
+        on a GPU those that passed."""
+        if self.device.type != "cuda":
+            return time.thread_time()
+        if self.slowdown > 1:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
         return (p for stage in self.stages for p in stage.parameters())
 
     def _microbatch_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of a microbatch over the number of microbatches, so that a step's losses add up."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / self.microbatches
+        return mean_cross_entropy(logits, targets) / self.microbatches
 
     def _run_microbatches(self, batch: Batch) -> Tensor:
         (stage,) = self.stages
@@ -95,19 +126,22 @@ class Run:
         )
         return sum((local_tensor(loss.detach()) for loss in losses), start=torch.zeros((), device=self.device))
 
-    def _reduce(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm over all ranks, in one all-reduce of two numbers."""
+    def reduce(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm over the ranks of `group`, in one all-reduce of two numbers."""
         per_stage = self.layout.dp * self.layout.cp * self.layout.tp
-        both = torch.stack((loss.double() / per_stage, squared_norm(self._parameters(), per_stage)))
-        dist.all_reduce(both)
+        both = torch.stack((loss.double() / per_stage, squared_norm(self.parameters(), per_stage)))
+        dist.all_reduce(both, group=self.group)
         return both[0], both[1].sqrt()
 
 
 def build_run(job: Job, layout: Layout, device: torch.device) -> Run:
-    """The rank's stages, cut and initialised, their schedule and optimizer."""
+    """The rank's stages, cut and initialised, their schedule and optimizer, for replicas that all-reduce."""
+    return build_on(job, layout, build_mesh(layout, device.type), build_expert_mesh(job, layout, device.type), device)
+
+
+def build_on(job: Job, layout: Layout, mesh: DeviceMesh, experts: DeviceMesh | None, device: torch.device) -> Run:
+    """The same on a mesh that is there already."""
     training = job.training
-    mesh = build_mesh(layout, device.type)
-    experts = build_expert_mesh(job, layout, device.type)
     numbers = layout.stages_of(mesh["pp"].get_local_rank())
     stages = [
         parallelize(build_stage(job.model, layout, training.seq_len, number), layout, job, mesh, experts, device)

@@ -155,6 +155,7 @@ def check_job(job: Job, where: str) -> None:
     if batch > MOST_SAMPLES:
         raise UserError(f"{where}: training.global_batch_size = {batch} must be at most {MOST_SAMPLES} sequences")
     _above_zero(where, "training.learning_rate", [training.learning_rate])
+    _above_zero(where, "training.max_grad_norm", [training.max_grad_norm])
     longest = job.model.max_position_embeddings
     if job.model.position == "learned" and training.seq_len > longest:
         raise UserError(

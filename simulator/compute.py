@@ -224,31 +224,6 @@ def _sustained_seconds(gpu: Gpu, precision: str, wide: float, m: float, n: float
     return (1 - wide) * seconds + wide * matmul_seconds(gpu, "bf16", m, n, k, batch) / gpu.clock("bf16")
 
 
-def recomputed_share(kernel: Kernel, stack: Stack) -> float:
-    """The share of a kernel that the stack's selective recomputation runs again."""
-    kind = "matmul" if isinstance(kernel, Matmul) else "attention" if isinstance(kernel, Attention) else "pointwise"
-    return stack.selective_recompute.get(kernel.name, stack.selective_recompute.get(kind, 0.0))
-
-
-def kept_outputs(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
-    """Bytes of the outputs of the kernels that selective recomputation does not run again, with the fp32 row sums of
-    attention cores: what torch's selective checkpoint keeps beside the input of a block.
-
-    Ignored: partial outputs of attention under context parallelism.
-    """
-    width, total = activation_width(precision), 0.0
-    for kernel in kernels:
-        share = 1 - recomputed_share(kernel, stack)
-        if isinstance(kernel, Matmul):
-            total += share * kernel.copies * kernel.m * kernel.n * width
-        elif isinstance(kernel, Attention):
-            rows = kernel.batch * kernel.heads * kernel.queries
-            total += share * rows * (kernel.v_dim * width + 4)
-        else:
-            total += share * kernel.elements * width
-    return total
-
-
 def _attention_launches(gpu: Gpu, stack: Stack) -> tuple[int, int]:
     """Kernels of one attention core, forward and backward: unfused, two products and those of the softmax."""
     softmax = UNFUSED.get(attention_kernel(gpu, stack))
@@ -290,69 +265,3 @@ def accumulation_seconds(gpu: Gpu, parameters: float) -> float:
     """Seconds of adding one microbatch's gradients to those of the microbatches before: 12 bytes per parameter, in
     fp32. Stacks that let the matmul add into its output (Megatron-Core) do not pay it."""
     return parameters * 12 / (gpu.memory_bandwidth * gpu.memory_efficiency)
-
-
-def passing_bytes(kernels: Iterable[Kernel], precision: str) -> float:
-    """Bytes of gradients of activations that are alive at once in the backward: those of the inputs and outputs of
-    one kernel, the largest. They are freed as soon as the next kernel has used them.
-
-    Ignored: what the allocator has not reused yet.
-    """
-    width = activation_width(precision)
-    largest = 0.0
-    for kernel in kernels:
-        if isinstance(kernel, Matmul):
-            elements = kernel.copies * kernel.m * (kernel.n + kernel.k)
-        elif isinstance(kernel, Attention):
-            rows = kernel.batch * kernel.heads * kernel.queries
-            elements = rows * (kernel.qk_dim + kernel.v_dim) * 2
-        else:
-            elements = kernel.elements * (3 if kernel.name == "gated_activation" else 2)
-        largest = max(largest, elements)
-    return largest * width
-
-
-def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
-    """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
-    the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
-    torch.distributed.pipelining)."""
-    elements = 0.0
-    for kernel in kernels:
-        if isinstance(kernel, Matmul):
-            elements += kernel.copies * kernel.m * kernel.n
-        elif isinstance(kernel, Pointwise) and kernel.name in ("layernorm", "rmsnorm"):
-            elements += kernel.elements
-    return elements * activation_width(precision)
-
-
-def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
-    """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
-    (and dropout's mask and copy)."""
-    rows = core.batch * core.heads * core.queries
-    if stack.attention[0] not in UNFUSED:
-        return 4 * rows
-    width = activation_width(precision)
-    return rows * core.keys * (2 * width + 1 if stack.dropout else width)
-
-
-def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
-    """Bytes that kernels keep for the backward pass.
-
-    Rule: inputs of matmuls (each tensor counted once), what the stack's elementwise table keeps, Q, K, V, output and
-    fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one.
-    Reference: Korthikanti et al., arXiv 2205.05198, table 2: 34·sbh + 5·a·s²·b for a GPT block with dropout.
-    """
-    width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
-    total = 0.0
-    for kernel in kernels:
-        if isinstance(kernel, Matmul):
-            total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
-        elif isinstance(kernel, Attention):
-            heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
-            rows = heads * kernel.queries
-            total += width * (rows * kernel.qk_dim + groups * kernel.keys * (kernel.qk_dim + kernel.v_dim))
-            total += width * rows * kernel.v_dim
-            total += score_bytes(kernel, stack, precision)
-        else:
-            total += kernel.elements * stack.elementwise[kernel.name].saved * width
-    return total

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # A batch of about four million tokens: what runs of 70B and more use (Llama 3, arXiv 2407.21783, section 3.4).
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 DEFAULT_SEQ_LEN = 8192
+# Fields of Training that a job.toml has in its table [data].
+DATA_KEYS = ("sharding", "remainder")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Training:
     """The recipe. global_batch_size is in sequences, seq_len in tokens; learning_rate, seed and data are for
     running a plan; peft = "lora" trains adapters beside frozen weights (their own cost is left out: about 1 % of the
     weights). data is a folder of text files or a file of token ids; empty means the Python standard library's own
-    source. tokenizer is a tokenizer.json for text; without it a token is a byte. Both are absolute paths."""
+    source. tokenizer is a tokenizer.json for text; without it a token is a byte. Both are absolute paths. Gradients
+    are scaled down to max_grad_norm. sharding is how samples are cut among replicas, remainder what becomes of those
+    that make no whole step (runtime/sharding.py)."""
 
     global_batch_size: int
     seq_len: int
@@ -43,6 +47,9 @@ class Training:
     data: str = ""
     tokenizer: str = ""
     peft: Literal["none", "lora"] = "none"
+    max_grad_norm: float = 1.0
+    sharding: Literal["sampled", "block", "sequential", "random", "hash"] = "sampled"
+    remainder: Literal["drop", "pad"] = "drop"
 
     __pydantic_config__ = STRICT
 
@@ -94,7 +101,7 @@ def read_job(path: Path | str, overrides: list[str] | None = None) -> Job:
 
 def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> Job:
     """The job in a dictionary with the keys of a job.toml; paths in it are relative to `folder`."""
-    known = ("model", "cluster", "nodes", "profile", "training", "search", "stragglers")
+    known = ("model", "cluster", "nodes", "profile", "training", "data", "search", "stragglers")
     for key in data:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, known)}")
@@ -104,7 +111,7 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     nodes = data["nodes"]
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise UserError(f"{where}: nodes = {nodes!r} must be an integer of at least 1")
-    for key in ("training", "search", "stragglers"):
+    for key in ("training", "data", "search", "stragglers"):
         if not isinstance(data.get(key, {}), dict):
             raise UserError(f"{where}: '{key}' must be a table: write [{key}] above its keys")
     for key in ("model", "cluster", "profile"):
@@ -117,7 +124,7 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     for key in ("data", "tokenizer"):
         if isinstance(settings.get(key), str) and settings[key]:
             settings[key] = presets.absolute(settings[key], folder)
-    training = _training(settings, model, cluster, nodes, where)
+    training = _training(settings, data.get("data", {}), model, cluster, nodes, where)
     stragglers = to_dataclass(Stragglers, data.get("stragglers", {}), f"{where} [stragglers]")
     job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where), stragglers)
     check_job(job, where)
@@ -128,12 +135,16 @@ def _default_stack(cluster: ClusterSpec) -> str:
     return "layoutwise-cpu" if cluster.gpu.kind == "cpu" else "megatron-core"
 
 
-def _training(settings: dict[str, Any], model: ModelSpec, cluster: ClusterSpec, nodes: int, where: str) -> Training:
-    names = [*(f.name for f in dataclasses.fields(Training)), "stack"]
-    for key in settings:
-        if key not in names:
-            raise UserError(f"{where}: unknown key 'training.{key}'{nearest(key, names)}")
-    filled = {"seq_len": min(model.max_position_embeddings, DEFAULT_SEQ_LEN)} | settings
+def _training(
+    settings: dict[str, Any], sharding: dict[str, Any], model: ModelSpec, cluster: ClusterSpec, nodes: int, where: str
+) -> Training:
+    names = [*(f.name for f in dataclasses.fields(Training) if f.name not in DATA_KEYS), "stack"]
+    for table, given, known in (("training", settings, names), ("data", sharding, DATA_KEYS)):
+        for key in given:
+            if key not in known:
+                there = "; it belongs into [data]" if key in DATA_KEYS else nearest(key, known)
+                raise UserError(f"{where}: unknown key '{table}.{key}'{there}")
+    filled = {"seq_len": min(model.max_position_embeddings, DEFAULT_SEQ_LEN)} | settings | sharding
     seq_len = filled["seq_len"]
     if isinstance(seq_len, int) and seq_len > 0:
         # A multiple of the world size, so that every split of it over data parallel ranks is even.

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from simulator.compute import matmul_input_width
 from simulator.expert_parallel import per_shard
-from simulator.layout import SPLIT_BACKWARD, Layout
-from simulator.program import MOST_UNSHARDED
-from simulator.results import MemoryBreakdown
-from simulator.schedules import as_full, peak_in_flight
+from simulator.layout import Layout
+from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
+from simulator.passing import Sharding, StageBytes, stream_bytes
+from simulator.results import MemoryBreakdown, MemoryMoment
+from simulator.schedules import as_full
 from simulator.stage import StageCost
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    return tuple(_rank_memory(job, layout, stages, rank) for rank in range(layout.pp))
+    return tuple(_RankBytes(job, layout, stages, rank).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -50,24 +50,83 @@ def _server_bytes(job: Job, layout: Layout) -> float:
     return job.model.parameters() * width
 
 
-def _rank_memory(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> MemoryBreakdown:
-    held = [stages[s] for s in layout.stages_of(rank)]
-    microbatches = as_full(layout.schedule, layout.pp, layout.microbatches(job.training.global_batch_size))
-    moments = peak_in_flight(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
-    alive = max(sum(stages[s].saved * n + stages[s].deferred * d for s, n, d in moment) for moment in moments)
-    items = {
-        **_state(job, layout, sum(s.parameters for s in held), sum(s.experts for s in held)),
-        "activations": alive + max(s.working for s in held),
-        "buffers": _buffers(job, layout, held),
-        "overhead": _overhead(job, layout),
-    }
-    gpu = job.cluster.gpu
-    items["overhead"] += gpu.fragmentation * sum(v for k, v in items.items() if k != "overhead")
-    return MemoryBreakdown(**items, peak=sum(items.values()))
+def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[tuple[MemoryMoment, ...], ...]:
+    """For each pipeline rank and each op of its program, in order, the bytes during and after it. Ops are forwards,
+    backwards, what is gathered, dropped and reduced between them (messages have no memory of their own: their buffers
+    are there all the time), and the optimizer's step."""
+    return tuple(_curve(_RankBytes(job, layout, stages, rank)) for rank in range(layout.pp))
 
 
-def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[str, float]:
-    """Bytes of parameters, gradients and optimizer state (ZeRO, arXiv 1910.02054; bytes each by the stack's recipe).
+def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
+    return tuple(
+        MemoryMoment(
+            str(step.op),
+            max((bytes_of.at(moment) for moment in step.during), key=lambda memory: memory.peak),
+            bytes_of.at(Moment(Running(""), step.after)),
+        )
+        for step in lifetimes(*bytes_of.pipeline)
+    )
+
+
+class _RankBytes:
+    """Gives the counts of a rank's moments their bytes."""
+
+    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> None:
+        self.job, self.layout = job, layout
+        sharding = Sharding.of(job, layout)
+        held = {s: stages[s] for s in layout.stages_of(rank)}
+        self.stages = {s: StageBytes(job, layout, stage, sharding) for s, stage in held.items()}
+        parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
+        # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
+        microbatches = layout.microbatches(job.training.global_batch_size)
+        shape = (rank, layout.pp, layout.virtual_stages, microbatches)
+        self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1)
+        self.state = _state(job, layout, sharding, parameters, experts)
+        self.received = _received(job, layout, tuple(held))
+        self.overhead = _overhead(job, layout)
+
+    def peak(self) -> MemoryBreakdown:
+        """The fullest of the rank's moments."""
+        schedule, rank, ranks, chunks, microbatches, zero_stage = self.pipeline
+        shape = (schedule, rank, ranks, chunks, as_full(schedule, ranks, microbatches), zero_stage)
+        return self.at(max(fullest_moments(*shape), key=self._total))
+
+    def _total(self, moment: Moment) -> float:
+        return sum(self._items(moment))
+
+    def _items(self, moment: Moment) -> tuple[float, float, float]:
+        """Bytes of activations, gradients and buffers that are not there all the time."""
+        activations = gradients = buffers = 0.0
+        for number, kept, deferred, ends, blocks, whole, reduced, fresh in moment.held:
+            stage = self.stages[number]
+            activations += kept * stage.saved + deferred * stage.deferred
+            gradients += whole * stage.whole + reduced * stage.reduced
+            buffers += ends * stage.ends_gathered + blocks * stage.blocks_gathered + fresh * stage.fresh
+        running = moment.running
+        if running.stage is not None:
+            passing = self.stages[running.stage].passing(running)
+            activations += passing.activations
+            gradients += passing.gradients
+            buffers += passing.buffers
+        return activations, gradients, buffers
+
+    def at(self, moment: Moment) -> MemoryBreakdown:
+        """Bytes at a moment, with what is there all the time."""
+        activations, gradients, buffers = self._items(moment)
+        items = {
+            "parameters": self.state["parameters"],
+            "gradients": self.state["gradients"] + gradients,
+            "optimizer": self.state["optimizer"],
+            "activations": activations,
+            "buffers": self.received + buffers,
+        }
+        overhead = self.overhead + self.job.cluster.gpu.fragmentation * sum(items.values())
+        return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
+
+
+def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
+    """Bytes of parameters, gradients and optimizer state (ZeRO, arXiv 1910.02054; bytes each by the stack's recipe)
+    that are there all through a step: gradients only where they have their memory from the start.
 
     Sharded over dp_shard and cp from zero_stage 3, 2 and 1 on, routed experts over the ranks that hold the same ones.
     Under a pipeline torch reduces gradients at the end of the step, so until then they are whole.
@@ -77,63 +136,35 @@ def _state(job: Job, layout: Layout, parameters: float, experts: float) -> dict[
     def held(width: float, sharded: bool) -> float:
         return per_shard(layout, job.stack, parameters * width, experts * width) if sharded else parameters * width
 
-    if job.training.peft != "none":
-        width = matmul_input_width(job.training.precision)
-        return {"parameters": held(width, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
-    if job.stack.host_optimizer_bandwidth:
-        # Gradients leave for the host as they come; what kernels read is all that stays.
-        return {"parameters": held(recipe.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     # FSDP2 keeps master parameters sharded, in ZeRO-1 too; the gathered copy for the kernels is a buffer.
-    shards_parameters = zero >= 2 or (zero == 1 and job.stack.replicates_by_fsdp)
+    sharded = zero >= 2 or (zero == 1 and sharding.fsdp)
+    if not sharding.trains:
+        # Frozen weights in the width of the kernels; or the host has the rest, and gradients leave as they come.
+        return {"parameters": held(sharding.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     optimizer = held(recipe.optimizer[job.training.optimizer], zero > 0)
     if layout.sync == "parameter_server":
         # The servers update, in the memory of their hosts.
         optimizer = 0.0
     elif layout.outer_optimizer == "nesterov":
         # What the last average was, and the outer momentum, both in fp32.
-        optimizer += held(8.0, shards_parameters)
+        optimizer += held(8.0, sharded)
     return {
-        "parameters": held(recipe.parameters, shards_parameters),
-        "gradients": held(recipe.gradients, layout.shards_gradients),
+        "parameters": held(recipe.parameters, sharded),
+        "gradients": held(recipe.gradients, False) * sharding.whole,
         "optimizer": optimizer,
     }
 
 
-def _buffers(job: Job, layout: Layout, stages: list[StageCost]) -> float:
-    """Bytes that are neither state nor activations: gathered parameters, a gradient on its way to the
-    reduction, tensors to and from neighbours."""
-    stack, recipe = job.stack, job.stack.recipes[job.training.precision]
-    total = 0.0
-    keeps_all = layout.zero_stage == 1 and stack.replicates_by_fsdp
-    whole_stage = keeps_all or layout.zero_stage == 2 or (layout.zero_stage == 3 and layout.pp > 1)
-    if layout.zero_stage == 3 and not whole_stage:
-        unit = max(s.largest_unit for s in stages)
-        # The unit in use and the one being fetched, and a gradient on its way to the reduction.
-        total += unit * recipe.compute * (2 if stack.overlap_param_gather else 1) + unit * recipe.gradient_reduce
-    elif whole_stage:
-        # Under a pipeline torch does not reshard a stage after a backward, so zero_stage 3 holds all of it too; of more
-        # than three stages it drops those that are needed last.
-        gathered = sorted(s.parameters for s in stages)
-        total += sum(gathered if keeps_all else gathered[-MOST_UNSHARDED:]) * recipe.compute
-        total += max(s.largest_unit for s in stages) * recipe.gradient_reduce
-    elif stack.replicates_by_fsdp and _copies_replicas(job, layout):
-        # FSDP over a shard group of one still copies what it gathers.
-        total += sum(s.parameters for s in stages) * recipe.compute
-    if layout.pp > 1:
-        tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
-        tokens /= layout.tp if layout.sequence_parallel else 1
-        # Received activations and gradients; torch allocates those of all microbatches ahead, on every stage.
-        count = 2 * layout.microbatches(job.training.global_batch_size) * layout.virtual_stages
-        total += (count if stack.preallocates_receives else 4) * tokens * job.model.hidden_size * recipe.compute
-    return total
-
-
-def _copies_replicas(job: Job, layout: Layout) -> bool:
-    """Whether what is not sharded is replicated by FSDP all the same: in bf16, where tensors are cut over tp, under a
-    split backward, and where experts have ranks of their own."""
-    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
-    replicas = layout.dp * layout.cp
-    return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
+def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
+    """Bytes of buffers for tensors from neighbours: activations for all but the first stage, their gradients for all
+    but the last. torch allocates those of all microbatches ahead; others hold two of each."""
+    if layout.pp == 1:
+        return 0.0
+    size = stream_bytes(job, layout)
+    if not job.stack.preallocates_receives:
+        return 4 * size
+    sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
+    return sides * layout.microbatches(job.training.global_batch_size) * size
 
 
 def _overhead(job: Job, layout: Layout) -> float:

@@ -47,6 +47,18 @@ class MemoryBreakdown:
 
 
 @dataclass(frozen=True)
+class MemoryMoment:
+    """Bytes of one pipeline rank around one op of its program, named as its span is, without the `PP:` in front:
+    `during` at the op's fullest, `after` when it has ended. The largest `during.peak` of a rank is its peak."""
+
+    op: str
+    during: MemoryBreakdown
+    after: MemoryBreakdown
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Span:
     """One op on one rank's stream: `compute`, `send`, `recv` or `dp`. Pipeline ops are named as torch's profiler
     names them: `PP:2F0`."""
@@ -145,9 +157,37 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class Updates:
+    """Updates that parameter servers applied. staleness[n] of them met parameters with n more updates of others in them
+    than those that they were computed from; lead[n] of them came from a replica that was n updates ahead of the slowest
+    when it began to compute, which the layout's `staleness` bounds. by_replica are those of each replica."""
+
+    staleness: tuple[int, ...]
+    lead: tuple[int, ...]
+    by_replica: tuple[int, ...]
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """An epoch, cut among replicas: samples that each owns, the largest share over the mean one less 1, and how many
+    samples are left out or seen twice in an epoch."""
+
+    sizes: tuple[float, ...]
+    imbalance: float
+    dropped: int
+    repeated: int
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
-    `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out."""
+    `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out. Where replicas do
+    not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are
+    their means."""
 
     layout: Layout
     world_size: int
@@ -160,6 +200,8 @@ class Measurement:
     grad_norms: tuple[float, ...]
     device: str
     versions: dict[str, str]
+    updates: Updates | None = None
+    sharding: Sharding | None = None
     version: int = 1
 
     __pydantic_config__ = STRICT

@@ -18,6 +18,7 @@ from simulator.expert_parallel import expert_grid
 from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.memory import _overhead, _state
 from simulator.messages import message_bytes, message_shapes
+from simulator.passing import Sharding
 from simulator.step_end import norm_seconds, update_seconds
 from simulator.unit_table import Floats, UnitTable
 
@@ -104,17 +105,14 @@ class _Screening:
         """Bytes that the fullest rank needs at least.
 
         Rule: parameters, optimizer state and what the microbatches keep whose forwards come before a rank's first
-        backward; gradients beside them where they have their memory from the start.
+        backward; gradients where they have their memory from the start.
         Left out, so that it stays below: what a backward works on, gathered parameters, buffers.
         """
         job, units, columns = self.job, self.units, self.columns
-        layouts = [columns.layout(row) for row in self.grids.tolist()]
-        items = [(_state(job, layout, 1.0, 0.0), _state(job, layout, 1.0, 1.0)) for layout in layouts]
-        early = getattr(job.stack, "preallocates_gradients", True)
-        always, late = (
-            [name for name in items[0][0] if (name == "gradients" and not early) == turn] for turn in (0, 1)
-        )
-        held, born = (self._bytes_of(items, names) for names in (always, late))
+        # Which stacks hold whole gradients from the start may depend on whether the backward is split.
+        rows, recipe = distinct(self.grid, self.split)
+        layouts = [columns.layout(row) for row in rows.tolist()]
+        held = self._held(layouts, recipe)
         saved = units["saved"][units.code]
         firsts, code = distinct(
             *(columns[name] for name in ("pp", "virtual_stages", "stage_layers", "schedule")), self._rounds()
@@ -126,16 +124,20 @@ class _Screening:
         for place in range(ranks.shape[1]):
             own, kept = ranks[code, place, :count], ranks[code, place, count:]
             activations = _dot(kept, saved)
-            most = np.maximum(most, _dot(own, held) + np.maximum(activations, _dot(own, born)))
-        overhead = np.array([_overhead(job, layout) for layout in layouts])[self.grid]
+            most = np.maximum(most, _dot(own, held) + activations)
+        overhead = np.array([_overhead(job, layout) for layout in layouts])[recipe]
         return most * (1 + job.cluster.gpu.fragmentation) + overhead
 
-    def _bytes_of(self, items: list[tuple[dict[str, float], dict[str, float]]], names: list[str]) -> Floats:
-        """Bytes of these items of the state for each unit. They are linear in parameters and those of experts."""
-        found = [(sum(dense[n] for n in names), sum(routed[n] for n in names)) for dense, routed in items]
-        dense, routed = np.array(found, dtype=np.float64)[self.grid].T
+    def _held(self, layouts: list[Layout], recipe: Column) -> Floats:
+        """Bytes of the state that is there all through a step, for each unit: linear in parameters and experts'."""
+        found = []
+        for layout in layouts:
+            sharding = Sharding.of(self.job, layout)
+            dense, routed = (_state(self.job, layout, sharding, 1.0, experts) for experts in (0.0, 1.0))
+            found.append((sum(dense.values()), sum(routed.values())))
+        per_dense, per_routed = np.array(found, dtype=np.float64)[recipe].T
         parameters, experts = self.units["parameters"][self.units.code], self.units["experts"][self.units.code]
-        return parameters * dense[:, None] + experts * (routed - dense)[:, None]
+        return parameters * per_dense[:, None] + experts * (per_routed - per_dense)[:, None]
 
     def _rounds(self) -> Column:
         """Numbers of microbatches that differ in what is alive before the first backward: a depth-first schedule goes

@@ -37,13 +37,15 @@ class Recipe:
 @dataclass(frozen=True)
 class Elementwise:
     """One memory-bound operation as this stack runs it: how often it reads or writes each element, in how many
-    kernels, forward and backward; and how many copies of the element it keeps for the backward."""
+    kernels, forward and backward; and how many copies of the element it keeps for the backward, in the width of
+    activations and in fp32."""
 
     forward: float
     backward: float
     kernels_forward: int
     kernels_backward: int
     saved: float = 0.0
+    saved_fp32: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -95,6 +97,12 @@ class Stack:
 
     split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
 
+    loss_in_place: the loss keeps the logits as they are and writes their gradient in their place, working on
+    loss_piece_bytes at a time; else it holds logits_bytes per logit, 4 of them from its forward on.
+
+    preallocates_gradients: gradients have their memory from the start, else from a stage's first backward to the
+    optimizer's step.
+
     compile: blocks run through torch.compile.
 
     syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
@@ -136,6 +144,9 @@ class Stack:
     fixed_rank_order: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
+    loss_in_place: bool = False
+    loss_piece_bytes: float = 0.0
+    preallocates_gradients: bool = True
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})
     selective_keeps_outputs: bool = False
     split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from simulator.compute import (
-    KernelTime,
-    accumulation_seconds,
+from simulator.activations import (
     deferred_bytes,
+    kept_logits,
     kept_outputs,
-    kernel_time,
-    passing_bytes,
     recomputed_share,
     saved_bytes,
     score_bytes,
+    working_bytes,
 )
+from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
 from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
@@ -108,7 +108,7 @@ class UnitCost:
 
     parameters are elements on this rank after tensor parallelism, of them experts those of routed experts under expert
     parallelism; saved is bytes kept from a forward to its backward, working is bytes alive only within the unit's own
-    backward.
+    backward, growing the same where the gradients of its weights stay in the width of matmuls until its end.
     """
 
     forward: Work
@@ -116,6 +116,7 @@ class UnitCost:
     parameters: float
     saved: float
     working: float
+    growing: float
     # FSDP's root group (embedding and head) is not resharded between its forward and its backward.
     stays_gathered: bool = False
     backward_weight: Work = Work()
@@ -136,7 +137,8 @@ class StageCost:
     """A stage as the engine sees it. reduce and gather are the seconds of its data-parallel collectives where they
     happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
     is the part of backward that a schedule may put off: the gradients of weights and their adding up; deferred is the
-    bytes that are kept for it besides saved once the rest is done."""
+    bytes that are kept for it besides saved once the rest is done. blocks are its units in order with how many of them
+    follow each other."""
 
     forward: Work
     backward: Work
@@ -149,6 +151,7 @@ class StageCost:
     gather: float
     backward_weight: Work = Work()
     deferred: float = 0.0
+    blocks: tuple[tuple[UnitCost, int], ...] = ()
 
     @property
     def backward_input(self) -> Work:
@@ -156,6 +159,12 @@ class StageCost:
         return self.backward - self.backward_weight
 
     experts: float = 0.0
+
+
+def _runs(units: list[UnitCost]) -> tuple[tuple[UnitCost, int], ...]:
+    """Units in order, with how many of the same follow each other."""
+    runs = [list(same) for _, same in itertools.groupby(units, key=id)]
+    return tuple((run[0], len(run)) for run in runs)
 
 
 def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
@@ -245,6 +254,7 @@ class StageCosts:
             backward_weight=weights,
             deferred=sum(u.deferred for u in units),
             experts=experts,
+            blocks=_runs(units),
         )
 
     def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
@@ -304,16 +314,13 @@ class StageCosts:
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, HEAD_CUTS)
-        # The loss keeps logarithms of probabilities in fp32 for its backward; the rest comes and goes with it.
         logits = self.cut.tokens * model.vocab_size / self.layout.tp
-        kept = min(4.0, self.job.stack.logits_bytes) * logits
-        passing = self.job.stack.logits_bytes * logits - kept
+        kept = kept_logits(self.job.stack, self.job.training.precision) * logits
         loss = tensor_seconds(self.job, groups.tp, loss_transfers(self.layout, self.cut.tokens))
         return dataclasses.replace(
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
-            working=unit.working + passing,
             stays_gathered=True,
         )
 
@@ -357,24 +364,34 @@ class StageCosts:
         is_block = (cuts[0] > 0) == (cuts[1] > 0)
         recompute = self.layout.recompute if is_block else "none"
         tp_again = tensor_seconds(job, groups.tp, repeated_transfers(job, self.layout, size, *cuts))
-        working = passing_bytes(kernels, precision) if is_block else 0.0
         boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
+        # What a backward computes again before it begins.
+        again = 0.0
+        working, growing = (working_bytes(kernels, job.stack, precision, boundary, grows) for grows in (False, True))
         if recompute == "full":
             repeated = beside_forward.tp * tp_again / tp_forward if tp_forward else 0.0
             backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
-            saved, working = boundary, working + saved
+            saved, again = boundary, saved
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
             backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
             kept = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
-            saved, working = kept, working + max(0.0, saved - kept)
+            saved, again = kept, max(0.0, saved - kept)
         elif recompute == "selective":
-            again, dropped = self._selected(kernels, cp_forward)
-            backward += again
-            saved, working = saved - dropped, working + dropped
+            work, dropped = self._selected(kernels, cp_forward)
+            backward += work
+            saved, again = saved - dropped, dropped
         deferred = deferred_bytes(kernels, precision)
         return UnitCost(
-            forward, backward, parameters, saved, working, backward_weight=weights, deferred=deferred, experts=experts
+            forward,
+            backward,
+            parameters,
+            saved,
+            working + again,
+            growing + again,
+            backward_weight=weights,
+            deferred=deferred,
+            experts=experts,
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:

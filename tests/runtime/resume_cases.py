@@ -72,6 +72,8 @@ SHRINKING = [
     Pair(Case(Layout(dp_shard=4, zero_stage=3, ep=4, micro_batch_size=2), "tiny-moe"), Layout(micro_batch_size=2)),
     Pair(Case(Layout(**_ZBV, dp_shard=2, zero_stage=2, micro_batch_size=1)), Layout(cp=2, micro_batch_size=4)),
     Pair(Case(Layout(**_SHARD, micro_batch_size=2), "tiny-t5"), Layout(**_TENSOR, micro_batch_size=8)),
+    # Samples of an epoch, whose global batches do not depend on who shares them.
+    Pair(Case(Layout(dp_replicate=4, micro_batch_size=2), training={"sharding": "random"}), Layout(**_SHARD)),
 ]
 # The second layout has more ranks: the smallest first.
 GROWING = [

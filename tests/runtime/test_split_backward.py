@@ -9,7 +9,7 @@ import torch
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from runtime.model import Stage
-from simulator.compute import deferred_bytes
+from simulator.activations import deferred_bytes
 from simulator.job import build_job
 from simulator.kernels import Cut, block_kernels
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from simulator.activations import saved_bytes
 from simulator.compute import (
     attention_seconds,
     kernel_time,
@@ -13,7 +14,6 @@ from simulator.compute import (
     matmul_seconds,
     optimizer_seconds,
     quantise_seconds,
-    saved_bytes,
 )
 from simulator.kernels import Attention, Cut, Matmul, block_kernels, head_kernels
 from simulator.presets import find_cluster, find_model, find_stack

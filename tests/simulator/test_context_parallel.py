@@ -7,14 +7,15 @@ from typing import Literal
 
 import pytest
 
+from simulator.activations import saved_bytes
 from simulator.cluster import GroupShape
-from simulator.compute import kernel_time, saved_bytes
+from simulator.compute import kernel_time
 from simulator.context_parallel import context_seconds, key_value_bytes
 from simulator.job import Job, build_job
 from simulator.kernels import Attention, Cut, Matmul, block_kernels
 from simulator.layout import Layout
 from simulator.layout_text import parse_layout
-from simulator.memory import memory_per_rank
+from simulator.memory import memory_per_rank, memory_timeline
 from simulator.presets import find_cluster, find_model, find_stack
 from simulator.program import stage_costs
 from simulator.simulate import simulate
@@ -141,7 +142,8 @@ def test_fsdp_shards_over_cp_alone() -> None:
     task = job("all_gather", "torchtitan", global_batch_size=1, seq_len=262144)
     layout = parse_layout("cp=8 recompute=full", task)
     assert (layout.dp_shard, layout.zero_stage, layout.problems(task)) == (1, 3, [])
-    memory = memory_per_rank(task, layout, stage_costs(task, layout))[0]
+    moments = memory_timeline(task, layout, stage_costs(task, layout))[0]
+    memory = next(moment.after for moment in moments if moment.op == "0B0")
     assert memory.parameters + memory.gradients + memory.optimizer == pytest.approx(16 * task.model.parameters() / 8)
 
 

@@ -1,0 +1,154 @@
+"""Bytes of activations: what kernels keep for the backward, what is left for a weight gradient, what comes and goes
+within a backward.
+
+Formulas count tensors as the stack's software makes them; constants come from its elementwise table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from simulator.compute import UNFUSED, activation_width
+from simulator.kernels import Attention, Kernel, Matmul, Pointwise
+from simulator.stack import Stack
+
+NORMS = ("layernorm", "rmsnorm")
+
+
+def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that kernels keep for the backward pass.
+
+    Rule: inputs of matmuls (each tensor counted once), what the stack's elementwise table keeps, Q, K, V, output and
+    fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one. Logits are
+    counted apart (kept_logits).
+    Reference: Korthikanti et al., arXiv 2205.05198, table 2: 34·sbh + 5·a·s²·b for a GPT block with dropout.
+    """
+    width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
+    total = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
+        elif isinstance(kernel, Attention):
+            heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
+            rows = heads * kernel.queries
+            total += width * (rows * kernel.qk_dim + groups * kernel.keys * (kernel.qk_dim + kernel.v_dim))
+            total += width * rows * kernel.v_dim
+            total += score_bytes(kernel, stack, precision)
+        else:
+            entry = stack.elementwise[kernel.name]
+            total += kernel.elements * (entry.saved * width + entry.saved_fp32 * 4)
+    return total
+
+
+def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
+    """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
+    (and dropout's mask and copy)."""
+    rows = core.batch * core.heads * core.queries
+    if stack.attention[0] not in UNFUSED:
+        return 4 * rows
+    width = activation_width(precision)
+    return rows * core.keys * (2 * width + 1 if stack.dropout else width)
+
+
+def recomputed_share(kernel: Kernel, stack: Stack) -> float:
+    """The share of a kernel that the stack's selective recomputation runs again."""
+    kind = "matmul" if isinstance(kernel, Matmul) else "attention" if isinstance(kernel, Attention) else "pointwise"
+    return stack.selective_recompute.get(kernel.name, stack.selective_recompute.get(kind, 0.0))
+
+
+def kept_outputs(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes of the outputs of the kernels that selective recomputation does not run again, with the fp32 row sums of
+    attention cores: what torch's selective checkpoint keeps beside the input of a block.
+
+    Ignored: partial outputs of attention under context parallelism.
+    """
+    width, total = activation_width(precision), 0.0
+    for kernel in kernels:
+        share = 1 - recomputed_share(kernel, stack)
+        if isinstance(kernel, Matmul):
+            total += share * kernel.copies * kernel.m * kernel.n * width
+        elif isinstance(kernel, Attention):
+            rows = kernel.batch * kernel.heads * kernel.queries
+            total += share * rows * (kernel.v_dim * width + 4)
+        else:
+            total += share * kernel.elements * width
+    return total
+
+
+def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+    """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
+    the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
+    torch.distributed.pipelining)."""
+    elements = 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Matmul):
+            elements += kernel.copies * kernel.m * kernel.n
+        elif isinstance(kernel, Pointwise) and kernel.name in NORMS:
+            elements += kernel.elements
+    return elements * activation_width(precision)
+
+
+def kept_logits(stack: Stack, precision: str) -> float:
+    """Bytes of each logit from the loss to its backward: the logits as they are where the loss writes their gradient in
+    their place, else their fp32 logarithms."""
+    if stack.loss_in_place:
+        return activation_width(precision)
+    return min(4.0, stack.logits_bytes)
+
+
+def _passing_logits(stack: Stack, precision: str, logits: float) -> float:
+    """Bytes that a loss works with besides what it has kept."""
+    if stack.loss_in_place:
+        return min(4.0 * logits, stack.loss_piece_bytes)
+    return (stack.logits_bytes - kept_logits(stack, precision)) * logits
+
+
+def working_bytes(
+    kernels: Sequence[Kernel], stack: Stack, precision: str, stream: float, keeps_gradients: bool
+) -> float:
+    """Bytes that a unit's backward needs at its fullest, beyond what its kernels saved.
+
+    Rule: walk the kernels backwards. Each takes the gradient of its output and makes that of its input, a matmul also
+    that of its weight, in the width of the matmul; what it had saved is gone after it. The gradient of the residual
+    `stream` (bytes) is there all the time. Weight gradients stay until the unit's end where the software keeps them
+    apart that long, else the next kernel finds them added up.
+    Ignored: workspaces within kernels; copies for a change of layout.
+    """
+    width = activation_width(precision)
+    live = freed = weights = fullest = late = 0.0
+    merges = 0
+    for kernel in reversed(kernels):
+        saved = saved_bytes([kernel], stack, precision)
+        made, after, own = 0.0, live, 0.0
+        if isinstance(kernel, Matmul):
+            into, out = kernel.copies * kernel.m * kernel.k * width, kernel.copies * kernel.m * kernel.n * width
+            own = 0.0 if kernel.batched else kernel.copies * kernel.n * kernel.k * width
+            made, after = into, max(0.0, live - out) + into
+            if kernel.saved and merges:
+                after, merges = after - merges * into, 0
+            saved, late = saved + late, 0.0
+        elif isinstance(kernel, Attention):
+            heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
+            keys = groups * kernel.keys * (kernel.qk_dim + kernel.v_dim)
+            made = after = (heads * kernel.queries * kernel.qk_dim + keys) * width
+        elif kernel.name == "gradient_add":
+            merges += 1
+        elif kernel.name == "cross_entropy":
+            made, saved = (
+                _passing_logits(stack, precision, kernel.elements),
+                kept_logits(stack, precision) * kernel.elements,
+            )
+            after = kernel.elements * width
+            if stack.loss_in_place:
+                # The gradient lies where the logits lay, and goes with the matmul that made them.
+                after, late, saved = 0.0, saved, 0.0
+        elif kernel.name == "gated_activation":
+            made = after = 2 * kernel.elements * width
+        elif kernel.name in NORMS:
+            made, after = kernel.elements * width, 0.0
+        else:
+            made = kernel.elements * width if live else 0.0
+        fullest = max(fullest, live + made + weights + own - freed)
+        live, freed = after, freed + saved
+        weights += own if keeps_gradients else 0.0
+    return stream + fullest

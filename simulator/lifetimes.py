@@ -1,0 +1,139 @@
+"""What a pipeline rank holds before, in and after each op of its program: whose microbatches are alive, what is
+gathered, whose gradients are there.
+
+    a microbatch   is kept from its forward to its full backward or, where that is split, to its weight gradient;
+                   deferred from its input gradient to its weight gradient
+    parameters     are gathered from UNSHARD to RESHARD
+    gradients      are born with a stage's first backward, whole; REDUCE_GRAD leaves the shard; the optimizer's step
+                   ends them
+
+Counts alone, no bytes: they depend on the order of ops, not on the model, so that all layouts with the same pipeline
+share them. memory.py gives them their bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import NamedTuple
+
+from simulator.layout import Layout, Schedule
+from simulator.program import OPTIMIZER, sharded_order
+from simulator.schedules import Op, compute_order
+
+
+class Held(NamedTuple):
+    """What a rank holds of one of its stages, besides what an op works on: microbatches that are kept, those of them
+    whose weight gradient is due, and whether (0 or 1) the parameters of its ends (embedding, head) and of its blocks
+    are gathered, and its gradients are there: whole, reduced, or in the width of matmuls beside those whole."""
+
+    stage: int
+    kept: int = 0
+    deferred: int = 0
+    ends: int = 0
+    blocks: int = 0
+    whole: int = 0
+    reduced: int = 0
+    fresh: int = 0
+
+
+class Running(NamedTuple):
+    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward or, without a
+    pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by one."""
+
+    kind: str
+    stage: int | None = None
+    first: bool = False
+    last: bool = False
+    gathered: bool = False
+
+
+class Moment(NamedTuple):
+    """What runs, and what the rank holds of its stages besides."""
+
+    running: Running
+    held: tuple[Held, ...]
+
+
+class Step(NamedTuple):
+    """An op of the program: its moments (two where it is a pair, which torch runs one after the other), and what it
+    leaves."""
+
+    op: Op
+    during: tuple[Moment, ...]
+    after: tuple[Held, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def lifetimes(
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+) -> tuple[Step, ...]:
+    """The ops of a rank and what is alive around them."""
+    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
+    order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
+    held = {stage: Held(stage) for stage in sorted(layout.stages_of(rank))}
+    steps = []
+    for op in [*order, OPTIMIZER]:
+        during = []
+        for leaf in op.leaves:
+            if leaf.stage is None:
+                during.append(Moment(Running(leaf.kind), tuple(held.values())))
+                held = {stage: one._replace(whole=0, reduced=0) for stage, one in held.items()}
+                continue
+            kind, before = leaf.kind, held[leaf.stage]
+            if leaf.stage == 0 and kind in "IW":
+                # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
+                kind = {"I": "NOTHING", "W": "B"}[kind]
+            now, held[leaf.stage] = _around(kind, before, zero_stage == 3)
+            last = ranks == 1 and leaf.microbatch == microbatches - 1
+            running = Running(kind, leaf.stage, not before.whole, last, zero_stage == 3 and bool(before.blocks))
+            during.append(Moment(running, tuple((held | {leaf.stage: now}).values())))
+        steps.append(Step(op, tuple(during), tuple(held.values())))
+    return tuple(steps)
+
+
+def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
+    """What is held of a stage besides what an op works on, and what it leaves. With `drops` blocks are dropped after
+    their forward and gathered for their backward."""
+    if kind == "F":
+        now = held._replace(blocks=0 if drops else held.blocks)
+        return now, now._replace(kept=held.kept + 1)
+    if kind == "I":
+        # Gradients of the microbatch before are added up when hooks see this one's.
+        return held._replace(kept=held.kept - 1), held._replace(deferred=held.deferred + 1, fresh=0)
+    if kind == "W":
+        now = held._replace(kept=held.kept - 1, deferred=held.deferred - 1)
+        return now, now._replace(whole=1, fresh=1)
+    if kind == "B":
+        now = held._replace(kept=held.kept - 1, blocks=0 if drops else held.blocks)
+        return now, now._replace(whole=1, blocks=max(held.blocks, drops), fresh=0)
+    if kind == "UNSHARD":
+        return held, held._replace(ends=1, blocks=1)
+    if kind == "RESHARD":
+        return held, held._replace(ends=0, blocks=0)
+    if kind == "REDUCE_GRAD":
+        return held._replace(whole=0, ends=0), held._replace(ends=0, blocks=0, whole=0, fresh=0, reduced=1)
+    return held, held
+
+
+@functools.lru_cache(maxsize=65536)
+def fullest_moments(
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+) -> tuple[Moment, ...]:
+    """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
+    anything. Which one it is depends on the bytes of each stage."""
+    moments: dict[Running, set[tuple[Held, ...]]] = {}
+    for step in lifetimes(schedule, rank, ranks, chunks, microbatches, zero_stage):
+        for running, held in step.during:
+            moments.setdefault(running, set()).add(held)
+    return tuple(Moment(running, held) for running, found in moments.items() for held in _undominated(found))
+
+
+def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
+    fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
+    flat = {tuple(count for held in moment for count in held): moment for moment in moments}
+    # A moment holds less in total than one that holds at least as much of everything.
+    for counts in sorted(flat, key=sum, reverse=True):
+        if not any(all(map(operator.ge, other, counts)) for other, _ in fullest):
+            fullest.append((counts, flat[counts]))
+    return [moment for _, moment in fullest]
