@@ -4,10 +4,10 @@ Bounds come in levels, each admissible and each dearer than the one before; a la
 when no layout has a smaller bound:
 
     1  screen.py, all layouts at once: seconds and bytes at least
-    2  the exact bytes of its stages, and `lower_bound`
+    2  `lower_bound` of its exact costs
     3  critical_path.step_at_least: its pipeline alone, which most layouts share with others, and what is around it
     4  critical_path.critical_path: its program without contention on the links
-    5  simulate
+    5  the exact bytes of its ranks, which dismiss it, or simulate
 
 So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
 every level against the next, and the answer against brute force).
@@ -119,20 +119,17 @@ class _Search:
                 self.least = bound
                 break
             if screened <= bound:
-                if entry := self._costed(int(order[at])):
-                    heapq.heappush(queue, entry)
+                heapq.heappush(queue, self._costed(int(order[at])))
                 at += 1
                 continue
             entry = heapq.heappop(queue)
             # Where ranks share processors nothing is alone, and where replicas differ one step is not the mean.
             if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
                 entry.level += 1
-                seconds = (
-                    self._alone(entry) if entry.level == 3 else critical_path(self.job, entry.layout, entry.stages)
-                )
-                entry.bound = max(entry.bound, seconds * ROUNDING)
+                bound_of = self._alone if entry.level == 3 else self._critical
+                entry.bound = max(entry.bound, bound_of(entry) * ROUNDING)
                 heapq.heappush(queue, entry)
-            else:
+            elif self._holds(entry):
                 self._simulate(entry.layout)
                 self.report(f"simulating: best step {self.found[0].step_seconds:.3g} s", at / len(order))
         return self.found
@@ -143,17 +140,21 @@ class _Search:
             return math.inf
         return self.found[-1].step_seconds * (1 - self.gap)
 
-    def _costed(self, row: int) -> _Entry | None:
-        """The second level; None if the layout does not fit."""
+    def _costed(self, row: int) -> _Entry:
+        """The second level."""
         layout = self.legal.layout(row)
         stages = stage_costs(self.job, layout)
-        over = fullest(memory_per_rank(self.job, layout, stages)).peak - capacity(self.job, layout)
-        if over > 0:
-            self.out_of_memory += 1
-            self.missed.append((over, layout))
-            return None
         bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
         return _Entry(bound, row, 2, layout, stages)
+
+    def _holds(self, entry: _Entry) -> bool:
+        """Whether a layout fits, to the byte."""
+        peak = fullest(memory_per_rank(self.job, entry.layout, entry.stages)).peak
+        over = peak - capacity(self.job, entry.layout)
+        if over > 0:
+            self.out_of_memory += 1
+            self.missed.append((over, entry.layout))
+        return over <= 0
 
     def _alone(self, entry: _Entry) -> float:
         """The third level."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    return tuple(_RankBytes(job, layout, stages, rank).peak() for rank in range(layout.pp))
+    known: dict[int, StageBytes] = {}
+    return tuple(_RankBytes(job, layout, stages, rank, known).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -71,11 +72,23 @@ def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
 class _RankBytes:
     """Gives the counts of a rank's moments their bytes."""
 
-    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        layout: Layout,
+        stages: tuple[StageCost, ...],
+        rank: int,
+        known: dict[int, StageBytes] | None = None,
+    ) -> None:
         self.job, self.layout = job, layout
+        # Equal stages of a layout are one object, and so are their bytes.
+        known = {} if known is None else known
         sharding = Sharding.of(job, layout)
         held = {s: stages[s] for s in layout.stages_of(rank)}
-        self.stages = {s: StageBytes(job, layout, stage, sharding) for s, stage in held.items()}
+        for stage in held.values():
+            if id(stage) not in known:
+                known[id(stage)] = StageBytes(job, layout, stage, sharding)
+        self.stages = {s: known[id(stage)] for s, stage in held.items()}
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
         # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
         microbatches = layout.microbatches(job.training.global_batch_size)
