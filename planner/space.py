@@ -140,6 +140,11 @@ class _Space:
             found &= np.isin(columns[name], self.codes(name, []) if name in self.names else self.values(name, []))
         # A backward that is split cannot recompute; that is so for every job.
         found &= ~(columns.is_named("schedule", *SPLIT_BACKWARD) & ~columns.is_named("recompute", "none"))
+        if "rank_order" not in self.search and not self.job.cluster.nodes_per_leaf:
+            # Where tensor and context ranks fill a domain, pipeline and data-parallel ranks are a domain apart in both
+            # orders, and a flat network knows no other distance.
+            fills = columns["tp"] * columns["cp"] % self.job.cluster.domain == 0
+            found &= ~fills | (columns["rank_order"] == 0)
         if "zero_stage" not in self.search and self.stack.replicates_by_fsdp and 2 in self.stack.pipeline_zero_stages:
             # zero_stage 1 is as good as 2 there: under a pipeline FSDP2 reduces gradients once in both, and gathers
             # once as long as no stage has to make room for another. The gathers stand at other places of the program,
