@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation parity communication golden clean
+.PHONY: demo test test-all check bench validation residuals parity communication memory-oracle golden clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -35,6 +35,12 @@ parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: d
 
 communication: $(READY)  ## count what a rank of many layouts sends, beside the prediction: docs/communication.md, in about three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/communication_table.py
+
+residuals: $(READY)  ## fit how far peak memory is off: simulator/data/memory_residuals.toml, and how well it holds
+	$(BIN)/python -m reports.memory_residuals
+
+memory-oracle: $(READY)  ## count the memory of one rank of each of 60 layouts with fake tensors: docs/memory.md, in about ten minutes
+	$(BIN)/python tests/runtime/memory_table.py
 
 golden: $(READY)  ## write the golden files of export and launch anew, to be read before they are committed
 	LAYOUTWISE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/planner/test_export.py

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from simulator.errors import UserError
+from simulator.errors import NothingFitsError, UserError
 
 app = typer.Typer(
     name="layoutwise",
@@ -109,14 +109,32 @@ def plan(
 
     job, path = read_job(job_file, overrides), output / "plan.json"
     check_writable(path)
-    with _progress("planning", quiet=as_json) as report:
-        found = search(job, top, report, _share(gap))
+    try:
+        with _progress("planning", quiet=as_json) as report:
+            found = search(job, top, report, _share(gap))
+    except NothingFitsError as error:
+        _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
     if as_json:
         _print_json(show.plan_json(found))
         return
     show.print_plan(found)
     typer.echo(f"written to {path}")
+
+
+def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoReturn:
+    """The sentence of the error, and the changes that would make the nearest miss fit."""
+    from planner import show
+    from planner.remedies import remedy_lines, when_nothing_fits
+
+    found = when_nothing_fits(job, error.misses)
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        _print_json(show.nothing_fits_json(error, found))
+    else:
+        for line in remedy_lines(found, "the nearest"):
+            print(line, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -129,6 +147,7 @@ def simulate(
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
     from simulator.layout_text import parse_layout
@@ -144,10 +163,12 @@ def simulate(
         from reports.trace import chrome_trace
 
         write_json(trace, chrome_trace(prediction))
+    found = advice(job, prediction)
     if as_json:
-        _print_json(show.prediction_json(prediction))
+        _print_json(show.prediction_json(prediction) | show.remedies_json(found))
         return
     show.print_columns([("predicted", prediction)], job)
+    show.print_advice(prediction, job, found)
 
 
 @app.command()
@@ -183,15 +204,24 @@ def explain(
     from planner.explain import explain as compare
     from planner.explain import sentences
     from planner.plan import read_plan
+    from planner.remedies import advice
 
     read = read_plan(plan_file)
     columns = compare(read, against)
+    # The plain baseline is there to be compared; nobody wants to make it fit.
+    found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
     if as_json:
-        _print_json({name: show.prediction_json(p) for name, p in columns} | {"reasons": sentences(columns)})
+        documents = {name: show.prediction_json(p) for name, p in columns}
+        for name, one in found.items():
+            documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
+        _print_json(documents | {"reasons": sentences(columns)})
         return
     show.print_columns(columns, read.job)
     for sentence in sentences(columns):
         typer.echo(sentence)
+    for name, one in found.items():
+        show.print_memory(name, dict(columns)[name], read.job)
+        show.print_advice(dict(columns)[name], read.job, one, name)
 
 
 @app.command()
@@ -447,6 +477,54 @@ def validate_sync(
     for count, ways in found["workers"].items():
         show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
     typer.echo(f"written to {output / 'sync.md'}")
+
+
+@app.command()
+def report(
+    plan_given: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_DIR", help="A plan, or a folder with plan.json and what was measured.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write; beside the plan.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output of `validate published --json`; validation.json beside the plan."),
+    ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Plan the job on these numbers of nodes too, or none; nearby by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
+    import dataclasses
+    import math
+
+    from planner.explain import explain, sentences
+    from planner.other_nodes import PATIENCE, node_counts, plans_for
+    from planner.plan import read_plan
+    from reports.page import write_report
+    from reports.page_inputs import find_inputs, find_plan
+    from simulator.files import check_writable
+
+    path = find_plan(plan_given)
+    read, folder = read_plan(path), output or path.parent
+    check_writable(folder / "report.html")
+    counts = node_counts(read, nodes)
+    inputs = find_inputs(read, path.parent, validation)
+    with _progress("planning", quiet=as_json) as progress:
+        plans, notes = plans_for(read, counts, progress, PATIENCE if nodes is None else math.inf)
+    written = write_report(
+        read,
+        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
+        folder,
+    )
+    if as_json:
+        _print_json({"page": str(written[0]), "files": [str(one) for one in written]})
+        return
+    for one in written:
+        typer.echo(f"written to {one}")
 
 
 @app.command()

@@ -33,11 +33,12 @@ _MEANING = {
 
 def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Prediction]]:
     """The predictions to put side by side: the winner, the plain data-parallel baseline, and a layout of the user's.
+    The winner's and the user's are made now, with their timelines.
 
     Raises:
         UserError: `against` is no layout, or one that cannot run this job; the reasons are its `problems`.
     """
-    columns = [("recommended", plan.best)]
+    columns = [("recommended", simulate(plan.job, plan.best.layout, trace=True))]
     if plan.baseline.layout != plan.best.layout:
         columns.append(("data parallel", plan.baseline))
     if against is not None:
@@ -45,7 +46,7 @@ def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Predictio
         problems = layout.problems(plan.job)
         if problems:
             raise UserError(f"layout '{against}' cannot run this job: {'; '.join(problems)}")
-        columns.append(("yours", simulate(plan.job, layout)))
+        columns.append(("yours", simulate(plan.job, layout, trace=True)))
     return columns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simulator.checks import check_job
 from simulator.errors import UserError
@@ -11,6 +12,7 @@ from simulator.files import STRICT, read_json, to_dataclass, write_json
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.results import Prediction
+from simulator.risk import out_of_memory_probability
 
 VERSION = 1
 
@@ -36,7 +38,10 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline."""
+    """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline.
+
+    safer is the fastest layout that is unlikely to run out of memory, where the best one is not (risk.HIGH_RISK) and
+    there is one."""
 
     job: Job
     best: Prediction
@@ -44,6 +49,7 @@ class Plan:
     baseline: Prediction
     certificate: Certificate
     provenance: dict[str, str]
+    safer: Prediction | None = None
     version: int = VERSION
 
     __pydantic_config__ = STRICT
@@ -58,7 +64,7 @@ def read_plan(path: Path | str) -> Plan:
     data = read_json(path, "plan")
     if data.get("version") != VERSION:
         raise UserError(f"plan '{path}': version = {data.get('version')!r} is not {VERSION}; plan again")
-    plan = to_dataclass(Plan, data, f"plan '{path}'")
+    plan = to_dataclass(Plan, _with_risks(data), f"plan '{path}'")
     check_job(plan.job, f"plan '{path}'")
     for name, prediction in (("best", plan.best), ("baseline", plan.baseline)):
         if len(prediction.memory_per_stage) != prediction.layout.pp:
@@ -74,6 +80,22 @@ def read_plan(path: Path | str) -> Plan:
     if problems:
         raise UserError(f"plan '{path}': the layout '{plan.layout.short()}' cannot run this job: {problems[0]}")
     return plan
+
+
+def _with_risks(data: dict[str, Any]) -> dict[str, Any]:
+    """The data of a plan, also of one that was written before predictions had a probability of running out of
+    memory: what is held against the memory there is was then the peak of the fullest rank."""
+    runners = data.get("runners_up")
+    predictions = [data.get("best"), data.get("baseline"), *(runners if isinstance(runners, list) else [])]
+    try:
+        room, stack = data["job"]["cluster"]["gpu"]["memory"], data["job"]["stack"]["name"]
+        for one in predictions:
+            if "out_of_memory_probability" not in one:
+                one["out_of_memory_probability"] = out_of_memory_probability(one["memory"]["peak"], room, stack)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        # What is missing or wrong gets its sentence where the plan is checked.
+        pass
+    return data
 
 
 def write_plan(plan: Plan, path: Path | str) -> Path:

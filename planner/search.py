@@ -34,9 +34,10 @@ from simulator.critical_path import PipelineTimes, critical_path, message_ways, 
 from simulator.errors import NothingFitsError
 from simulator.job import Job
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
-from simulator.memory import capacity, fullest, memory_per_rank
+from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
 from simulator.screen import Screened, screen
 from simulator.simulate import simulate
 from simulator.stage import StageCost
@@ -61,10 +62,11 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
     report("listing layouts", 0.0)
-    search = _Search(job, job.search, top, gap, report)
-    best = search.run()
+    search = _Search(job, job.search, report)
+    best = search.run(top, gap)
     if not best:
-        raise NothingFitsError(_nothing_fits(job, search))
+        misses = search.misses(3)
+        raise NothingFitsError(_nothing_fits(job, search, misses), misses)
     certificate = Certificate(
         space=len(search.columns),
         illegal=len(search.columns) - len(search.rows),
@@ -74,7 +76,10 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
         lower_bound_gap=max(0.0, 1 - search.least / best[0].step_seconds) if search.least < math.inf else 0.0,
         seconds=time.perf_counter() - started,
     )
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job))
+    safer = search.run(1, safe=True) if best[0].out_of_memory_probability > HIGH_RISK else []
+    return Plan(
+        job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), safer[0] if safer else None
+    )
 
 
 @dataclass(order=True)
@@ -89,25 +94,33 @@ class _Entry:
 
 
 class _Search:
-    """One walk through a space. After it `least` is the bound of the best layout that was not simulated."""
+    """A space, screened, and walks through it. After one `least` is the bound of the best layout that it left."""
 
-    def __init__(self, job: Job, limits: Search, top: int, gap: float, report: Progress) -> None:
-        self.job, self.top, self.gap, self.report = job, top, gap, report
+    def __init__(self, job: Job, limits: Search, report: Progress) -> None:
+        self.job, self.report = job, report
         self.columns = space(job, limits)
         report(f"screening {len(self.columns):,} layouts", 0.0)
         self.rows = np.flatnonzero(legal(job, self.columns))
         self.legal = self.columns.take(self.rows)
         screened = screen(job, self.legal)
         self.seconds, self.memory = _with_stragglers(job, self.legal, screened) * ROUNDING, screened.memory * ROUNDING
-        self.fits = self.memory <= _capacities(job, self.legal)
-        self.out_of_memory = int(np.count_nonzero(~self.fits))
-        self.missed: list[tuple[float, Layout]] = []
-        self.simulated, self.least = 0, math.inf
+        if job.cluster.gpu.kind != "gpu":
+            # Ranks that share a machine's memory run out together: one of them says nothing.
+            self.memory[:] = 0.0
+        self.rooms = _capacities(job, self.legal)
+        self.fits = self.memory <= self.rooms
+        self.least = math.inf
+        self.entries: dict[int, _Entry] = {}
+        self.predictions: dict[Layout, Prediction] = {}
         self.found: list[Prediction] = []
+        self.missed: list[tuple[float, Layout]] = []
+        self.out_of_memory = self.simulated = 0
         self.pipelines: dict[tuple[object, ...], PipelineTimes] = {}
 
-    def run(self) -> list[Prediction]:
-        """The best layouts, best first; empty if nothing fits."""
+    def run(self, top: int, gap: float = 0.0, safe: bool = False) -> list[Prediction]:
+        """The best layouts, best first; empty if nothing fits. `safe` are those unlikely to run out of memory."""
+        self.top, self.gap, self.safe, self.found = top, gap, safe, []
+        self.out_of_memory, self.simulated, self.missed = int(np.count_nonzero(~self.fits)), 0, []
         fitting = np.flatnonzero(self.fits)
         order = fitting[np.argsort(self.seconds[fitting], kind="stable")]
         queue: list[_Entry] = []
@@ -119,6 +132,9 @@ class _Search:
                 self.least = bound
                 break
             if screened <= bound:
+                if safe and self._risk(self.memory[order[at]], self.rooms[order[at]]) > HIGH_RISK:
+                    at += 1
+                    continue
                 heapq.heappush(queue, self._costed(int(order[at])))
                 at += 1
                 continue
@@ -141,20 +157,26 @@ class _Search:
         return self.found[-1].step_seconds * (1 - self.gap)
 
     def _costed(self, row: int) -> _Entry:
-        """The second level."""
-        layout = self.legal.layout(row)
-        stages = stage_costs(self.job, layout)
-        bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
-        return _Entry(bound, row, 2, layout, stages)
+        """The second level, or what an earlier walk has found."""
+        if row not in self.entries:
+            layout = self.legal.layout(row)
+            stages = stage_costs(self.job, layout)
+            bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
+            self.entries[row] = _Entry(bound, row, 2, layout, stages)
+        return self.entries[row]
 
     def _holds(self, entry: _Entry) -> bool:
         """Whether a layout fits, to the byte."""
-        peak = fullest(memory_per_rank(self.job, entry.layout, entry.stages)).peak
-        over = peak - capacity(self.job, entry.layout)
-        if over > 0:
+        ranks = memory_per_rank(self.job, entry.layout, entry.stages)
+        need, room = needed(self.job, entry.layout, ranks), capacity(self.job, entry.layout)
+        if need > room:
             self.out_of_memory += 1
-            self.missed.append((over, entry.layout))
-        return over <= 0
+            self.missed.append((need - room, entry.layout))
+            return False
+        return not self.safe or self._risk(need, room) <= HIGH_RISK
+
+    def _risk(self, need: float, room: float) -> float:
+        return out_of_memory_probability(need, room, self.job.stack.name)
 
     def _alone(self, entry: _Entry) -> float:
         """The third level."""
@@ -172,7 +194,9 @@ class _Search:
         return critical_path(self.job, entry.layout, entry.stages)
 
     def _simulate(self, layout: Layout) -> None:
-        self.found.append(simulate(self.job, layout))
+        if layout not in self.predictions:
+            self.predictions[layout] = simulate(self.job, layout)
+        self.found.append(self.predictions[layout])
         self.simulated += 1
         self.found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
         del self.found[self.top :]
@@ -180,14 +204,13 @@ class _Search:
     def misses(self, count: int) -> list[tuple[float, Layout]]:
         """The layouts that need least more than there is, with how many bytes that is."""
         found = heapq.nsmallest(count, self.missed, key=lambda miss: miss[0])
-        limits = _capacities(self.job, self.legal)
         left = np.flatnonzero(~self.fits)
-        for row in left[np.argsort((self.memory - limits)[left], kind="stable")].tolist():
-            if len(found) == count and self.memory[row] - limits[row] >= found[-1][0]:
+        for row in left[np.argsort((self.memory - self.rooms)[left], kind="stable")].tolist():
+            if len(found) == count and self.memory[row] - self.rooms[row] >= found[-1][0]:
                 break
             layout = self.legal.layout(row)
-            peak = fullest(memory_per_rank(self.job, layout, stage_costs(self.job, layout))).peak
-            found.append((peak - capacity(self.job, layout), layout))
+            need = needed(self.job, layout, memory_per_rank(self.job, layout, stage_costs(self.job, layout)))
+            found.append((need - capacity(self.job, layout), layout))
             found = heapq.nsmallest(count, found, key=lambda miss: miss[0])
         return found
 
@@ -234,8 +257,8 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
 
 def _baseline(job: Job) -> Prediction:
     """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
-    search = _Search(job, without_model_parallelism(job), 1, 0.0, lambda what, fraction: None)
-    found = search.run() or [simulate(job, layout) for _, layout in search.misses(1)]
+    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None)
+    found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
     return found[0] if found else _impossible_baseline(job)
 
 
@@ -256,12 +279,11 @@ def _impossible_baseline(job: Job) -> Prediction:
     )
 
 
-def _nothing_fits(job: Job, search: _Search) -> str:
+def _nothing_fits(job: Job, search: _Search, misses: list[tuple[float, Layout]]) -> str:
     """One sentence: the nearest misses and by how much."""
     where = f"{job.model.name} on {job.nodes} x {job.cluster.name}"
     if not len(search.columns):
         return f"no layout of {where}: no sizes that [search] allows multiply to its {job.world_size} ranks"
-    misses = search.misses(3)
     if not misses:
         example = next(candidates(job), None)
         reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""

@@ -13,13 +13,27 @@ from rich.table import Table
 
 from planner.compare import Comparison
 from planner.explain import mathematics, memory_rows, time_rows
+from planner.memory_report import (
+    BLOCKS,
+    ITEMS,
+    PLAIN_BLOCKS,
+    binding,
+    binding_sentence,
+    chart,
+    fullest_samples,
+    stage_rows,
+)
 from planner.plan import Plan
+from planner.remedies import Remedies, remedy_lines, risk_sentence, show_risk
+from simulator.errors import NothingFitsError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
+from simulator.memory import capacity
 from simulator.profile import Profile
 from simulator.program import build_program, own_seconds
 from simulator.results import Alone, Measurement, Prediction
+from simulator.risk import memory_residuals
 from simulator.sync_rules import changes_mathematics
 from simulator.units import show_bytes, show_seconds
 
@@ -33,6 +47,25 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
     return document
 
 
+def remedies_json(found: Remedies) -> dict[str, Any]:
+    """What would make a layout fit, or lower its risk, in the documents of `--json`; `nearest` where nothing does."""
+    document: dict[str, Any] = {"remedies": plain(found.found)}
+    return document | ({"nearest": plain(found.nearest), "short_by": found.short_by} if found.nearest else {})
+
+
+def nothing_fits_json(error: NothingFitsError, found: Remedies) -> dict[str, Any]:
+    """What `layoutwise plan --json` prints where nothing fits."""
+    misses = [{"layout": plain(layout), "short_by": over} for over, layout in error.misses]
+    return {"problems": [str(error)], "misses": misses, **remedies_json(found)}
+
+
+def memory_json(prediction: Prediction, job: Job) -> dict[str, Any]:
+    """What `explain --json` says of the memory of a prediction with its timeline: what decides, and the fullest rank
+    over the step."""
+    samples = [{"seconds": s.seconds, "op": s.op, "memory": plain(s.memory)} for s in fullest_samples(prediction)]
+    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples}
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
     """What `layoutwise plan --json` prints."""
     return {
@@ -41,6 +74,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "runners_up": [prediction_json(p) for p in plan.runners_up],
         "baseline": prediction_json(plan.baseline),
         "certificate": plain(plan.certificate),
+        "safer": prediction_json(plan.safer) if plan.safer else None,
     }
 
 
@@ -59,8 +93,10 @@ def print_plan(plan: Plan) -> None:
     synced = any(p.layout.sync != "all_reduce" for _, p in shown)
     table = _table(
         "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
-        *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB",
+        *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB", "OOM risk",
     )  # fmt: skip
+    if plan.safer and plan.safer.layout not in [p.layout for _, p in shown]:
+        shown.append(("safer", plan.safer))
     for place, p in [*shown, ("data parallel", plan.baseline)]:
         if p is plan.baseline:
             table.add_section()
@@ -77,6 +113,7 @@ def print_plan(plan: Plan) -> None:
             escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
         )
     console.print(f"recommended: {best.layout.short()}")
+    console.print(escape(risk_sentence(best, job, plan.safer)))
     if warning := mathematics(best):
         console.print(escape(warning))
     c = plan.certificate
@@ -112,8 +149,12 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     for item, meaning, values in memory_rows(columns):
         memory.add_row(item, meaning, *(show_bytes(v) for v in values))
     memory.add_section()
-    limit = show_bytes(job.cluster.gpu.memory)
-    memory.add_row("peak", f"of {limit} that a rank has", *(show_bytes(p.memory.peak) for _, p in columns))
+    limits = dict.fromkeys(show_bytes(capacity(job, p.layout)) for _, p in columns)
+    has = f"of {' or '.join(limits)} that a rank has"
+    memory.add_row("peak", has, *(show_bytes(p.memory.peak) for _, p in columns))
+    spread = memory_residuals().of(job.stack.name).log_sigma
+    risk = f"of running out: predicted peaks err by {spread:.0%}"
+    memory.add_row("OOM risk", risk, *(show_risk(p.out_of_memory_probability) for _, p in columns))
     console.print(memory)
 
 
@@ -162,6 +203,34 @@ def print_comparison(found: Comparison, job: Job) -> None:
     for name, formula, rate, seconds in found.textbook:
         table.add_row(name, escape(formula), f"{rate / 1e9:.3g} GB/s", show_seconds(seconds))
     console.print(table)
+
+
+def print_memory(name: str, prediction: Prediction, job: Job) -> None:
+    """The memory of a prediction with its timeline: by pipeline stage, and the fullest rank over the step."""
+    console, layout = _console(), prediction.layout
+    table = _table("pipeline rank", *ITEMS, "peak")
+    for ranks, memory in stage_rows(prediction):
+        table.add_row(ranks, *(f"{getattr(memory, item) / 2**30:.2f}" for item in (*ITEMS, "peak")))
+    console.print(f"memory of {name} in GiB, each pipeline rank at its fullest")
+    console.print(table)
+    samples = fullest_samples(prediction)
+    console.print(f"{name}, pipeline rank {samples[0].rank} over the step; dashes: what there is")
+    encoding = console.encoding.lower()
+    blocks = BLOCKS if encoding.startswith("utf") else PLAIN_BLOCKS
+    for line in chart(samples, prediction.step_seconds, capacity(job, layout), blocks=blocks):
+        console.print(escape(line))
+    console.print(f"{name}: {binding_sentence(job, prediction)}")
+
+
+def print_advice(prediction: Prediction, job: Job, found: Remedies, name: str = "") -> None:
+    """What would make a layout fit, a line each; of one that fits its risk, and what lowers it."""
+    console = _console()
+    if prediction.fits:
+        said = risk_sentence(prediction, job, found.found[0] if found.found else None)
+        console.print(escape(f"{name}: {said}" if name else said))
+        return
+    for line in remedy_lines(found, name):
+        console.print(escape(line))
 
 
 def print_measurement(measured: Measurement, predicted: Prediction) -> None:
@@ -304,6 +373,7 @@ def _number_cells(p: Prediction) -> list[str]:
         f"{p.tokens_per_second_per_gpu:,.0f}",
         f"{p.mfu:.1%}",
         f"{p.memory.peak / 2**30:.1f}{fits}",
+        show_risk(p.out_of_memory_probability),
     ]
 
 

@@ -212,6 +212,7 @@ class _Interpreter:
             hybrid_shard=True,
             recompute=("none", "selective", "full"),
             selective_recompute=self._selective(stack),
+            offloaded_blocks=self._offloaded(),
             context_parallel=stack.context_parallel or "ring",
             expert_dispatch=stack.expert_dispatch or "all_to_all",
             model_families=(),
@@ -226,6 +227,11 @@ class _Interpreter:
             if word in self.row.text("recompute_detail"):
                 found |= kernels
         return found or stack.selective_recompute
+
+    def _offloaded(self) -> int:
+        """Blocks whose activations go to the host, which has no column."""
+        found = re.search(r"activation CPU offload of (\d+) layers", self.row.text("notes"))
+        return int(found[1]) if found else 0
 
     def _training(self) -> Training:
         precision = self.row.text("precision") or self._assume("precision", self.rules.get("precision", "bf16"))
@@ -257,7 +263,8 @@ class _Interpreter:
             raise SkippedError(f"schedule '{schedule}' is not known{nearest(schedule, SCHEDULES)}")
         if pp == 1:
             schedule = "1F1B"
-        chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE else 1
+        alone = schedule in job.stack.single_stage_schedules and row.count("vpp") is None
+        chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE and not alone else 1
         schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == 1 else schedule
         micro = [row.count("mbs") or 0]
         if micro == [0]:

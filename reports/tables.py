@@ -74,12 +74,13 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def prediction_table(predictions: Sequence[tuple[str, Prediction]]) -> str:
-    """A Markdown table of predicted layouts: step, throughput, MFU, memory."""
-    lines = ["| | layout | step | tokens/s/GPU | MFU | GiB per GPU |", "|---|---|---:|---:|---:|---:|"]
+    """A Markdown table of predicted layouts: step, throughput, MFU, memory, and the risk of running out of it."""
+    header = "| | layout | step | tokens/s/GPU | MFU | GiB per GPU | risk of running out |"
+    lines = [header, "|---|---|---:|---:|---:|---:|---:|"]
     for name, p in predictions:
         fits = "" if p.fits else " (does not fit)"
         lines.append(
             f"| {name} | `{p.layout.short()}` | {show_seconds(p.step_seconds)} | {p.tokens_per_second_per_gpu:,.0f} "
-            f"| {p.mfu:.1%} | {p.memory.peak / 2**30:.1f}{fits} |"
+            f"| {p.mfu:.1%} | {p.memory.peak / 2**30:.1f}{fits} | {p.out_of_memory_probability:.0%} |"
         )
     return "\n".join(lines) + "\n"

@@ -9,6 +9,8 @@ from typing import Any
 from simulator.results import MeasuredTimeline, Prediction, Span
 
 STREAMS = ("compute", "send", "recv", "dp")
+# From what is there all the time to what comes and goes.
+ITEMS = ("overhead", "parameters", "optimizer", "gradients", "buffers", "activations")
 _MESSAGE = re.compile(r"PP:(?P<stage>\d+)(?P<way>SEND|RECV)_(?P<kind>[FB])(?P<microbatch>\d+)")
 
 Event = dict[str, Any]
@@ -18,7 +20,7 @@ def chrome_trace(prediction: Prediction) -> dict[str, Any]:
     """The timeline as `traceEvents`, times in microseconds.
 
     A process per pipeline rank; a thread per stream, and further ones where spans of a stream overlap; an arrow from
-    every send to its receive; a counter of bytes, what is there all the time below the activations.
+    every send to its receive; a counter of bytes, by item.
     """
     alike = prediction.layout.world_size // prediction.layout.pp
     many = f" ({alike} alike)" if alike > 1 else ""
@@ -95,11 +97,9 @@ def _arrows(events: list[Event]) -> Iterator[Event]:
 
 
 def _memory(prediction: Prediction) -> Iterator[Event]:
-    """Bytes of each rank over time. At its peak a rank with one stage holds what `memory_per_stage` says, with several
-    stages at most that; all but the activations is there from the first moment."""
+    """Bytes of each rank over time, by item: a stack of areas whose largest height is the rank's peak."""
     for sample in prediction.timeline.memory:
-        memory = prediction.memory_per_stage[sample.rank]
-        held = {"static": memory.peak - memory.activations, "activations": sample.activations}
+        held = {item: getattr(sample.memory, item) for item in ITEMS}
         yield {"ph": "C", "pid": sample.rank, "name": "memory (bytes)", "ts": sample.seconds * 1e6, "args": held}
 
 

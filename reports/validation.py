@@ -25,9 +25,10 @@ from simulator.errors import UserError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
-from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.memory import fragmented, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
+from simulator.risk import shortfall
 from simulator.simulate import simulate
 
 GIB = 2**30
@@ -89,15 +90,16 @@ class Result:
 
     @property
     def predicted_memory(self) -> float | None:
-        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi` mean all memory of the device,
-        `allocated`, and MLPerf's rows, what torch has given out, and others are taken to be what torch has reserved."""
+        """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi`, or a share of the device's
+        memory, mean all that is taken of it, `allocated`, and MLPerf's rows, what torch has given out, and others are
+        taken to be what torch has reserved."""
         if self.prediction is None or self.case is None:
             return None
         memory, notes = self.prediction.memory, self.row.text("notes")
-        if "nvidia-smi" in notes:
+        if re.search(r"nvidia-smi|% of \d+ GB", notes):
             return memory.peak / GIB
         allocated = memory.peak - memory.overhead
-        reserved = allocated * (1 + self.case.job.cluster.gpu.fragmentation)
+        reserved = allocated + fragmented(self.case.job, memory.activations, memory.buffers)
         given_out = "allocated" in notes or "MLPerf" in self.row.text("framework")
         return (allocated if given_out else reserved) / GIB
 
@@ -285,7 +287,7 @@ def _fastest(case: Case) -> Prediction:
 
 def _fits(job: Job, layout: Layout) -> bool:
     """What `simulate` says too, but without the simulation."""
-    return not shortfall(job, layout, fullest(memory_per_rank(job, layout, stage_costs(job, layout))))
+    return not shortfall(job, layout, memory_per_rank(job, layout, stage_costs(job, layout)))
 
 
 def _error(result: Result) -> float:

@@ -243,8 +243,8 @@ def page(validation: Validation, ours: bool) -> str:
         fit_table(validation).markdown(),
         "A row that leaves the micro batch open fits if any choice does. Sources count peak memory in several ways: "
         "it is compared with the bytes that torch has given out where a row's notes say `allocated`, with all that is "
-        "taken of the device where they say `nvidia-smi`, and elsewhere with what torch has reserved. GB are turned "
-        "into GiB where the notes say GB.",
+        "taken of the device where they say `nvidia-smi` or name a share of it, and elsewhere with what torch has "
+        "reserved. GB are turned into GiB where the notes say GB.",
         memory_table(validation).markdown(),
         "## What is assumed",
         "Cells that a source leaves empty are filled by the rules of its software (`reports/data/framework.toml`), "

@@ -15,8 +15,15 @@ from simulator.stack import Stack
 NORMS = ("layernorm", "rmsnorm")
 
 
-def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+# Matmuls that LoRA puts adapters beside: those of attention (arXiv 2106.09685, section 4.2).
+_ADAPTED = ("qkv", "q", "k", "v", "q_a", "q_b", "kv_a", "kv_b", "attention_out")
+
+
+def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str, frozen: bool = False) -> float:
     """Bytes that kernels keep for the backward pass.
+
+    Frozen weights have no gradient, so matmuls keep no input but where an adapter sits beside them, which needs it in
+    16 bits.
 
     Rule: inputs of matmuls (each tensor counted once), what the stack's elementwise table keeps, Q, K, V, output and
     fp32 row sums of fused attention; the probabilities (and dropout's mask and copy) of an unfused one. Logits are
@@ -26,7 +33,9 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
     width, inputs = activation_width(precision), stack.recipes[precision].matmul_inputs
     total = 0.0
     for kernel in kernels:
-        if isinstance(kernel, Matmul):
+        if isinstance(kernel, Matmul) and frozen:
+            total += kernel.saved * width if kernel.name in _ADAPTED else 0.0
+        elif isinstance(kernel, Matmul):
             total += kernel.saved * (width if inputs is None or not kernel.quantised else inputs)
         elif isinstance(kernel, Attention):
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
@@ -42,12 +51,25 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> floa
 
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
-    (and dropout's mask and copy)."""
+    (and dropout's mask and copy), with the copies that the stack's softmax keeps besides."""
     rows = core.batch * core.heads * core.queries
     if stack.attention[0] not in UNFUSED:
         return 4 * rows
     width = activation_width(precision)
-    return rows * core.keys * (2 * width + 1 if stack.dropout else width)
+    copies = stack.elementwise[UNFUSED[stack.attention[0]]].saved * width
+    return rows * core.keys * (copies + (2 * width + 1 if stack.dropout else width))
+
+
+def weight_input_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that the gradients of weights need beside those of outputs: the inputs of matmuls and norms. The input of
+    a matmul behind an attention core is the output of the core."""
+    width, total = activation_width(precision), 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Attention):
+            total += kernel.batch * kernel.heads * kernel.queries * kernel.v_dim * width
+        elif isinstance(kernel, Matmul) or kernel.name in NORMS:
+            total += saved_bytes([kernel], stack, precision)
+    return total
 
 
 def recomputed_share(kernel: Kernel, stack: Stack) -> float:
@@ -88,19 +110,24 @@ def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
     return elements * activation_width(precision)
 
 
-def kept_logits(stack: Stack, precision: str) -> float:
+def _alive_logits(stack: Stack, cut: bool) -> float:
+    """Bytes of each logit that are alive at once in a loss that is not in place; `cut`: tp cuts the vocabulary."""
+    return stack.parallel_logits_bytes if cut and stack.parallel_logits_bytes is not None else stack.logits_bytes
+
+
+def kept_logits(stack: Stack, precision: str, cut: bool) -> float:
     """Bytes of each logit from the loss to its backward: the logits as they are where the loss writes their gradient in
     their place, else their fp32 logarithms."""
     if stack.loss_in_place:
         return activation_width(precision)
-    return min(4.0, stack.logits_bytes)
+    return min(4.0, _alive_logits(stack, cut))
 
 
-def _passing_logits(stack: Stack, precision: str, logits: float) -> float:
+def _passing_logits(stack: Stack, precision: str, cut: bool, logits: float) -> float:
     """Bytes that a loss works with besides what it has kept."""
     if stack.loss_in_place:
         return min(4.0 * logits, stack.loss_piece_bytes)
-    return (stack.logits_bytes - kept_logits(stack, precision)) * logits
+    return (_alive_logits(stack, cut) - kept_logits(stack, precision, cut)) * logits
 
 
 def working_bytes(
@@ -131,19 +158,27 @@ def working_bytes(
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
             keys = groups * kernel.keys * (kernel.qk_dim + kernel.v_dim)
             made = after = (heads * kernel.queries * kernel.qk_dim + keys) * width
+            if stack.attention[0] in UNFUSED:
+                # The gradients of probabilities and of scores, in every copy that the softmax keeps.
+                copies = 2 * (1 + stack.elementwise[UNFUSED[stack.attention[0]]].saved)
+                made += heads * kernel.queries * kernel.keys * copies * width
         elif kernel.name == "gradient_add":
             merges += 1
         elif kernel.name == "cross_entropy":
             made, saved = (
-                _passing_logits(stack, precision, kernel.elements),
-                kept_logits(stack, precision) * kernel.elements,
+                _passing_logits(stack, precision, kernel.cut, kernel.elements),
+                kept_logits(stack, precision, kernel.cut) * kernel.elements,
             )
-            after = kernel.elements * width
+            # A loss in pieces has no gradient of all logits.
+            after = kernel.elements * (width if stack.loss_in_place else min(width, _alive_logits(stack, kernel.cut)))
             if stack.loss_in_place:
                 # The gradient lies where the logits lay, and goes with the matmul that made them.
                 after, late, saved = 0.0, saved, 0.0
         elif kernel.name == "gated_activation":
             made = after = 2 * kernel.elements * width
+            if stack.elementwise[kernel.name].in_place:
+                # The gradients lie where the inputs lay.
+                made = 0.0
         elif kernel.name in NORMS:
             made, after = kernel.elements * width, 0.0
         else:

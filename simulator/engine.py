@@ -21,7 +21,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import simpy
 from simpy.core import EmptySchedule
@@ -35,9 +35,9 @@ from simulator.processors import Processors
 from simulator.program import Program
 from simulator.ranks import Process, Rank
 from simulator.rendezvous import Axes, Rendezvous
-from simulator.results import Breakdown, MemorySample, Span, Timeline
+from simulator.results import Breakdown, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import StageCost, Work
+from simulator.stage import Work
 from simulator.step_end import norm_seconds
 
 if TYPE_CHECKING:
@@ -48,21 +48,8 @@ Waiting = Process | simpy.Event | None
 Step = tuple[Callable[..., Waiting], Any]
 
 
-class Compute(NamedTuple):
-    """An op that computes, by fields of StageCost: the work that it is, the bytes that its rank keeps from its begin
-    on, and those that it lets go at its end."""
-
-    work: str
-    keeps: tuple[str, ...] = ()
-    frees: tuple[str, ...] = ()
-
-
-COMPUTE = {
-    "F": Compute("forward", keeps=("saved",)),
-    "B": Compute("backward", keeps=("working",), frees=("working", "saved")),
-    "I": Compute("backward_input", keeps=("working", "deferred"), frees=("working",)),
-    "W": Compute("backward_weight", frees=("deferred", "saved")),
-}
+# Ops that compute, by the field of StageCost that is their work.
+COMPUTE = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
 # Axes whose ranks communicate within every op; that gather parameters together.
@@ -93,7 +80,7 @@ def run_program(
     The critical rank is the one that waits least in bubbles: the pipeline goes at its pace.
 
     Args:
-        trace: keep every span and the bytes of activations over time.
+        trace: keep every span.
         unfold: simulate every rank, not one of each kind.
         slowdown: how many times longer these ranks (global numbers) compute; it unfolds the run.
 
@@ -146,7 +133,6 @@ class _Engine:
         self.reducing = (*GATHERING, *layout.reducing_replicas)
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
-        self.memory: list[MemorySample] = []
         self.pools: dict[int, Processors] = {}
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
@@ -154,7 +140,7 @@ class _Engine:
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
         self.final = {leaf.stage: leaf for leaf in leaves if leaf.kind in GRADIENT}
-        self.work = {kind: [getattr(cost, op.work) for cost in program.stages] for kind, op in COMPUTE.items()}
+        self.work = {kind: [getattr(cost, work) for cost in program.stages] for kind, work in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
             **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
@@ -178,7 +164,7 @@ class _Engine:
         waited = critical.spent.get("bubble", 0.0) + now - sum(critical.spent.values())
         # Rounding is no bubble, and none is negative.
         critical.spent["bubble"] = waited if waited > 1e-9 * now else 0.0
-        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans), tuple(self.memory)))
+        return Run(now, Breakdown(**critical.spent), events, Timeline(tuple(self.spans)))
 
     def _make_rank(self, number: int) -> Rank:
         spec, pool, replicas = self.job.cluster, None, 1
@@ -249,12 +235,6 @@ class _Engine:
             name = str(op) if op.kind == "OPTIMIZER" else f"PP:{op}"
             self.spans.append(Span(self._shown(rank), stream, name, start, self.env.now - start))
 
-    def _keep(self, rank: Rank, cost: StageCost, *what: str, sign: int = 1) -> None:
-        """Note what a rank keeps from now on, or with `sign` -1 no more."""
-        if self.trace and what:
-            rank.activations += sign * sum(getattr(cost, name) for name in what)
-            self.memory.append(MemorySample(self._shown(rank), self.env.now, rank.activations))
-
     def _reduces(self, op: Op) -> bool:
         """Whether gradients of the op's stage are reduced behind it."""
         return self.final.get(op.stage) == op and self.program.stages[op.stage or 0].reduce > 0
@@ -275,7 +255,6 @@ class _Engine:
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        self._keep(rank, cost, *COMPUTE[op.kind].keeps)
         for piece in range(pieces):
             if gathered and not gathered[piece].processed:
                 yield from rank.wait(gathered[piece], "dp")
@@ -286,7 +265,6 @@ class _Engine:
                 rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, self.reducing, piece))
         if reduces and not overlaps:
             rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
-        self._keep(rank, cost, *COMPUTE[op.kind].frees, sign=-1)
         self._span(rank, "compute", op, began)
 
     def _compute_pair(self, rank: Rank, op: Op) -> Process:
@@ -299,12 +277,9 @@ class _Engine:
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        for leaf in op.parts:
-            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].keeps)
         yield self._busy(rank, spent["total"])
         rank.spend_work(spent, (self.env.now - began) / spent["total"] if spent["total"] else 0.0)
         for leaf in op.parts:
-            self._keep(rank, stages[leaf.stage or 0], *COMPUTE[leaf.kind].frees, sign=-1)
             if self._reduces(leaf):
                 rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, self.reducing))
         self._span(rank, "compute", op, began)

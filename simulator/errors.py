@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simulator.layout import Layout
 
 
 class UserError(Exception):
@@ -13,9 +17,14 @@ class UserError(Exception):
 
 
 class NothingFitsError(UserError):
-    """The input is right, but no layout fits it. The message names the nearest misses and by how much."""
+    """The input is right, but no layout fits it. The message names the nearest misses and by how much; `misses` are
+    they, nearest first: bytes too much, and the layout."""
 
     exit_code = 3
+
+    def __init__(self, message: str, misses: Sequence[tuple[float, Layout]] = ()) -> None:
+        super().__init__(message)
+        self.misses = tuple(misses)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -65,10 +65,12 @@ class Attention(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """A memory-bound operation over `elements`; `name` is the key of the stack's elementwise table."""
+    """A memory-bound operation over `elements`; `name` is the key of the stack's elementwise table. A loss says whether
+    tp cuts its vocabulary."""
 
     name: str
     elements: float
+    cut: bool = False
 
 
 Kernel = Matmul | Attention | Pointwise
@@ -230,13 +232,21 @@ def _latent_projections(model: ModelSpec, cut: Cut, kept: float) -> list[Kernel]
 
 def _feed_forward(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     width = model.intermediate_size / cut.tp
-    return _gated(model, cut.tokens, width, attention_input(cut, stack), stack)
+    kept = attention_input(cut, stack)
+    return _gated(model, cut.tokens, width, kept, stack, again=kept if stack.copies_gate_input and cut.tp > 1 else 0.0)
 
 
 def _gated(
-    model: ModelSpec, tokens: float, width: float, kept_tokens: float, stack: Stack, count: float = 1.0
+    model: ModelSpec,
+    tokens: float,
+    width: float,
+    kept_tokens: float,
+    stack: Stack,
+    count: float = 1.0,
+    again: float = 0.0,
 ) -> list[Kernel]:
-    """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them."""
+    """Up, activation, down; `count` experts of `tokens` each. Gate and up are one matmul where the stack fuses them;
+    elsewhere up keeps `again` tokens of its own."""
     h = model.hidden_size
     kept = kept_tokens * h
     down = Matmul("down", tokens, h, width, count * tokens * width, count)
@@ -244,7 +254,7 @@ def _gated(
         return [Matmul("up", tokens, width, h, kept, count), Pointwise("activation", count * tokens * width), down]
     ups: list[Kernel] = [Matmul("gate_up", tokens, 2 * width, h, kept, count)]
     if not stack.fused_projections:
-        ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, 0.0, count)]
+        ups = [Matmul("gate", tokens, width, h, kept, count), Matmul("up", tokens, width, h, again * h, count)]
         ups.append(Pointwise("gradient_add", count * tokens * h))
     return [*ups, Pointwise("gated_activation", count * tokens * width), down]
 
@@ -288,5 +298,5 @@ def head_kernels(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
     return [
         *_norm(cut, model),
         Matmul("output", cut.tokens, vocabulary, model.hidden_size, kept, quantised=False),
-        Pointwise("cross_entropy", cut.tokens * vocabulary),
+        Pointwise("cross_entropy", cut.tokens * (model.vocab_size if stack.gathers_logits else vocabulary), cut.tp > 1),
     ]

@@ -335,7 +335,8 @@ class Layout:
                 found.append(f"stage_layers = {list(self.stage_layers)}: every stage needs a layer")
         if self.virtual_stages > 1 and self.schedule not in MULTI_STAGE:
             found.append(f"schedule {self.schedule} has one stage per rank, but virtual_stages = {self.virtual_stages}")
-        if self.schedule in MULTI_STAGE and (self.virtual_stages == 1 or self.pp == 1):
+        alone = self.virtual_stages == 1 and self.schedule not in job.stack.single_stage_schedules
+        if self.schedule in MULTI_STAGE and (alone or self.pp == 1):
             found.append(f"schedule {self.schedule} needs virtual_stages > 1 and pp > 1")
         elif self.schedule in V_PLACEMENT and self.virtual_stages != 2:
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -39,6 +40,23 @@ def parse_fields(text: str) -> dict[str, Any]:
             raise UserError(f"layout: '{name}' is given twice")
         given[name] = _parse_value(name, hints[name], value)
     return given
+
+
+def difference(before: Layout, after: Layout) -> str:
+    """The fields in which a layout differs from another, as `--layout` takes them.
+
+    >>> difference(Layout(tp=8, dp_shard=4, zero_stage=1), Layout(tp=8, dp_shard=2, pp=2, zero_stage=1))
+    'dp_shard=2 pp=2'
+    """
+    names = [field.name for field in dataclasses.fields(Layout)]
+    changed = [name for name in names if getattr(before, name) != getattr(after, name)]
+    return " ".join(f"{name}={_spelt(getattr(after, name))}" for name in changed)
+
+
+def _spelt(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def complete(given: dict[str, Any], job: Job) -> Layout:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from simulator.layout import Layout, Schedule
@@ -69,29 +70,44 @@ def lifetimes(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
 ) -> tuple[Step, ...]:
     """The ops of a rank and what is alive around them."""
-    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
-    order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
-    held = {stage: Held(stage) for stage in sorted(layout.stages_of(rank))}
-    steps = []
-    for op in [*order, OPTIMIZER]:
-        during = []
-        for leaf in op.leaves:
-            if leaf.stage is None:
-                during.append(Moment(Running(leaf.kind), tuple(held.values())))
-                held = {stage: one._replace(whole=0, reduced=0) for stage, one in held.items()}
-                continue
-            kind, before = leaf.kind, held[leaf.stage]
-            if leaf.stage == 0 and kind in "IW":
-                # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
-                kind = {"I": "NOTHING", "W": "B"}[kind]
-            now, held[leaf.stage] = _around(kind, before, zero_stage == 3)
-            last = ranks == 1 and leaf.microbatch == microbatches - 1
-            running = Running(kind, leaf.stage, not before.whole, last, zero_stage == 3 and bool(before.blocks))
-            during.append(Moment(running, tuple((held | {leaf.stage: now}).values())))
-        steps.append(Step(op, tuple(during), tuple(held.values())))
+    steps: list[Step] = []
+    parts: list[Moment] = []
+    for op, moment, after in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+        parts.append(moment)
+        if len(parts) == len(op.leaves):
+            steps.append(Step(op, tuple(parts), after))
+            parts = []
     return tuple(steps)
 
 
+def _walk(
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+) -> Iterator[tuple[Op, Moment, tuple[Held, ...]]]:
+    """Each op of a rank, or each part of a pair, with its moment and with what it leaves."""
+    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
+    order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
+    stages = sorted(layout.stages_of(rank))
+    place = {stage: i for i, stage in enumerate(stages)}
+    held = [Held(stage) for stage in stages]
+    drops = zero_stage == 3
+    final = microbatches - 1 if ranks == 1 else -1
+    for op in order:
+        for kind, stage, microbatch, _ in op.parts or (op,):
+            assert stage is not None
+            at = place[stage]
+            if stage == 0 and kind in "IW":
+                # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
+                kind = "B" if kind == "W" else "NOTHING"
+            before = held[at]
+            held[at], after = _around(kind, before, drops)
+            first = not before.whole and kind in "BW"
+            moment = Moment(Running(kind, stage, first, microbatch == final, drops and before.blocks > 0), tuple(held))
+            held[at] = after
+            yield op, moment, tuple(held)
+    yield OPTIMIZER, Moment(Running("OPTIMIZER"), tuple(held)), tuple(h._replace(whole=0, reduced=0) for h in held)
+
+
+@functools.lru_cache(maxsize=65536)
 def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
     """What is held of a stage besides what an op works on, and what it leaves. With `drops` blocks are dropped after
     their forward and gathered for their backward."""
@@ -116,6 +132,10 @@ def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
     return held, held
 
 
+# Ops within which nothing passes, so that there is less than within the ops around them.
+_EMPTY = ("NOTHING", "RESHARD", "OPTIMIZER")
+
+
 @functools.lru_cache(maxsize=65536)
 def fullest_moments(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
@@ -123,15 +143,20 @@ def fullest_moments(
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
     moments: dict[Running, set[tuple[Held, ...]]] = {}
-    for step in lifetimes(schedule, rank, ranks, chunks, microbatches, zero_stage):
-        for running, held in step.during:
+    for _, (running, held), _ in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+        if running.kind not in _EMPTY:
             moments.setdefault(running, set()).add(held)
     return tuple(Moment(running, held) for running, found in moments.items() for held in _undominated(found))
 
 
 def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
+    if len(moments) == 1:
+        return list(moments)
     fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
-    flat = {tuple(count for held in moment for count in held): moment for moment in moments}
+    # What is kept and not deferred counts for itself, because it may weigh more than what is.
+    flat = {
+        tuple(count for held in moment for count in (*held, held.kept - held.deferred)): moment for moment in moments
+    }
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):
         if not any(all(map(operator.ge, other, counts)) for other, _ in fullest):

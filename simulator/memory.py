@@ -7,13 +7,12 @@ and gradients of activations besides from the input gradient on.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, StageBytes, stream_bytes
+from simulator.passing import Sharding, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.schedules import as_full
 from simulator.stage import StageCost
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    known: dict[int, StageBytes] = {}
-    return tuple(_RankBytes(job, layout, stages, rank, known).peak() for rank in range(layout.pp))
+    return tuple(_RankBytes(job, layout, stages, rank).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -72,23 +70,11 @@ def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
 class _RankBytes:
     """Gives the counts of a rank's moments their bytes."""
 
-    def __init__(
-        self,
-        job: Job,
-        layout: Layout,
-        stages: tuple[StageCost, ...],
-        rank: int,
-        known: dict[int, StageBytes] | None = None,
-    ) -> None:
+    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> None:
         self.job, self.layout = job, layout
-        # Equal stages of a layout are one object, and so are their bytes.
-        known = {} if known is None else known
         sharding = Sharding.of(job, layout)
         held = {s: stages[s] for s in layout.stages_of(rank)}
-        for stage in held.values():
-            if id(stage) not in known:
-                known[id(stage)] = StageBytes(job, layout, stage, sharding)
-        self.stages = {s: known[id(stage)] for s, stage in held.items()}
+        self.stages = {s: stage_bytes(job, layout, stage, sharding) for s, stage in held.items()}
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
         # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
         microbatches = layout.microbatches(job.training.global_batch_size)
@@ -133,8 +119,15 @@ class _RankBytes:
             "activations": activations,
             "buffers": self.received + buffers,
         }
-        overhead = self.overhead + self.job.cluster.gpu.fragmentation * sum(items.values())
+        overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
+
+
+def fragmented(job: Job, activations: float, buffers: float) -> float:
+    """Bytes that the allocator holds and cannot give out, as a share of what comes and goes within a step. Parameters,
+    gradients and optimizer state are allocated once and stay where they are."""
+    share = job.stack.fragmentation
+    return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
 def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
@@ -163,21 +156,22 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
         optimizer += held(8.0, sharded)
     return {
         "parameters": held(recipe.parameters, sharded),
-        "gradients": held(recipe.gradients, False) * sharding.whole,
+        "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
         "optimizer": optimizer,
     }
 
 
 def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers for tensors from neighbours: activations for all but the first stage, their gradients for all
-    but the last. torch allocates those of all microbatches ahead; others hold two of each."""
+    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
+    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
+    all microbatches ahead; others hold two of each."""
+    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
     if layout.pp == 1:
-        return 0.0
-    size = stream_bytes(job, layout)
+        return buffer
     if not job.stack.preallocates_receives:
-        return 4 * size
+        return buffer + 4 * size
     sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return sides * layout.microbatches(job.training.global_batch_size) * size
+    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
 
 
 def _overhead(job: Job, layout: Layout) -> float:
@@ -186,18 +180,3 @@ def _overhead(job: Job, layout: Layout) -> float:
     sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
     groups = sum(size > 1 for size in sizes)
     return gpu.context_memory + gpu.communicator_memory * groups
-
-
-def shortfall(job: Job, layout: Layout, memory: MemoryBreakdown) -> str:
-    """Why a layout does not fit, with its largest items; empty if it fits."""
-    limit = capacity(job, layout)
-    over = memory.peak - limit
-    if over <= 0:
-        return ""
-    items = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "peak"}
-    largest = sorted(items, key=lambda name: -items[name])[:2]
-    shown = ", ".join(f"{name} {items[name] / 2**30:.1f}" for name in largest)
-    return (
-        f"needs {memory.peak / 2**30:.1f} GiB of {limit / 2**30:.1f}: {over / 2**30:.1f} GiB too much "
-        f"(mostly {shown} GiB)"
-    )

@@ -52,7 +52,7 @@ class Sharding:
     """What a layout does with parameters and gradients.
 
     fsdp: stages are FSDP modules; drops: blocks are gathered for each use alone; scatters: gradients are reduced to
-    shards within every backward; whole: gradients are there, whole, from the first moment of the step on.
+    shards within every backward; whole: gradients have their memory from the first moment of the step on.
     """
 
     fsdp: bool
@@ -75,7 +75,7 @@ class Sharding:
             fsdp,
             layout.zero_stage == 3,
             layout.shards_gradients or (fsdp and layout.pp == 1 and microbatches == 1),
-            not fsdp and (stack.preallocates_gradients or ddp),
+            stack.preallocates_gradients or (ddp and not fsdp),
             training.peft == "none" and not stack.host_optimizer_bandwidth,
             recipe.compute if training.peft == "none" else matmul_input_width(training.precision),
             recipe.gradient_reduce,
@@ -94,6 +94,16 @@ def _copies(job: Job, layout: Layout) -> bool:
     without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
     replicas = layout.dp * layout.cp
     return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
+
+
+def stage_bytes(job: Job, layout: Layout, stage: StageCost, sharding: Sharding) -> StageBytes:
+    """The bytes of a stage. A search asks for them with one schedule after the other, on which nothing of them depends
+    but by the sharding."""
+    known: dict[object, StageBytes] = stage.known_bytes
+    key = (sharding, layout.zero_stage, layout.shards, layout.pp, layout.stages)
+    if key not in known:
+        known[key] = StageBytes(job, layout, stage, sharding)
+    return known[key]
 
 
 class StageBytes:
@@ -122,6 +132,8 @@ class StageBytes:
         """What passes within an op at its fullest."""
         if running not in self._known:
             kind, _, first, last, gathered = running
+            # Without a pipeline only the project's own runtime gathers by the ops of a program.
+            gathered = gathered and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":

@@ -38,7 +38,6 @@ class Rank:
     gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)
     channels: dict[int, Channel] = field(default_factory=dict)
     rings: dict[Axes, Route | None] = field(default_factory=dict)
-    activations: float = 0.0
 
     def spend(self, what: str, seconds: float) -> None:
         """Book seconds."""

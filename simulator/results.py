@@ -74,17 +74,19 @@ class Span:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Bytes that a rank keeps for its backwards from this moment on, or works on in one."""
+    """What a rank holds from this moment on: at the begin of an op what it takes, at its end what it leaves. The first
+    of a rank is its step's begin, with no op; the largest peak of a rank is its peak."""
 
     rank: int
     seconds: float
-    activations: float
+    op: str
+    memory: MemoryBreakdown
 
     __pydantic_config__ = STRICT
 
 
 class Timeline(NamedTuple):
-    """One step of every simulated rank: its spans in the order in which they end, and its activations over time.
+    """One step of every simulated rank: its spans in the order in which they end, and its memory over time.
     `rank` is the pipeline rank, which stands for all that do the same."""
 
     spans: tuple[Span, ...] = ()
@@ -126,6 +128,7 @@ class Prediction:
     its mean.
 
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
+    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py).
     """
 
     layout: Layout
@@ -139,6 +142,7 @@ class Prediction:
     breakdown: Breakdown
     memory: MemoryBreakdown
     memory_per_stage: tuple[MemoryBreakdown, ...]
+    out_of_memory_probability: float
     timeline: Timeline = field(default=Timeline(), compare=False)
     synchronisation: Synchronisation | None = None
 

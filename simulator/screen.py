@@ -16,7 +16,7 @@ from simulator.columns import Column, Columns, distinct
 from simulator.compute import accumulation_seconds
 from simulator.expert_parallel import expert_grid
 from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout
-from simulator.memory import _overhead, _state
+from simulator.memory import _overhead, _state, fragmented
 from simulator.messages import message_bytes, message_shapes
 from simulator.passing import Sharding
 from simulator.step_end import norm_seconds, update_seconds
@@ -113,7 +113,8 @@ class _Screening:
         rows, recipe = distinct(self.grid, self.split)
         layouts = [columns.layout(row) for row in rows.tolist()]
         held = self._held(layouts, recipe)
-        saved = units["saved"][units.code]
+        # Activations that leave for the host are none that are kept; which do is up to the stage.
+        saved = units["saved"][units.code] * (not job.stack.offloaded_blocks)
         firsts, code = distinct(
             *(columns[name] for name in ("pp", "virtual_stages", "stage_layers", "schedule")), self._rounds()
         )
@@ -123,10 +124,10 @@ class _Screening:
         most = np.zeros(len(columns))
         for place in range(ranks.shape[1]):
             own, kept = ranks[code, place, :count], ranks[code, place, count:]
-            activations = _dot(kept, saved)
-            most = np.maximum(most, _dot(own, held) + activations)
+            activations: Any = _dot(kept, saved)
+            most = np.maximum(most, _dot(own, held) + activations + fragmented(job, activations, 0.0))
         overhead = np.array([_overhead(job, layout) for layout in layouts])[recipe]
-        return most * (1 + job.cluster.gpu.fragmentation) + overhead
+        return most + overhead
 
     def _held(self, layouts: list[Layout], recipe: Column) -> Floats:
         """Bytes of the state that is there all through a step, for each unit: linear in parameters and experts'."""

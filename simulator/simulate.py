@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from simulator.engine import run_program
 from simulator.layout import Layout
-from simulator.memory import fullest, memory_per_rank, shortfall
+from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline
+from simulator.memory_curve import memory_curve
 from simulator.program import build_program
 from simulator.results import Prediction
+from simulator.risk import needed, out_of_memory_probability, shortfall
 from simulator.sync_cost import is_simulated, synchronise
 
 if TYPE_CHECKING:
@@ -25,17 +27,20 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
 
     Args:
         layout: a legal one: `layout.problems(job)` is empty.
-        trace: keep every span and the activations over time in `timeline`.
+        trace: keep every span, and the memory over time, in `timeline`.
     """
     program = build_program(job, layout)
     ranks = memory_per_rank(job, layout, program.stages)
     run = run_program(job, layout, program, trace)
+    memory, timeline = fullest(ranks), run.timeline
+    if trace:
+        timeline = timeline._replace(memory=memory_curve(memory_timeline(job, layout, program.stages), timeline.spans))
     step_seconds, breakdown, synchronisation = run.step_seconds, run.breakdown, None
     if is_simulated(job, layout):
         synchronisation, breakdown = synchronise(job, layout, run)
         step_seconds = synchronisation.mean
-    memory = fullest(ranks)
-    reason = shortfall(job, layout, memory)
+    reason = shortfall(job, layout, ranks)
+    risk = out_of_memory_probability(needed(job, layout, ranks), capacity(job, layout), job.stack.name)
     tokens = job.tokens_per_step / step_seconds
     # Ranks that share processors are no more devices than there are.
     per_gpu = tokens / min(layout.world_size, job.world_size)
@@ -59,6 +64,7 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         breakdown=breakdown,
         memory=memory,
         memory_per_stage=ranks,
-        timeline=run.timeline,
+        out_of_memory_probability=risk,
+        timeline=timeline,
         synchronisation=synchronisation,
     )

@@ -38,13 +38,14 @@ class Recipe:
 class Elementwise:
     """One memory-bound operation as this stack runs it: how often it reads or writes each element, in how many
     kernels, forward and backward; and how many copies of the element it keeps for the backward, in the width of
-    activations and in fp32."""
+    activations and in fp32. With in_place the backward writes the gradients of its inputs over what was kept."""
 
     forward: float
     backward: float
     kernels_forward: int
     kernels_backward: int
     saved: float = 0.0
+    in_place: bool = False
     saved_fp32: float = 0.0
 
     __pydantic_config__ = STRICT
@@ -105,6 +106,27 @@ class Stack:
 
     compile: blocks run through torch.compile.
 
+    gathers_logits: every tensor-parallel rank gathers all logits and computes the loss of the whole vocabulary.
+
+    logits_bytes: bytes per logit that are alive at once in the loss; parallel_logits_bytes those where tp cuts the
+    vocabulary, if they are others.
+
+    fragmentation: the share of what comes and goes within a step that PyTorch's allocator holds besides and cannot give
+    out, where it is not the device's.
+
+    reduce_buffer_bytes: a buffer that is allocated once for gradients on their way to the reduction.
+
+    loss_makes_gradients: the forward of the loss computes the gradient of the head's weights (Liger's fused linear
+    cross entropy), which then lives until the backward.
+
+    offloaded_blocks: blocks of a stage whose activations are kept in host memory from their forward to their backward.
+
+    frees_after_input_gradient: a split backward keeps, until the weight gradients, the inputs of what has weights and
+    the gradients of its outputs (zero-bubble's patches of Megatron-LM), where torch keeps everything.
+
+    single_stage_schedules: schedules of several stages per rank that also run with one.
+
+    copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
     syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
     server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
@@ -144,6 +166,15 @@ class Stack:
     fixed_rank_order: bool = False
     dropout: bool = False
     logits_bytes: float = 8.0
+    gathers_logits: bool = False
+    copies_gate_input: bool = False
+    parallel_logits_bytes: float | None = None
+    fragmentation: float | None = None
+    reduce_buffer_bytes: float = 0.0
+    loss_makes_gradients: bool = False
+    offloaded_blocks: int = 0
+    frees_after_input_gradient: bool = False
+    single_stage_schedules: tuple[str, ...] = ()
     loss_in_place: bool = False
     loss_piece_bytes: float = 0.0
     preallocates_gradients: bool = True

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulator.activations import (
     deferred_bytes,
@@ -19,6 +19,7 @@ from simulator.activations import (
     recomputed_share,
     saved_bytes,
     score_bytes,
+    weight_input_bytes,
     working_bytes,
 )
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
@@ -153,6 +154,11 @@ class StageCost:
     deferred: float = 0.0
     blocks: tuple[tuple[UnitCost, int], ...] = ()
 
+    @functools.cached_property
+    def known_bytes(self) -> dict[object, Any]:
+        """What memory.py has found about this stage."""
+        return {}
+
     @property
     def backward_input(self) -> Work:
         """The rest of the backward, which the stage before waits for: recomputation and the input gradient."""
@@ -221,7 +227,7 @@ class StageCosts:
         # Equal groups of a layout are one object.
         key = (blocks, *ends, id(groups))
         if key not in self._stages:
-            units = [self.block(*block, groups) for block in blocks]
+            units = self._offloaded([self.block(*block, groups) for block in blocks])
             if index == 0:
                 units.insert(0, self.embedding(groups))
             if index == self.layout.stages - 1:
@@ -232,6 +238,17 @@ class StageCosts:
                 cost = dataclasses.replace(cost, backward_weight=cost.backward, deferred=0.0)
             self._stages[key] = cost
         return self._stages[key]
+
+    def _offloaded(self, blocks: list[UnitCost]) -> list[UnitCost]:
+        """The blocks of a stage, the first of them with their activations in host memory.
+
+        Two blocks at least stay: the one whose backward runs and the one before it, on its way back. The peak is the
+        end of the forward, when what is offloaded has left.
+        Reference: Transformer Engine's activation offloading (NVIDIA/Megatron-LM@d98e8a64, cpu_offloading_num_layers).
+        Ignored: copies that PCIe or NVLink-C2C cannot hide.
+        """
+        count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
+        return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(
@@ -314,13 +331,16 @@ class StageCosts:
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
         unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, HEAD_CUTS)
-        logits = self.cut.tokens * model.vocab_size / self.layout.tp
-        kept = kept_logits(self.job.stack, self.job.training.precision) * logits
+        logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
+        kept = kept_logits(self.job.stack, self.job.training.precision, self.layout.tp > 1) * logits
+        if self.job.stack.loss_makes_gradients:
+            kept += parameters * self.recipe.compute
         loss = tensor_seconds(self.job, groups.tp, loss_transfers(self.layout, self.cut.tokens))
         return dataclasses.replace(
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
+            deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
             stays_gathered=True,
         )
 
@@ -336,7 +356,7 @@ class StageCosts:
         routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        saved = saved_bytes(kernels, job.stack, precision)
+        saved = saved_bytes(kernels, job.stack, precision, frozen=job.training.peft != "none")
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = (
             tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
@@ -382,6 +402,8 @@ class StageCosts:
             backward += work
             saved, again = saved - dropped, dropped
         deferred = deferred_bytes(kernels, precision)
+        if job.stack.frees_after_input_gradient:
+            deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
             forward,
             backward,

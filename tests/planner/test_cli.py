@@ -57,7 +57,8 @@ def test_plan_json_is_the_contract(
 ) -> None:
     assert call(monkeypatch, "plan", "job.toml", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"job", "best", "runners_up", "baseline", "certificate"}
+    assert set(document) == {"job", "best", "runners_up", "baseline", "certificate", "safer"}
+    assert 0 <= document["best"]["out_of_memory_probability"] <= 1
     assert set(document["certificate"]) == {
         "space", "illegal", "out_of_memory", "bounded", "simulated", "lower_bound_gap", "seconds",
     }  # fmt: skip
@@ -70,7 +71,7 @@ def test_simulate_json_is_the_contract(
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
         "layout", "fits", "problems", "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu",
-        "breakdown", "memory", "memory_per_stage",
+        "breakdown", "memory", "memory_per_stage", "out_of_memory_probability", "remedies",
     }  # fmt: skip
     assert sum(document["breakdown"].values()) == pytest.approx(document["step_seconds"])
     assert list(document["breakdown"]) == [
@@ -92,11 +93,20 @@ def test_explain_reads_what_plan_wrote(
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in EXAMPLES.glob("*.toml") if p.stem != "this-machine"))
-def test_examples_plan(
+def test_examples_are_planned_and_explained(
     example: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", EXAMPLES / example) == 0
-    assert "recommended:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "recommended:" in shown and "OOM risk" in shown
+    assert call(monkeypatch, "explain", "plan.json") == 0
+    shown = capsys.readouterr().out
+    assert "pipeline rank" in shown and "over the step" in shown and "are free" in shown
+    assert call(monkeypatch, "explain", "plan.json", "--json") == 0
+    document = json.loads(capsys.readouterr().out)["recommended"]
+    peaks = [sample["memory"]["peak"] for sample in document["memory_timeline"]]
+    assert max(peaks) == document["memory"]["peak"] == document["binding"]["peak"]
+    assert document["binding"]["free"] >= 0
 
 
 GPU_CLUSTER = """
@@ -230,7 +240,8 @@ def test_bad_input_gets_one_sentence(
     assert call(monkeypatch, *command) == code
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    # Where nothing fits a line each says what would.
+    assert shown.err.startswith("error: ") and (shown.err.count("\n") == 1 or code == 3)
     for word in words:
         assert word in shown.err
     assert sorted(p.name for p in folder.iterdir()) == before, "nothing is written on the way"

@@ -34,7 +34,8 @@ jobs = st.builds(
     stack=st.sampled_from(["megatron-core", "torchtitan", "torchtitan-compile", "megatron-2021"]),
     search=st.just({"micro_batch_size": [1, 2], "recompute": ["none"]}),
 )
-small_spaces = jobs.map(lambda task: dataclasses.replace(task, search=task.search | {"cp": [1], "tp": [1, 4]}))
+SMALL = {"cp": [1], "tp": [1, 4], "pp": [1, 2, 4], "micro_batch_size": [2], "virtual_stages": [1, 2, 3]}
+small_spaces = jobs.map(lambda task: dataclasses.replace(task, search=task.search | SMALL))
 
 
 @given(task=small_spaces)
@@ -221,8 +222,8 @@ def test_a_named_rank_order_is_searched() -> None:
 
 
 def test_more_gpus_never_slow_the_best_where_some_may_idle() -> None:
-    """A law where a space includes the use of fewer nodes: the optimum over at most n nodes cannot grow with n. With all
-    nodes in use it is none: the batch may not divide, and collectives grow."""
+    """A law where a space includes the use of fewer nodes: the optimum over at most n nodes cannot grow with n. With
+    all nodes in use it is none: the batch may not divide, and collectives grow."""
     steps = [
         plan(job("llama-3.1-8b", "dgx-h100", n, global_batch_size=96, seq_len=2048), top=1).best.step_seconds
         for n in (1, 2, 3, 4)

@@ -140,17 +140,14 @@ def test_every_message_has_an_arrow(traced: Traced) -> None:
 
 
 def test_the_memory_counter_peaks_where_memory_says(traced: Traced) -> None:
-    """The peak of a rank's counter is its peak in memory_per_stage. A rank with several stages may be counted there
-    with the largest working set of all of them, where the fullest moment has another's."""
+    """The largest height of a rank's counter is its peak in memory_per_stage, and it ends as it began."""
     prediction, events = traced
     for rank, memory in enumerate(prediction.memory_per_stage):
-        samples = [e["args"] for e in events if e["ph"] == "C" and e["pid"] == rank]
-        assert samples[-1]["activations"] == pytest.approx(0.0, abs=1.0)
-        peak = max(sum(sample.values()) for sample in samples)
-        if prediction.layout.virtual_stages == 1:
-            assert peak == pytest.approx(memory.peak)
-        else:
-            assert 0.9 * memory.peak < peak <= memory.peak * (1 + 1e-9)
+        counters = [e for e in events if e["ph"] == "C" and e["pid"] == rank]
+        assert max(sum(e["args"].values()) for e in counters) == pytest.approx(memory.peak, rel=1e-12)
+        assert counters[0]["ts"] == 0.0 and counters[0]["args"] == counters[-1]["args"]
+        assert [e["ts"] for e in counters] == sorted(e["ts"] for e in counters)
+        assert counters[-1]["ts"] <= prediction.step_seconds * 1e6 * (1 + 1e-9)
 
 
 def test_spans_that_overlap_get_threads_of_their_own(prediction: Prediction) -> None:

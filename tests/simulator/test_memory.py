@@ -11,7 +11,7 @@ from simulator.job import Job, build_job
 from simulator.layout import MULTI_STAGE, Layout
 from simulator.layout_text import parse_layout
 from simulator.lifetimes import fullest_moments, lifetimes
-from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline, shortfall
+from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline
 from simulator.program import stage_costs
 from simulator.results import MemoryBreakdown, MemoryMoment
 
@@ -159,14 +159,6 @@ def test_tensor_parallelism_divides_weights_but_not_norms() -> None:
     norms = 2 * 32 * 4096
     n = task.model.parameters()
     assert rank.parameters == pytest.approx(2 * ((n - norms) / 8 + norms), rel=1e-4)
-
-
-def test_shortfall_names_the_largest_items() -> None:
-    task, layout = job(model="llama-3.1-405b"), Layout(dp_shard=8, zero_stage=1)
-    worst = fullest(memory(task, layout))
-    sentence = shortfall(task, layout, worst)
-    assert "too much" in sentence and "gradients" in sentence and f"{capacity(task, layout) / 2**30:.1f}" in sentence
-    assert shortfall(task, layout, dataclasses.replace(worst, peak=1.0)) == ""
 
 
 def test_peak_is_the_sum_of_its_items() -> None:

@@ -1,0 +1,213 @@
+"""Curves and scatters of a page as plain data, which web/chart.js draws, and as tables for who cannot see them.
+
+A chart: `x` and `y` axes (`label`, `log`), `series` of (`name`, `kind` points | line | area, `color` a place in the
+palette, `points` [x, y, low, high, text], low and high null where no interval is known, low the lower edge of an area;
+`named` where the texts' first words stand beside the points), `levels` (`y`, `label`) and `diagonals` (factors of x).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from planner.plan import Plan
+from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, Ratio, error_figures, exam_groups, step_interval
+from simulator.job import Job
+from simulator.memory import capacity
+from simulator.results import Measurement, MemoryBreakdown, Prediction
+
+GIB = 2**30
+MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if field.name != "peak")
+# Places in the palette of web/page.css: blue, green, orange, sky, purple, grey.
+ITEM_COLORS = {
+    "parameters": 0, "gradients": 2, "optimizer": 3, "activations": 4, "buffers": 5, "overhead": 7, "always there": 7,
+}  # fmt: skip
+MOST_MOMENTS = 600
+# The exam's groups by GPU, stack or architecture with fewer runs than this are not worth a choice of their own.
+LEAST_RUNS = 5
+
+Chart = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+
+def dollars(prediction: Prediction, job: Job, tokens: float = 1e9) -> float | None:
+    """Price of so many tokens on all GPUs of the job; None where the cluster file has no price."""
+    price = job.cluster.price_per_gpu_hour
+    return None if price is None else gpu_hours(prediction, job, tokens) * price
+
+
+def gpu_hours(prediction: Prediction, job: Job, tokens: float = 1e9) -> float:
+    """Hours of all GPUs of the job for so many tokens."""
+    return tokens / prediction.tokens_per_second / 3600 * job.world_size
+
+
+def axis(label: str, log: bool = False, zero: bool = False) -> dict[str, Any]:
+    return {"label": label, "log": log, "zero": zero}
+
+
+def series(name: str, kind: str, color: int, points: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """Points are (x, y), (x, y, text) or (x, y, low, high, text)."""
+    full = []
+    for point in points:
+        x, y, *rest = point
+        low, high = (rest[0], rest[1]) if len(rest) == 3 else (None, None)
+        full.append([_short(x), _short(y), _short(low), _short(high), rest[-1] if rest else ""])
+    return {"name": name, "kind": kind, "color": color, "points": full}
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: more would only make the page longer."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+def memory_chart(prediction: Prediction, job: Job) -> Chart | None:
+    """Bytes of the fullest rank over the step, by item where the timeline tells them apart, else what is always there
+    and the activations above it. None where the prediction was made without a timeline.
+    """
+    ranks = prediction.memory_per_stage
+    rank = max(range(len(ranks)), key=lambda r: ranks[r].peak)
+    samples = [
+        (sample.seconds, _items(sample, ranks[rank])) for sample in prediction.timeline.memory if sample.rank == rank
+    ]
+    if not samples:
+        return None
+    samples.append((prediction.step_seconds, samples[-1][1]))
+    kept = [samples[place] for place in thinned([sum(items.values()) for _, items in samples], MOST_MOMENTS)]
+    areas, below = [], [0.0] * len(kept)
+    for name in kept[0][1]:
+        above = [low + items[name] / GIB for low, (_, items) in zip(below, kept, strict=True)]
+        if above != below:
+            points = [(t, high, low, None, "") for (t, _), high, low in zip(kept, above, below, strict=True)]
+            areas.append(series(name, "area", ITEM_COLORS.get(name, 0), points))
+        below = above
+    return {
+        "x": axis("seconds since the step began"),
+        "y": axis("GiB", zero=True),
+        "series": areas,
+        "levels": [{"y": _short(capacity(job, prediction.layout) / GIB), "label": "capacity"}],
+    }
+
+
+def _items(sample: Any, peak: MemoryBreakdown) -> dict[str, float]:
+    """What a rank holds at a moment, in bytes: a sample tells all items, or its activations alone."""
+    held = getattr(sample, "memory", None)
+    if held is not None:
+        return {name: float(getattr(held, name)) for name in MEMORY}
+    return {"always there": peak.peak - peak.activations, "activations": float(sample.activations)}
+
+
+def thinned(values: Sequence[float], most: int) -> list[int]:
+    """Places of at most about so many values: the least and the largest of every stretch, so that the peak stays."""
+    stretch = -(-2 * len(values) // most)
+    if stretch <= 2:
+        return list(range(len(values)))
+    found = {0, len(values) - 1}
+    for begin in range(0, len(values), stretch):
+        part = range(begin, min(begin + stretch, len(values)))
+        found |= {min(part, key=values.__getitem__), max(part, key=values.__getitem__)}
+    return sorted(found)
+
+
+def loss_chart(measurement: Measurement) -> Chart:
+    """The loss of every step that was run."""
+    points = [(step, loss, f"step {step}: loss {loss:.4f}") for step, loss in enumerate(measurement.losses, start=1)]
+    return {"x": axis("step"), "y": axis("loss"), "series": [series("loss", "line", 0, points)]}
+
+
+def scaling_chart(plans: Sequence[Plan], known: Ratio | None) -> Chart:
+    """Tokens per second of the best layout over the number of GPUs, and what the smallest would give in proportion."""
+    ordered = sorted(plans, key=lambda plan: plan.job.world_size)
+    first = ordered[0]
+    points = []
+    for plan in ordered:
+        best, devices = plan.best, plan.job.world_size
+        interval = step_interval(best, known)
+        speeds = [plan.job.tokens_per_step / seconds for seconds in reversed(interval)] if interval else [None, None]
+        text = f"{devices} GPUs: {best.tokens_per_second:,.0f} tokens/s, {best.layout.short()}"
+        points.append((devices, best.tokens_per_second, *speeds, text))
+    per_gpu = first.best.tokens_per_second / first.job.world_size
+    ideal = [(plan.job.world_size, per_gpu * plan.job.world_size) for plan in ordered]
+    return {
+        "x": axis("GPUs", log=True),
+        "y": axis("tokens/s", log=True),
+        "series": [
+            series("in proportion to the smallest", "line", 7, ideal),
+            series("best layout", "line", 0, points),
+        ],
+    }
+
+
+def pareto_front(points: Sequence[tuple[float, ...]]) -> list[bool]:
+    """Which points no other beats: none is at most as large in everything and smaller in something."""
+    return [
+        not any(all(a <= b for a, b in zip(other, point, strict=True)) and other != point for other in points)
+        for point in points
+    ]
+
+
+def pareto_rows(plans: Sequence[Plan]) -> list[tuple[Plan, Prediction, bool]]:
+    """The layouts of all plans that fit, and whether they are on the front of time, cost and GPUs."""
+    rows = [(plan, p) for plan in plans for p in (plan.best, *plan.runners_up) if p.fits]
+    figures = [(1 / p.tokens_per_second, gpu_hours(p, plan.job), plan.job.world_size) for plan, p in rows]
+    return [(plan, p, front) for (plan, p), front in zip(rows, pareto_front(figures), strict=True)]
+
+
+def pareto_chart(plans: Sequence[Plan]) -> Chart:
+    """Hours against dollars (or GPU hours, without a price) for a billion tokens."""
+    priced = plans[0].job.cluster.price_per_gpu_hour is not None
+    groups: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
+    for plan, p, front in pareto_rows(plans):
+        hours, cost = 1e9 / p.tokens_per_second / 3600, dollars(p, plan.job)
+        spent = gpu_hours(p, plan.job) if cost is None else cost
+        unit = f"{spent:,.0f} GPU hours" if cost is None else f"${spent:,.0f}"
+        groups[front].append((spent, hours, f"{plan.job.world_size} GPUs: {hours:.3g} h, {unit}, {p.layout.short()}"))
+    return {
+        "x": axis("$ for 10⁹ tokens" if priced else "GPU hours for 10⁹ tokens"),
+        "y": axis("hours for 10⁹ tokens", log=True),
+        "series": [
+            series("other layouts", "points", 7, sorted(groups[False])),
+            series("on the front of time, cost and GPUs", "points", 0, sorted(groups[True])) | {"named": True},
+        ],
+    }
+
+
+def parity_chart(exam: Exam, job: Job) -> Chart:
+    """Measured (x) against predicted tokens per second and GPU; the reader chooses which runs stand out."""
+    rows = exam.compared
+    groups = [(name, of) for name, of in exam_groups(rows) if len(of) >= LEAST_RUNS]
+    place = {row.id: n for n, row in enumerate(rows)}
+    points = [
+        (row.measured.tokens_per_second_per_gpu, row.predicted.tokens_per_second_per_gpu, _run_text(row))
+        for row in rows
+    ]
+    return {
+        "x": axis("measured tokens/s/GPU", log=True),
+        "y": axis("predicted tokens/s/GPU", log=True),
+        "diagonals": [1.0, 0.8, 1.2],
+        "series": [series("published run", "points", 0, points)],
+        "groups": [
+            {"name": name, "points": [place[row.id] for row in of], **error_figures(of)}
+            for name, of in [("all runs", rows), *groups]
+        ],
+        "group": f"stack: {job.stack.name}" if _known(groups, f"stack: {job.stack.name}") else "all runs",
+    }
+
+
+def _known(groups: Sequence[tuple[str, list[ExamRow]]], name: str) -> bool:
+    return any(one == name and len(rows) >= ENOUGH_RUNS for one, rows in groups)
+
+
+def _run_text(row: ExamRow) -> str:
+    assert row.error is not None
+    return f"{row.id} ({row.gpu}, {row.framework}): {row.error:+.1%}"
+
+
+def table_of(chart: Chart) -> Table:
+    """The points of a chart as a table, for who cannot see it; of an area its height."""
+    rows = []
+    for one in chart["series"]:
+        for x, y, low, _, _ in one["points"]:
+            height = y - low if one["kind"] == "area" else y
+            rows.append([one["name"], f"{x:,.6g}", f"{height:,.6g}"])
+    return ["", chart["x"]["label"], chart["y"]["label"]], rows

@@ -1,0 +1,213 @@
+"""What a page is made of besides its plan: runs and profiles that lie beside it, the exam, plans for other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.plan import Plan, read_plan
+from reports.scores import quantile
+from reports.tables import Comparison
+from simulator.errors import UserError
+from simulator.files import STRICT, read_json, to_dataclass
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.results import MeasuredTimeline, Measurement, Prediction
+from simulator.simulate import simulate
+
+COUNTED = ("high", "medium")
+# Published runs of one stack that are enough to say how far off it is; with fewer all stacks count together.
+ENOUGH_RUNS = 20
+_LOOSE = {**STRICT, "extra": "ignore"}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens per second and GPU; None where there is no such number."""
+
+    tokens_per_second_per_gpu: float | None = None
+
+    __pydantic_config__ = _LOOSE
+
+
+@dataclass(frozen=True)
+class ExamRow:
+    """A published run and its prediction, of what `validate published --json` prints."""
+
+    id: str
+    confidence: str
+    gpu: str
+    arch: str
+    framework: str
+    measured: Throughput
+    predicted: Throughput
+    error: float | None
+    stack: str | None = None
+
+    __pydantic_config__ = _LOOSE
+
+    @property
+    def compared(self) -> bool:
+        """Whether it has an error and counts in the summary."""
+        speeds = (self.measured.tokens_per_second_per_gpu, self.predicted.tokens_per_second_per_gpu)
+        known = self.error is not None and self.error > -1 and all(speed is not None and speed > 0 for speed in speeds)
+        return known and self.confidence in COUNTED
+
+
+@dataclass(frozen=True)
+class Exam:
+    """All of them."""
+
+    rows: tuple[ExamRow, ...]
+
+    __pydantic_config__ = _LOOSE
+
+    @property
+    def compared(self) -> list[ExamRow]:
+        return [row for row in self.rows if row.compared]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Measured over predicted step time: the 10th, 50th and 90th percentile over `count` runs, in words `runs`."""
+
+    low: float
+    median: float
+    high: float
+    count: int
+    runs: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything besides the plan; a part that is not there leaves its section of the page out.
+
+    `reasons` are sentences why the plan wins; `plans` are plans of the same job on other numbers of nodes; `notes`
+    say what lay beside the plan and was left out.
+    """
+
+    comparisons: tuple[Comparison, ...] = ()
+    measured: MeasuredTimeline | None = None
+    exam: Exam | None = None
+    plans: tuple[Plan, ...] = ()
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def run_of(self, layout: Layout) -> Measurement | None:
+        """The measurement of a layout, if it was run."""
+        return next((c.measurement for c in self.comparisons if c.measurement.layout == layout), None)
+
+
+def find_plan(given: Path) -> Path:
+    """The plan.json that a user means by a file or a folder. Raises UserError where the folder has none."""
+    if not given.is_dir():
+        return given
+    path = given / "plan.json"
+    if not path.is_file():
+        raise UserError(f"folder '{given}' has no plan.json; name a plan, or a folder that `layoutwise plan -o` wrote")
+    return path
+
+
+def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inputs:
+    """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json and
+    validation.json, or another file with the output of `validate published --json`.
+
+    Raises UserError if one of them is not what its name says.
+    """
+    notes: list[str] = []
+    comparisons = _comparisons(plan, folder)
+    measured = None
+    if (path := folder / "profile" / "timeline.json").is_file():
+        measured = to_dataclass(MeasuredTimeline, read_json(path, "timeline"), f"timeline '{path}'")
+        if measured.layout != plan.layout:
+            notes.append(f"profile/timeline.json is of another layout ({measured.layout.short()}) and is not shown.")
+            measured = None
+    exam_file = validation or folder / "validation.json"
+    exam = read_exam(exam_file) if validation or exam_file.is_file() else None
+    return Inputs(tuple(comparisons), measured, exam, notes=tuple(notes))
+
+
+def read_exam(path: Path) -> Exam:
+    """What `validate published --json` printed. Raises UserError if the file is something else."""
+    data = read_json(path, "validation")
+    if "rows" not in data:
+        raise UserError(f"validation '{path}' has no 'rows'; write it with `layoutwise validate published --json`")
+    return to_dataclass(Exam, data, f"validation '{path}'")
+
+
+def _comparisons(plan: Plan, folder: Path) -> list[Comparison]:
+    """The run of this plan, then those in runs/, the fewest ranks first."""
+    found: list[Comparison] = []
+    if (path := folder / "measurement.json").is_file():
+        found.append(_compare("this plan", plan, path))
+    others = []
+    for path in sorted(folder.glob("runs/*/measurement.json")):
+        if (path.parent / "plan.json").is_file():
+            others.append(_compare(path.parent.name.replace("-", " "), read_plan(path.parent / "plan.json"), path))
+    return found + sorted(others, key=lambda c: c.measurement.world_size)
+
+
+def _compare(name: str, plan: Plan, path: Path) -> Comparison:
+    measurement = to_dataclass(Measurement, read_json(path, "measurement"), f"measurement '{path}'")
+    if measurement.step_seconds.median <= 0 or not measurement.peak_memory or max(measurement.peak_memory) <= 0:
+        raise UserError(f"measurement '{path}': step_seconds.median and peak_memory must be above zero")
+    prediction = plan.best
+    if measurement.layout != plan.layout:
+        if problems := measurement.layout.problems(plan.job):
+            raise UserError(f"measurement '{path}' is of a layout that cannot run the plan's job: {problems[0]}")
+        prediction = simulate(plan.job, measurement.layout)
+    return Comparison(name, prediction, measurement)
+
+
+def ratio(exam: Exam | None, job: Job) -> Ratio | None:
+    """How long runs took relative to their prediction: those on the job's stack where there are enough, else all.
+
+    Throughput off by e (predicted / measured - 1) is a step that took 1 + e of its prediction. None for processors:
+    all published runs are on GPUs.
+    """
+    if exam is None or not exam.compared or job.cluster.gpu.kind == "cpu":
+        return None
+    same = [row for row in exam.compared if row.stack == job.stack.name]
+    enough = len(same) >= ENOUGH_RUNS
+    chosen, runs = (same, f"published runs with {job.stack.name}") if enough else (exam.compared, "published runs")
+    low, median, high = (quantile([1 + _error(row) for row in chosen], q) for q in (0.1, 0.5, 0.9))
+    assert low is not None and median is not None and high is not None
+    return Ratio(low, median, high, len(chosen), runs)
+
+
+def step_interval(prediction: Prediction, known: Ratio | None) -> tuple[float, float] | None:
+    """Seconds between which four of five such steps are expected, None where nothing is known about it.
+
+    The one place that knows where an interval comes from: today from published runs. A prediction that carries an
+    interval of its own would be asked first.
+    """
+    return (prediction.step_seconds * known.low, prediction.step_seconds * known.high) if known else None
+
+
+def exam_groups(rows: Sequence[ExamRow]) -> list[tuple[str, list[ExamRow]]]:
+    """The rows by GPU, stack and architecture: ("GPU: H100", rows), the largest group of a kind first."""
+    found: list[tuple[str, list[ExamRow]]] = []
+    for title, key in (("GPU", "gpu"), ("stack", "stack"), ("architecture", "arch")):
+        groups: dict[str, list[ExamRow]] = {}
+        for row in rows:
+            groups.setdefault(str(getattr(row, key) or "not stated"), []).append(row)
+        names = sorted(groups, key=lambda name: (-len(groups[name]), name))
+        found += [(f"{title}: {name}", groups[name]) for name in names]
+    return found
+
+
+def error_figures(rows: Sequence[ExamRow]) -> dict[str, Any]:
+    """count, median size of the error, and the error's 10th, 50th and 90th percentile with its sign."""
+    signed = [_error(row) for row in rows]
+    return {
+        "count": len(signed),
+        "median_abs": quantile([abs(e) for e in signed], 0.5),
+        **{name: quantile(signed, q) for name, q in (("p10", 0.1), ("median", 0.5), ("p90", 0.9))},
+    }
+
+
+def _error(row: ExamRow) -> float:
+    assert row.error is not None
+    return row.error

@@ -1,0 +1,81 @@
+"""What the command line says of memory: what would make a layout fit, and how sure it is that one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import call
+
+from planner.plan import read_plan
+
+JOB = """
+model = "gpt2"
+cluster = "dgx-a100"
+nodes = 1
+[training]
+global_batch_size = 64
+seq_len = 1024
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "job.toml").write_text(JOB)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LARGE = ("--set", "model=llama-3.1-8b", "--set", "cluster=dgx-h100", "--set", "training.seq_len=8192")
+
+
+def test_a_layout_that_does_not_fit_gets_remedies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call_it = ("simulate", "job.toml", *LARGE, "--layout", "micro_batch_size=2 dp_shard=8")
+    assert call(monkeypatch, *call_it) == 0
+    shown = capsys.readouterr().out
+    assert "GiB too much" in shown and "what would make it fit, cheapest first:" in shown
+    assert call(monkeypatch, *call_it, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert not document["fits"] and document["remedies"]
+    for remedy in document["remedies"]:
+        assert remedy["fits"] and {"change", "peak", "step_seconds"} <= set(remedy)
+        assert f"{remedy['change'].replace('nodes=', '--set nodes=')}: {remedy['peak'] / 2**30:.1f} GiB" in shown
+    # What it says can be typed, in place of what it changes.
+    change = next(r["change"] for r in document["remedies"] if r["nodes"] == 1)
+    typed = dict(word.split("=") for word in f"{call_it[-1]} {change}".split())
+    layout = " ".join(f"{key}={value}" for key, value in typed.items())
+    assert call(monkeypatch, *call_it[:-1], layout, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_where_nothing_fits_there_are_remedies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 3 with one sentence, and what would make the nearest miss fit below it; the same as JSON."""
+    pins = {"recompute": '"none"', "tp": 1, "pp": 1, "zero_stage": 1}
+    words = [word for key, value in pins.items() for word in ("--set", f"search.{key}={value}")]
+    assert call(monkeypatch, "plan", "job.toml", *LARGE, *words) == 3
+    shown = capsys.readouterr()
+    assert shown.out == "" and not (folder / "plan.json").exists()
+    error, *lines = shown.err.splitlines()
+    assert error.startswith("error: no layout of llama-3.1-8b") and "nearest" in error
+    assert lines[0] == "what would make the nearest fit, cheapest first:"
+    assert any("recompute=full" in line for line in lines)
+    assert call(monkeypatch, "plan", "job.toml", *LARGE, *words, "--json") == 3
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"problems", "misses", "remedies"} and document["misses"][0]["short_by"] > 0
+    assert all(remedy["fits"] for remedy in document["remedies"])
+
+
+def test_a_plan_from_before_there_were_risks_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, "plan", "job.toml")
+    document = json.loads((folder / "plan.json").read_text())
+    risk = document["best"].pop("out_of_memory_probability")
+    del document["safer"]
+    (folder / "plan.json").write_text(json.dumps(document))
+    assert read_plan(folder / "plan.json").best.out_of_memory_probability == risk
