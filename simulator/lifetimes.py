@@ -18,6 +18,8 @@ import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from simulator.layout import Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
 from simulator.schedules import Op, compute_order
@@ -39,14 +41,18 @@ class Held(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What runs at a moment: the kind of an op and its stage, whether it is the stage's first backward or, without a
-    pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by one."""
+    """What runs at a moment: the kind of an op and its stage (-1 if none), whether it is the stage's first backward
+    or, without a pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by
+    one."""
 
     kind: str
-    stage: int | None = None
+    stage: int = -1
     first: bool = False
     last: bool = False
     gathered: bool = False
+
+
+_running = functools.lru_cache(maxsize=65536)(Running)
 
 
 class Moment(NamedTuple):
@@ -54,6 +60,16 @@ class Moment(NamedTuple):
 
     running: Running
     held: tuple[Held, ...]
+
+
+class FullestMoments(NamedTuple):
+    """Moments, and the same as numbers: what they hold as rows of counts, Held's fields but the stage for one stage
+    after the other, and which of `runnings` each of them has."""
+
+    moments: tuple[Moment, ...]
+    runnings: tuple[Running, ...]
+    counts: np.ndarray
+    running: np.ndarray
 
 
 class Step(NamedTuple):
@@ -72,18 +88,22 @@ def lifetimes(
     """The ops of a rank and what is alive around them."""
     steps: list[Step] = []
     parts: list[Moment] = []
-    for op, moment, after in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
-        parts.append(moment)
+    for op, running, at, after, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+        parts.append(Moment(running, tuple(held)))
+        held[at] = after
         if len(parts) == len(op.leaves):
-            steps.append(Step(op, tuple(parts), after))
+            steps.append(Step(op, tuple(parts), tuple(held)))
             parts = []
-    return tuple(steps)
+    end = Moment(_running("OPTIMIZER"), tuple(held))
+    return (*steps, Step(OPTIMIZER, (end,), tuple(one._replace(whole=0, reduced=0) for one in held)))
 
 
 def _walk(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
-) -> Iterator[tuple[Op, Moment, tuple[Held, ...]]]:
-    """Each op of a rank, or each part of a pair, with its moment and with what it leaves."""
+) -> Iterator[tuple[Op, Running, int, Held, list[Held]]]:
+    """Each op of a rank, or each part of a pair: what runs, at which of the rank's stages, what it leaves of that
+    stage, and what is held meanwhile. A step of a large job has thousands of ops, and a search asks for thousands of
+    pipelines: what is the same for many is looked up."""
     layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
     order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
     stages = sorted(layout.stages_of(rank))
@@ -99,12 +119,12 @@ def _walk(
                 # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
                 kind = "B" if kind == "W" else "NOTHING"
             before = held[at]
-            held[at], after = _around(kind, before, drops)
-            first = not before.whole and kind in "BW"
-            moment = Moment(Running(kind, stage, first, microbatch == final, drops and before.blocks > 0), tuple(held))
+            now, after = _around(kind, before, drops)
+            first = kind in "BW" and not before.whole
+            running = _running(kind, stage, first, microbatch == final, drops and before.blocks > 0)
+            held[at] = now
+            yield op, running, at, after, held
             held[at] = after
-            yield op, moment, tuple(held)
-    yield OPTIMIZER, Moment(Running("OPTIMIZER"), tuple(held)), tuple(h._replace(whole=0, reduced=0) for h in held)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -139,14 +159,21 @@ _EMPTY = ("NOTHING", "RESHARD", "OPTIMIZER")
 @functools.lru_cache(maxsize=65536)
 def fullest_moments(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
-) -> tuple[Moment, ...]:
+) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    moments: dict[Running, set[tuple[Held, ...]]] = {}
-    for _, (running, held), _ in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+    found: dict[Running, set[tuple[Held, ...]]] = {}
+    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
         if running.kind not in _EMPTY:
-            moments.setdefault(running, set()).add(held)
-    return tuple(Moment(running, held) for running, found in moments.items() for held in _undominated(found))
+            moments = found.get(running)
+            if moments is None:
+                moments = found[running] = set()
+            moments.add(tuple(held))
+    moments_ = [Moment(running, held) for running, some in found.items() for held in _undominated(some)]
+    runnings = list(found)
+    place = {running: i for i, running in enumerate(runnings)}
+    counts = np.array([[count for one in moment.held for count in one[1:]] for moment in moments_], dtype=np.float64)
+    return FullestMoments(tuple(moments_), tuple(runnings), counts, np.array([place[m.running] for m in moments_]))
 
 
 def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
@@ -154,8 +181,8 @@ def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
         return list(moments)
     fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
     # What is kept and not deferred counts for itself, because it may weigh more than what is.
-    flat = {
-        tuple(count for held in moment for count in (*held, held.kept - held.deferred)): moment for moment in moments
+    flat: dict[tuple[int, ...], tuple[Held, ...]] = {
+        (*sum(moment, ()), *(held.kept - held.deferred for held in moment)): moment for moment in moments
     }
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
-from simulator.passing import Sharding, stage_bytes, stream_bytes
+from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.schedules import as_full
 from simulator.stage import StageCost
@@ -87,22 +89,26 @@ class _RankBytes:
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
         schedule, rank, ranks, chunks, microbatches, zero_stage = self.pipeline
-        shape = (schedule, rank, ranks, chunks, as_full(schedule, ranks, microbatches), zero_stage)
-        return self.at(max(fullest_moments(*shape), key=self._total))
-
-    def _total(self, moment: Moment) -> float:
-        return sum(self._items(moment))
+        known = fullest_moments(schedule, rank, ranks, chunks, as_full(schedule, ranks, microbatches), zero_stage)
+        apart = [self.stages[one.stage].passing(one) for one in known.runnings]
+        passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
+        moving = 1 + fragmented(self.job, 1.0, 0.0)
+        grows = np.array(
+            Worth(kept=moving, deferred=moving, ends=moving, blocks=moving, whole=1, reduced=1, fresh=moving)
+        )
+        each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
+        return self.at(known.moments[int((known.counts @ each + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
         activations = gradients = buffers = 0.0
         for number, kept, deferred, ends, blocks, whole, reduced, fresh in moment.held:
-            stage = self.stages[number]
-            activations += kept * stage.saved + deferred * stage.deferred
-            gradients += whole * stage.whole + reduced * stage.reduced
-            buffers += ends * stage.ends_gathered + blocks * stage.blocks_gathered + fresh * stage.fresh
+            worth = self.stages[number].worth
+            activations += kept * worth.kept + deferred * worth.deferred
+            gradients += whole * worth.whole + reduced * worth.reduced
+            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh
         running = moment.running
-        if running.stage is not None:
+        if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)
             activations += passing.activations
             gradients += passing.gradients

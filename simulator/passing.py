@@ -35,6 +35,18 @@ def stream_bytes(job: Job, layout: Layout) -> float:
     return tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute
 
 
+class Worth(NamedTuple):
+    """Bytes of one of each that Held counts."""
+
+    kept: float
+    deferred: float
+    ends: float
+    blocks: float
+    whole: float
+    reduced: float
+    fresh: float
+
+
 class Passing(NamedTuple):
     """Bytes that are there within an op besides what the rank holds."""
 
@@ -126,6 +138,8 @@ class StageBytes:
         self.whole = self.added * born
         self.reduced = (self.shard if sharding.fsdp else self.added) * born
         self.fresh = stage.parameters * sharding.compute * (sharding.apart and sharding.trains)
+        gathered = (self.ends_gathered, self.blocks_gathered)
+        self.worth = Worth(self.saved, self.deferred, *gathered, self.whole, self.reduced, self.fresh)
         self._known: dict[Running, Passing] = {}
 
     def passing(self, running: Running) -> Passing:

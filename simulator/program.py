@@ -14,6 +14,7 @@ virtual time; memory.py counts from the same ops what is alive.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -136,18 +137,27 @@ def _unsharding(order: tuple[Op, ...], layout: Layout) -> dict[int, list[Op]]:
                     seen.add(leaf.stage)
                     moves.setdefault(i, []).append(Op("UNSHARD", leaf.stage))
         return moves
-    used = [[leaf.stage for leaf in op.leaves if leaf.stage is not None] for op in order]
     active: list[int] = []
     # Which stages come next changes slowly: walking backwards, each op's own stages move to the front.
-    coming: list[list[int]] = []
-    ahead: list[int] = []
-    for stages in reversed(used):
-        ahead = list(dict.fromkeys([*stages, *ahead]))
+    coming: list[tuple[int, ...]] = []
+    ahead: tuple[int, ...] = ()
+    for op in reversed(order):
+        stages = tuple(part.stage for part in op.parts) if op.parts else (op.stage,)
+        ahead = _to_the_front(stages, ahead)
         coming.append(ahead[: max(MOST_UNSHARDED, len(stages))])
+    held: tuple[int, ...] = ()
     for i, upcoming in enumerate(reversed(coming)):
+        if upcoming is held or upcoming == held:
+            continue
+        held = upcoming
         dropped = [stage for stage in active if stage not in upcoming]
         fetched = [stage for stage in upcoming if stage not in active]
         if dropped or fetched:
             moves[i] = [*(Op("RESHARD", stage) for stage in dropped), *(Op("UNSHARD", stage) for stage in fetched)]
         active = [stage for stage in active if stage in upcoming] + fetched
     return moves | {len(order): [Op("RESHARD", stage) for stage in active]}
+
+
+@functools.lru_cache(maxsize=65536)
+def _to_the_front(stages: tuple[int, ...], ahead: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys([*stages, *ahead]))

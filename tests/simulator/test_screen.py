@@ -149,7 +149,7 @@ def test_what_is_alive_before_the_first_backward(schedule: str, chunks: int) -> 
                 shape, few = (schedule, rank, ranks, chunks), as_full(schedule, ranks, count)
                 assert set(peak_in_flight(*shape, few)) == set(moments)
                 for zero in (1, 3):
-                    found = (set(fullest_moments(*shape, number, zero)) for number in (few, count))
+                    found = (set(fullest_moments(*shape, number, zero).moments) for number in (few, count))
                     assert next(found) == next(found)
                 alive = before_backward(layout, rank, count)
                 by_stage = dict(zip(layout.stages_of(rank), alive, strict=True))
