@@ -52,6 +52,8 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _pieces(logits):
             shifted = torch.sub(logits[rows], highest[rows, None])
             torch.sum(shifted.exp_(), 1, out=total[rows])
+            # Before the next piece is made.
+            del shifted
         chosen = logits.gather(1, own).squeeze(1).float().masked_fill(~here, 0.0)
         if group is not None:
             dist.all_reduce(total, group=group)
@@ -69,6 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
             found = torch.sub(logits[rows], logarithm[rows, None]).exp_()
             found.scatter_add_(1, own[rows], -here[rows, None].to(found.dtype))
             logits[rows] = found.mul_(scale[rows])
+            del found
         return logits, None, None
 
 

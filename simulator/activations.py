@@ -40,6 +40,12 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str, frozen:
         elif isinstance(kernel, Attention):
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
             rows = heads * kernel.queries
+            if kernel.learned_bias:
+                total += 4 * (
+                    rows * (kernel.keys + kernel.qk_dim) + heads * kernel.keys * (kernel.qk_dim + kernel.v_dim)
+                )
+                total += width * rows * kernel.v_dim
+                continue
             total += width * (rows * kernel.qk_dim + groups * kernel.keys * (kernel.qk_dim + kernel.v_dim))
             total += width * rows * kernel.v_dim
             total += score_bytes(kernel, stack, precision)
@@ -97,17 +103,27 @@ def kept_outputs(kernels: Iterable[Kernel], stack: Stack, precision: str) -> flo
     return total
 
 
-def deferred_bytes(kernels: Iterable[Kernel], precision: str) -> float:
+def deferred_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
     """Bytes that a split backward leaves from its input gradient to its weight gradient, beside what kernels saved:
     the gradient of the output of everything that has weights, matmuls and norms (stage_backward_input in
-    torch.distributed.pipelining)."""
-    elements = 0.0
+    torch.distributed.pipelining). That of the logits may lie in their place."""
+    width, total = activation_width(precision), 0.0
     for kernel in kernels:
         if isinstance(kernel, Matmul):
-            elements += kernel.copies * kernel.m * kernel.n
+            total += kernel.copies * kernel.m * kernel.n * width * (kernel.name != "output" or not stack.loss_in_place)
         elif isinstance(kernel, Pointwise) and kernel.name in NORMS:
-            elements += kernel.elements
-    return elements * activation_width(precision)
+            total += kernel.elements * (4 if stack.elementwise[kernel.name].saved_fp32 else width)
+    return total
+
+
+def norm_working(kernels: Iterable[Kernel], stack: Stack, precision: str) -> float:
+    """Bytes that come and go in the backward of the largest norm."""
+    width, largest = activation_width(precision), 0.0
+    for kernel in kernels:
+        if isinstance(kernel, Pointwise) and kernel.name in NORMS:
+            entry = stack.elementwise[kernel.name]
+            largest = max(largest, kernel.elements * (entry.working_fp32 * 4 or 2 * width))
+    return largest
 
 
 def _alive_logits(stack: Stack, cut: bool) -> float:
@@ -143,7 +159,7 @@ def working_bytes(
     """
     width = activation_width(precision)
     live = freed = weights = fullest = late = 0.0
-    merges = 0
+    merges, attends = 0, False
     for kernel in reversed(kernels):
         saved = saved_bytes([kernel], stack, precision)
         made, after, own = 0.0, live, 0.0
@@ -154,10 +170,15 @@ def working_bytes(
             if kernel.saved and merges:
                 after, merges = after - merges * into, 0
             saved, late = saved + late, 0.0
+            attends = attends and not kernel.saved
         elif isinstance(kernel, Attention):
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
             keys = groups * kernel.keys * (kernel.qk_dim + kernel.v_dim)
             made = after = (heads * kernel.queries * kernel.qk_dim + keys) * width
+            if kernel.learned_bias:
+                # The gradients of probabilities and of scores.
+                made += 2 * 4 * heads * kernel.queries * kernel.keys
+            attends = True
             if stack.attention[0] in UNFUSED:
                 # The gradients of probabilities and of scores, in every copy that the softmax keeps.
                 copies = 2 * (1 + stack.elementwise[UNFUSED[stack.attention[0]]].saved)
@@ -180,7 +201,8 @@ def working_bytes(
                 # The gradients lie where the inputs lay.
                 made = 0.0
         elif kernel.name in NORMS:
-            made, after = kernel.elements * width, 0.0
+            # Between projections and core it passes the gradient on, in front of them the residual stream takes it.
+            made, after = kernel.elements * width, live if attends else 0.0
         else:
             made = kernel.elements * width if live else 0.0
         fullest = max(fullest, live + made + weights + own - freed)

@@ -37,7 +37,8 @@ class Attention(NamedTuple):
     """Softmax(QK')V of `batch` sequences and `heads` heads; saved are Q, K, V, the output and one fp32 per row.
 
     With context parallelism `steps` blocks of `keys` keys pass by, of which a causal rank works on half. A query
-    sees the last `window` keys, all if 0.
+    sees the last `window` keys, all if 0. A learned_bias on the scores has a gradient, for which torch has no fused
+    kernel: its plain one keeps probabilities and copies of Q, K and V in fp32 (aten, _scaled_dot_product_attention_math).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Attention(NamedTuple):
     causal: bool
     steps: int = 1
     window: int = 0
+    learned_bias: bool = False
 
     @property
     def scores(self) -> float:
@@ -114,7 +116,8 @@ def block_kernels(
         *_residual(cut, model, stack),
     ]
     if kind == "cross":
-        kernels += [*_norm(cut, model), *_self_attention(model, False, cut, stack), *_residual(cut, model, stack)]
+        cross = _self_attention(model, False, cut, stack, by_distance=False)
+        kernels += [*_norm(cut, model), *cross, *_residual(cut, model, stack)]
     kernels += _norm(cut, model)
     kernels += _mixture(model, cut, stack) if kind == "moe" else _feed_forward(model, cut, stack)
     return kernels + _residual(cut, model, stack)
@@ -169,7 +172,10 @@ def _residual(cut: Cut, model: ModelSpec, stack: Stack) -> list[Kernel]:
     return [*dropout, Pointwise("add", elements)]
 
 
-def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack, window: int = 0) -> list[Kernel]:
+def _self_attention(
+    model: ModelSpec, causal: bool, cut: Cut, stack: Stack, window: int = 0, by_distance: bool = True
+) -> list[Kernel]:
+    """Projections and core; `by_distance` where the model's biases by distance, if it learns such, are added."""
     tokens, h = cut.tokens, model.hidden_size
     heads, groups = model.num_attention_heads / cut.tp, max(1.0, model.num_key_value_heads / cut.tp)
     kept = attention_input(cut, stack) * h
@@ -187,10 +193,14 @@ def _self_attention(model: ModelSpec, causal: bool, cut: Cut, stack: Stack, wind
     if not stack.fused_projections and not model.kv_lora_rank:
         projections += [Pointwise("gradient_add", tokens * h)] * 2
     rotary: list[Kernel] = []
+    if model.qk_norm:
+        rotary.append(Pointwise(model.norm, tokens * (heads + groups) * model.head_dim))
     if model.position == "rope":
         rotated = model.qk_rope_head_dim or model.head_dim
-        rotary = [Pointwise("rope", tokens * (heads + groups) * rotated)]
+        rotary.append(Pointwise("rope", tokens * (heads + groups) * rotated))
     core = _attention_core(model, causal, window, heads, groups, cut, stack)
+    if by_distance and model.position == "relative" and not stack.fuses_learned_bias:
+        core = [part._replace(learned_bias=True) if isinstance(part, Attention) else part for part in core]
     return [*projections, *rotary, *core, Matmul("attention_out", tokens, h, heads * model.value_head_dim)]
 
 

@@ -24,11 +24,16 @@ from simulator.layout import Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
 from simulator.schedules import Op, compute_order
 
+# Rounds, of as many microbatches as there are ranks or a few more, after which a schedule holds nothing that it has not
+# held before (tests/simulator/test_steady_state.py).
+STEADY_ROUNDS = 4
+
 
 class Held(NamedTuple):
     """What a rank holds of one of its stages, besides what an op works on: microbatches that are kept, those of them
     whose weight gradient is due, and whether (0 or 1) the parameters of its ends (embedding, head) and of its blocks
-    are gathered, and its gradients are there: whole, reduced, or in the width of matmuls beside those whole."""
+    are gathered, and its gradients are there: whole, reduced, or fresh, in the width of matmuls beside those whole;
+    and input gradients of a split backward, which torch keeps until the step ends."""
 
     stage: int
     kept: int = 0
@@ -38,18 +43,19 @@ class Held(NamedTuple):
     whole: int = 0
     reduced: int = 0
     fresh: int = 0
+    returned: int = 0
 
 
 class Running(NamedTuple):
-    """What runs at a moment: the kind of an op and its stage (-1 if none), whether it is the stage's first backward
-    or, without a pipeline, the step's last, and whether it finds the blocks gathered that it drops or gathers one by
-    one."""
+    """What runs at a moment: the kind of an op and its stage (-1 if none), whether its gradients are the stage's first
+    or, without a pipeline, whether it is the step's last, and whether it finds the blocks gathered that it drops or
+    gathers one by one (F, B), or fresh gradients (I, W)."""
 
     kind: str
     stage: int = -1
     first: bool = False
     last: bool = False
-    gathered: bool = False
+    finds: bool = False
 
 
 _running = functools.lru_cache(maxsize=65536)(Running)
@@ -83,23 +89,23 @@ class Step(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def lifetimes(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> tuple[Step, ...]:
     """The ops of a rank and what is alive around them."""
     steps: list[Step] = []
     parts: list[Moment] = []
-    for op, running, at, after, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+    for op, running, at, after, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
         parts.append(Moment(running, tuple(held)))
         held[at] = after
         if len(parts) == len(op.leaves):
             steps.append(Step(op, tuple(parts), tuple(held)))
             parts = []
     end = Moment(_running("OPTIMIZER"), tuple(held))
-    return (*steps, Step(OPTIMIZER, (end,), tuple(one._replace(whole=0, reduced=0) for one in held)))
+    return (*steps, Step(OPTIMIZER, (end,), tuple(one._replace(whole=0, reduced=0, returned=0) for one in held)))
 
 
 def _walk(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> Iterator[tuple[Op, Running, int, Held, list[Held]]]:
     """Each op of a rank, or each part of a pair: what runs, at which of the rank's stages, what it leaves of that
     stage, and what is held meanwhile. A step of a large job has thousands of ops, and a search asks for thousands of
@@ -119,27 +125,29 @@ def _walk(
                 # Nobody waits for an input gradient of tokens: torch does nothing, and all of it in the weights' turn.
                 kind = "B" if kind == "W" else "NOTHING"
             before = held[at]
-            now, after = _around(kind, before, drops)
-            first = kind in "BW" and not before.whole
-            running = _running(kind, stage, first, microbatch == final, drops and before.blocks > 0)
+            now, after = _around(kind, before, drops, apart)
+            finds = before.fresh > 0 if kind in "IW" else drops and before.blocks > 0
+            first = not before.whole and (kind == "B" or (kind == "W" and not finds) or (kind == "I" and finds))
+            running = _running(kind, stage, first, microbatch == final, finds)
             held[at] = now
             yield op, running, at, after, held
             held[at] = after
 
 
 @functools.lru_cache(maxsize=65536)
-def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
+def _around(kind: str, held: Held, drops: bool, apart: bool) -> tuple[Held, Held]:
     """What is held of a stage besides what an op works on, and what it leaves. With `drops` blocks are dropped after
-    their forward and gathered for their backward."""
+    their forward and gathered for their backward; with `apart` fresh gradients of a weight gradient are added to those
+    that are whole by the hooks of the next input gradient."""
     if kind == "F":
         now = held._replace(blocks=0 if drops else held.blocks)
         return now, now._replace(kept=held.kept + 1)
     if kind == "I":
-        # Gradients of the microbatch before are added up when hooks see this one's.
-        return held._replace(kept=held.kept - 1), held._replace(deferred=held.deferred + 1, fresh=0)
+        now = held._replace(kept=held.kept - 1, whole=max(held.whole, held.fresh), fresh=0)
+        return now, now._replace(kept=held.kept, deferred=held.deferred + 1, returned=held.returned + 1)
     if kind == "W":
         now = held._replace(kept=held.kept - 1, deferred=held.deferred - 1)
-        return now, now._replace(whole=1, fresh=1)
+        return now, now._replace(**({"fresh": 1} if apart else {"whole": 1}))
     if kind == "B":
         now = held._replace(kept=held.kept - 1, blocks=0 if drops else held.blocks)
         return now, now._replace(whole=1, blocks=max(held.blocks, drops), fresh=0)
@@ -156,14 +164,24 @@ def _around(kind: str, held: Held, drops: bool) -> tuple[Held, Held]:
 _EMPTY = ("NOTHING", "RESHARD", "OPTIMIZER")
 
 
-@functools.lru_cache(maxsize=65536)
 def fullest_moments(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
+    if schedule not in ("GPipe", "LoopedBFS"):
+        # The others keep no more alive the longer they run: a few rounds have every moment.
+        microbatches = min(microbatches, STEADY_ROUNDS * (microbatches // max(1, microbatches // ranks)))
+    return fullest_of_all(schedule, rank, ranks, chunks, microbatches, zero_stage)
+
+
+@functools.lru_cache(maxsize=65536)
+def fullest_of_all(
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+) -> FullestMoments:
+    """The same, with every microbatch walked."""
     found: dict[Running, set[tuple[Held, ...]]] = {}
-    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage):
+    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
         if running.kind not in _EMPTY:
             moments = found.get(running)
             if moments is None:

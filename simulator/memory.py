@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import Layout
+from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
@@ -80,8 +80,9 @@ class _RankBytes:
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())
         # What torch gathers where nothing is dropped has its moments of the schedule with zero_stage 1.
         microbatches = layout.microbatches(job.training.global_batch_size)
+        apart = sharding.apart and layout.schedule in SPLIT_BACKWARD
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
-        self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1)
+        self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
         self.state = _state(job, layout, sharding, parameters, experts)
         self.received = _received(job, layout, tuple(held))
         self.overhead = _overhead(job, layout)
@@ -93,20 +94,18 @@ class _RankBytes:
         apart = [self.stages[one.stage].passing(one) for one in known.runnings]
         passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
         moving = 1 + fragmented(self.job, 1.0, 0.0)
-        grows = np.array(
-            Worth(kept=moving, deferred=moving, ends=moving, blocks=moving, whole=1, reduced=1, fresh=moving)
-        )
+        grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
         each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
         return self.at(known.moments[int((known.counts @ each + passing[known.running]).argmax())])
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
         activations = gradients = buffers = 0.0
-        for number, kept, deferred, ends, blocks, whole, reduced, fresh in moment.held:
+        for number, kept, deferred, ends, blocks, whole, reduced, fresh, returned in moment.held:
             worth = self.stages[number].worth
             activations += kept * worth.kept + deferred * worth.deferred
             gradients += whole * worth.whole + reduced * worth.reduced
-            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh
+            buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh + returned * worth.returned
         running = moment.running
         if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)

@@ -45,6 +45,7 @@ class Worth(NamedTuple):
     whole: float
     reduced: float
     fresh: float
+    returned: float
 
 
 class Passing(NamedTuple):
@@ -139,21 +140,22 @@ class StageBytes:
         self.reduced = (self.shard if sharding.fsdp else self.added) * born
         self.fresh = stage.parameters * sharding.compute * (sharding.apart and sharding.trains)
         gathered = (self.ends_gathered, self.blocks_gathered)
-        self.worth = Worth(self.saved, self.deferred, *gathered, self.whole, self.reduced, self.fresh)
+        returned = stream_bytes(job, layout) * job.stack.preallocates_receives
+        self.worth = Worth(self.saved, self.deferred, *gathered, self.whole, self.reduced, self.fresh, returned)
         self._known: dict[Running, Passing] = {}
 
     def passing(self, running: Running) -> Passing:
         """What passes within an op at its fullest."""
         if running not in self._known:
-            kind, _, first, last, gathered = running
-            # Without a pipeline only the project's own runtime gathers by the ops of a program.
-            gathered = gathered and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
+            kind, _, first, last, finds = running
+            # Without a pipeline blocks are gathered one by one, by hooks and not by the ops of a program.
+            gathered = finds and self.layout.pp > 1
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":
                 found = self._backward(first, last, gathered)
             elif kind in ("I", "W"):
-                found = self._split(kind, first)
+                found = self._split(kind, first, finds)
             elif kind == "REDUCE_GRAD":
                 found = self._reduction()
             elif kind == "UNSHARD" and self.how.fsdp and self.layout.shards > 1:
@@ -309,18 +311,21 @@ class StageBytes:
             return Passing(0.0, wide, blocks + fresh)
         return Passing(0.0, added * first, blocks)
 
-    def _split(self, kind: str, first: bool) -> Passing:
-        """An input gradient keeps all that was saved and adds what the weight gradient needs; that frees them unit by
-        unit and makes gradients."""
-        how = self.how
-        working = max((unit.working for unit, _ in self.stage.blocks), default=0.0)
-        if kind == "I":
-            return Passing(self.saved + self.deferred + working)
-        made = self.stage.parameters * (how.compute if how.apart else how.gradients) * how.trains
-        largest = max((unit.parameters for unit, _ in self.stage.blocks), default=0.0) * how.compute
-        begin = Passing(self.saved + self.deferred, 0.0, largest * how.trains)
-        end = Passing(0.0, made if first or how.apart else 0.0, largest * how.trains)
-        return max(begin, end, key=lambda point: point.total)
+    def _split(self, kind: str, first: bool, finds: bool) -> Passing:
+        """An input gradient keeps all that was saved and adds what the weight gradient needs; on its way fresh
+        gradients of the microbatch before are added up. A weight gradient frees both unit by unit and makes fresh
+        gradients."""
+        how, units = self.how, [unit for unit, _ in self.stage.blocks]
+        if kind == "W":
+            made = self.fresh if how.apart else self.whole
+            points = [Passing(self.saved + self.deferred), Passing(0.0, made * first)]
+        else:
+            begins = Passing(self.saved + units[-1].working, (self.fresh - self.whole * first) * finds)
+            # The gradients of the ends are the last that are added up, or cast where they are the first.
+            cast = max((unit.parameters for unit in units if unit.stays_gathered), default=0.0) * how.compute
+            norm = max(unit.norm_working for unit in units)
+            points = [begins, Passing(self.saved + self.deferred + norm, 0.0, cast * finds)]
+        return max(points, key=lambda point: point.total)
 
     def _reduction(self) -> Passing:
         """Unit by unit, the ends first: the gradients of those that are not reduced yet, and a unit's copy."""

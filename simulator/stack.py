@@ -47,6 +47,7 @@ class Elementwise:
     saved: float = 0.0
     in_place: bool = False
     saved_fp32: float = 0.0
+    working_fp32: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -97,6 +98,8 @@ class Stack:
     the group, which may be one rank, and gathered for the length of a step.
 
     split_backward_zero_stages: with schedules that split the backward, where others lose gradients.
+
+    fuses_learned_bias: the attention kernel takes biases on the scores that have a gradient (T5).
 
     loss_in_place: the loss keeps the logits as they are and writes their gradient in their place, working on
     loss_piece_bytes at a time; else it holds logits_bytes per logit, 4 of them from its forward on.
@@ -176,6 +179,7 @@ class Stack:
     frees_after_input_gradient: bool = False
     single_stage_schedules: tuple[str, ...] = ()
     loss_in_place: bool = False
+    fuses_learned_bias: bool = True
     loss_piece_bytes: float = 0.0
     preallocates_gradients: bool = True
     selective_recompute: dict[str, float] = field(default_factory=lambda: {"attention": 1.0})

@@ -16,6 +16,7 @@ from simulator.activations import (
     deferred_bytes,
     kept_logits,
     kept_outputs,
+    norm_working,
     recomputed_share,
     saved_bytes,
     score_bytes,
@@ -123,6 +124,7 @@ class UnitCost:
     backward_weight: Work = Work()
     deferred: float = 0.0
     experts: float = 0.0
+    norm_working: float = 0.0
 
     @property
     def forward_seconds(self) -> float:
@@ -314,8 +316,11 @@ class StageCosts:
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
-        parameters = self.job.model.embedding_parameters() / self.layout.tp
-        unit = self._unit(kernels, parameters, groups, embedding_cuts(self.job.model))
+        model = self.job.model
+        # The vocabulary is cut over tp; positions, segments and norms are not.
+        tokens = model.vocab_size * model.hidden_size
+        parameters = tokens / self.layout.tp + model.embedding_parameters() - tokens
+        unit = self._unit(kernels, parameters, groups, embedding_cuts(model))
         return dataclasses.replace(unit, stays_gathered=True)
 
     def head(self, groups: Groups) -> UnitCost:
@@ -401,7 +406,7 @@ class StageCosts:
             work, dropped = self._selected(kernels, cp_forward)
             backward += work
             saved, again = saved - dropped, dropped
-        deferred = deferred_bytes(kernels, precision)
+        deferred = deferred_bytes(kernels, job.stack, precision)
         if job.stack.frees_after_input_gradient:
             deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
         return UnitCost(
@@ -414,6 +419,7 @@ class StageCosts:
             backward_weight=weights,
             deferred=deferred,
             experts=experts,
+            norm_working=norm_working(kernels, job.stack, precision),
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:

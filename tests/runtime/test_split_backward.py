@@ -32,6 +32,6 @@ def test_gradients_kept_for_the_weights(model: str) -> None:
             if tensor is not None:
                 kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     kernels = block_kernels(spec, spec.block_kind(1), True, Cut(1, 128, 1, False), job.stack)
-    assert sum(kept.values()) == pytest.approx(2 * deferred_bytes(kernels, "fp32"), rel=0.05)
+    assert sum(kept.values()) == pytest.approx(2 * deferred_bytes(kernels, job.stack, "fp32"), rel=0.05)
     stage_backward_weight(stage.parameters(), waiting)
     assert all(parameter.grad is not None for parameter in stage.parameters())
