@@ -38,7 +38,8 @@ class Attention(NamedTuple):
 
     With context parallelism `steps` blocks of `keys` keys pass by, of which a causal rank works on half. A query
     sees the last `window` keys, all if 0. A learned_bias on the scores has a gradient, for which torch has no fused
-    kernel: its plain one keeps probabilities and copies of Q, K and V in fp32 (aten, _scaled_dot_product_attention_math).
+    kernel: its plain one keeps probabilities and copies of Q, K and V in fp32 (aten,
+    _scaled_dot_product_attention_math).
     """
 
     name: str

@@ -20,13 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simulator.layout import Layout, Schedule
+from simulator.layout import SPLIT_BACKWARD, Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
-from simulator.schedules import Op, compute_order
-
-# Rounds, of as many microbatches as there are ranks or a few more, after which a schedule holds nothing that it has not
-# held before (tests/simulator/test_steady_state.py).
-STEADY_ROUNDS = 4
+from simulator.schedules import Op, as_full, compute_order
 
 
 class Held(NamedTuple):
@@ -169,15 +165,15 @@ def fullest_moments(
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    if schedule not in ("GPipe", "LoopedBFS"):
-        # The others keep no more alive the longer they run: a few rounds have every moment.
-        microbatches = min(microbatches, STEADY_ROUNDS * (microbatches // max(1, microbatches // ranks)))
-    return fullest_of_all(schedule, rank, ranks, chunks, microbatches, zero_stage)
+    if schedule not in SPLIT_BACKWARD:
+        # Where the backward is split, gradients that are on their way back add up until the step ends.
+        microbatches = as_full(schedule, ranks, microbatches)
+    return fullest_of_all(schedule, rank, ranks, chunks, microbatches, zero_stage, apart)
 
 
 @functools.lru_cache(maxsize=65536)
 def fullest_of_all(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int
+    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> FullestMoments:
     """The same, with every microbatch walked."""
     found: dict[Running, set[tuple[Held, ...]]] = {}

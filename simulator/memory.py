@@ -16,7 +16,6 @@ from simulator.layout import SPLIT_BACKWARD, Layout
 from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
-from simulator.schedules import as_full
 from simulator.stage import StageCost
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ class _RankBytes:
 
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
-        schedule, rank, ranks, chunks, microbatches, zero_stage = self.pipeline
-        known = fullest_moments(schedule, rank, ranks, chunks, as_full(schedule, ranks, microbatches), zero_stage)
+        known = fullest_moments(*self.pipeline)
         apart = [self.stages[one.stage].passing(one) for one in known.runnings]
         passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
         moving = 1 + fragmented(self.job, 1.0, 0.0)

@@ -14,7 +14,6 @@ from simulator.columns import Columns, columns_of, distinct, legal
 from simulator.critical_path import critical_path, pipeline_times, step_at_least
 from simulator.job import Job, build_job
 from simulator.layout import Layout
-from simulator.lifetimes import fullest_moments
 from simulator.memory import fullest, memory_per_rank
 from simulator.program import build_program, stage_costs
 from simulator.schedules import as_full, peak_in_flight
@@ -148,9 +147,6 @@ def test_what_is_alive_before_the_first_backward(schedule: str, chunks: int) -> 
                 moments = peak_in_flight(schedule, rank, ranks, chunks, count)
                 shape, few = (schedule, rank, ranks, chunks), as_full(schedule, ranks, count)
                 assert set(peak_in_flight(*shape, few)) == set(moments)
-                for zero in (1, 3):
-                    found = (set(fullest_moments(*shape, number, zero).moments) for number in (few, count))
-                    assert next(found) == next(found)
                 alive = before_backward(layout, rank, count)
                 by_stage = dict(zip(layout.stages_of(rank), alive, strict=True))
                 assert any(all(held.alive >= by_stage[held.stage] for held in moment) for moment in moments)

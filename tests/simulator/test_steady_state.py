@@ -13,13 +13,7 @@ def moments(found: FullestMoments) -> set[Moment]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("schedule", "chunks"),
-    [
-        ("1F1B", 1), ("Interleaved1F1B", 2), ("Interleaved1F1B", 5), ("InterleavedZeroBubble", 2),
-        ("InterleavedZeroBubble", 4), ("ZBVZeroBubble", 2), ("DualPipeV", 2),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("schedule", "chunks"), [("1F1B", 1), ("Interleaved1F1B", 2), ("Interleaved1F1B", 5)])
 def test_a_few_rounds_have_every_moment(schedule: Schedule, chunks: int, zero_stage: int) -> None:
     for ranks in (1, 2, 3, 4) if schedule == "1F1B" else (2, 3, 4):
         for rank in range(ranks):
@@ -39,6 +33,12 @@ def test_rounds_need_not_be_as_many_as_ranks() -> None:
         for rank in range(ranks):
             shape = (schedule, rank, ranks, chunks, microbatches, 3)
             assert moments(fullest_moments(*shape)) == moments(fullest_of_all(*shape)), shape
+
+
+def test_what_a_split_backward_returns_adds_up() -> None:
+    """Input gradients that torch holds until the step ends: of all microbatches but the one that runs."""
+    found = fullest_moments("ZBVZeroBubble", 1, 2, 2, 40, 1, True)
+    assert max(held.returned for moment in found.moments for held in moment.held) >= 39
 
 
 def test_a_schedule_that_keeps_everything_is_not_cut_short() -> None:
