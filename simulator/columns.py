@@ -49,8 +49,15 @@ class Columns:
 
     def layout(self, row: int) -> Layout:
         """The layout of one row."""
-        fields = {name: int(column[row]) for name, column in self.numbers.items()}
-        return Layout(**(fields | {name: values[fields[name]] for name, values in self.names.items()}))
+        return self.layouts(np.array([row]))[0]
+
+    def layouts(self, rows: npt.NDArray[Any]) -> list[Layout]:
+        """The layouts of the rows at these places."""
+        fields = {name: column[rows].tolist() for name, column in self.numbers.items()}
+        for name, values in self.names.items():
+            fields[name] = [values[place] for place in fields[name]]
+        names = list(fields)
+        return [Layout(**dict(zip(names, row, strict=True))) for row in zip(*fields.values(), strict=True)]
 
     def take(self, rows: npt.NDArray[Any]) -> Columns:
         """The rows at these places, or those for which a mask is true."""
@@ -163,7 +170,7 @@ def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
             "world": world[rows],
         }
         firsts, codes = distinct(*(derived[name] if name in derived else some[name] for name in (*reads, *extra)))
-        fine = [not _problems(rule, some.layout(row), job) for row in firsts.tolist()]
+        fine = [not _problems(rule, layout, job) for layout in some.layouts(firsts)]
         found[rows] = np.array(fine)[codes]
     return found
 

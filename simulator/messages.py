@@ -102,8 +102,9 @@ def message_bytes(job: Job, layout: Layout) -> float:
 def message_shapes(job: Job, layout: Layout) -> tuple[GroupShape, ...]:
     """The different ways in which the pipeline ranks of a folded run and the ranks behind them lie."""
     stride, first, found = layout.rank(pp=1), dict[int, int](), dict[GroupShape, None]()
-    for rank in range(layout.pp - 1):
-        first.setdefault(rank * stride % cluster_period(job, layout), rank * stride)
+    period = cluster_period(job, layout)
+    for source in range(0, (layout.pp - 1) * stride, stride):
+        first.setdefault(source % period, source)
     for source in first.values():
         found[_worst_way(job, layout, source, source + stride, True)[1]] = None
     return tuple(found)

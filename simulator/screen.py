@@ -6,6 +6,7 @@ take seconds. Both are lower bounds; what they leave is judged by the exact cost
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from simulator.collectives import message_seconds
 from simulator.columns import Column, Columns, distinct
 from simulator.compute import accumulation_seconds
 from simulator.expert_parallel import expert_grid
-from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout, Schedule
 from simulator.memory import _overhead, _state, fragmented
 from simulator.messages import message_bytes, message_shapes
 from simulator.passing import Sharding
@@ -68,7 +69,8 @@ class _Screening:
         self.count = columns.microbatches(job.training.global_batch_size).astype(np.float64)
         self.split = columns.is_named("schedule", *SPLIT_BACKWARD)
         sizes = [columns[name] for name in (*AXES, "ep", "zero_stage")]
-        self.grids, self.grid = distinct(columns["rank_order"], *sizes)
+        grids, self.grid = distinct(columns["rank_order"], *sizes)
+        self.grids = columns.layouts(grids)
         self.shards, self.expert_shards = self._shards()
         self.ranks = self._ranks()
 
@@ -111,7 +113,7 @@ class _Screening:
         job, units, columns = self.job, self.units, self.columns
         # Which stacks hold whole gradients from the start may depend on whether the backward is split.
         rows, recipe = distinct(self.grid, self.split)
-        layouts = [columns.layout(row) for row in rows.tolist()]
+        layouts = columns.layouts(rows)
         held = self._held(layouts, recipe)
         # Activations that leave for the host are none that are kept; which do is up to the stage.
         saved = units["saved"][units.code] * (not job.stack.offloaded_blocks)
@@ -119,7 +121,7 @@ class _Screening:
             *(columns[name] for name in ("pp", "virtual_stages", "stage_layers", "schedule")), self._rounds()
         )
         batch = job.training.global_batch_size
-        cuts = [_fullest(columns.layout(row), batch, units.block_kinds, units.units) for row in firsts.tolist()]
+        cuts = [_fullest(layout, batch, units.block_kinds, units.units) for layout in columns.layouts(firsts)]
         ranks, count = _padded(cuts), units.units
         most = np.zeros(len(columns))
         for place in range(ranks.shape[1]):
@@ -181,13 +183,12 @@ class _Screening:
 
     def norm(self) -> Floats:
         firsts, code = distinct(self._world())
-        return np.array([norm_seconds(self.job, self.columns.layout(row)) for row in firsts.tolist()])[code]
+        return np.array([norm_seconds(self.job, layout) for layout in self.columns.layouts(firsts)])[code]
 
     def _shards(self) -> tuple[Floats, Floats]:
         """Ranks that share the state of a parameter, and of one of a routed expert."""
         found = []
-        for row in self.grids.tolist():
-            layout = self.columns.layout(row)
+        for layout in self.grids:
             found.append((layout.shards, expert_grid(layout, self.job.stack).shards))
         shards = np.array(found, dtype=np.float64)[self.grid]
         return shards[:, 0], shards[:, 1]
@@ -195,11 +196,11 @@ class _Screening:
     def _hop_seconds(self) -> Floats:
         """Seconds of the message between two pipeline ranks that lie best."""
         columns, known = self.columns, dict[object, int]()
-        lies = (message_shapes(self.job, columns.layout(row)) for row in self.grids.tolist())
+        lies = (message_shapes(self.job, layout) for layout in self.grids)
         shapes = [known.setdefault(shapes, len(known)) for shapes in lies]
         fields = [columns[name] for name in ("tp", "cp", "micro_batch_size", "sequence_parallel")]
         firsts, code = distinct(np.array(shapes)[self.grid], *fields)
-        return np.array([self._least_message(columns.layout(row)) for row in firsts.tolist()])[code]
+        return np.array([self._least_message(layout) for layout in columns.layouts(firsts)])[code]
 
     def _least_message(self, layout: Layout) -> float:
         size = message_bytes(self.job, layout)
@@ -211,20 +212,26 @@ class _Screening:
         v_shaped = columns.is_named("schedule", *V_PLACEMENT)
         firsts, code = distinct(columns["pp"], columns["virtual_stages"], columns["stage_layers"], v_shaped)
         count = self.units.units
-        table = _padded([_busiest(columns.layout(row), self.units.block_kinds, count) for row in firsts.tolist()])
+        table = _padded([_busiest(layout, self.units.block_kinds, count) for layout in columns.layouts(firsts)])
         return _Ranks(code, table[:, :, :count], table[:, :, count : 2 * count], table[:, :, -2], table[:, :, -1])
 
 
 def stage_units(layout: Layout, block_kinds: tuple[int, ...], units: int) -> Floats:
     """How many of each unit every stage has: stages x units. `block_kinds` are the places of the model's blocks among
     the units, of which the last two are the embedding and the head."""
-    found, first = np.zeros((layout.stages, units)), 0
-    for stage, count in enumerate(layout.layers_per_stage(len(block_kinds))):
+    return _cut_units(layout.layers_per_stage(len(block_kinds)), block_kinds, units)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut_units(layers: tuple[int, ...], block_kinds: tuple[int, ...], units: int) -> Floats:
+    found, first = np.zeros((len(layers), units)), 0
+    for stage, count in enumerate(layers):
         for kind in block_kinds[first : first + count]:
             found[stage, kind] += 1
         first += count
     found[0, -2] += 1
     found[-1, -1] += 1
+    found.flags.writeable = False
     return found
 
 
@@ -242,10 +249,17 @@ def _busiest(layout: Layout, block_kinds: tuple[int, ...], units: int) -> list[F
 
 def _fullest(layout: Layout, batch: int, block_kinds: tuple[int, ...], units: int) -> list[Floats]:
     """Vectors (own units, units whose microbatches are kept) of the ranks that no other rank exceeds in everything."""
-    stages, count = stage_units(layout, block_kinds, units), layout.microbatches(batch)
-    kept = np.array([before_backward(layout, rank, count) for rank in range(layout.pp)])
-    held = stages[np.array([layout.stages_of(rank) for rank in range(layout.pp)])]
-    return _undominated(np.hstack([held.sum(axis=1), np.einsum("rc,rcu->ru", kept, held)]))
+    held = np.array([layout.stages_of(rank) for rank in range(layout.pp)])
+    stages = stage_units(layout, block_kinds, units)[held]
+    kept = _kept(layout.schedule, layout.pp, layout.virtual_stages, layout.microbatches(batch))
+    return _undominated(np.hstack([stages.sum(axis=1), np.einsum("rc,rcu->ru", kept, stages)]))
+
+
+@functools.lru_cache(maxsize=65536)
+def _kept(schedule: Schedule, ranks: int, chunks: int, microbatches: int) -> Floats:
+    """Microbatches before the first backward: ranks x chunks."""
+    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule)
+    return np.array([before_backward(layout, rank, microbatches) for rank in range(ranks)], dtype=np.float64)
 
 
 def before_backward(layout: Layout, rank: int, microbatches: int) -> list[int]:

@@ -59,8 +59,8 @@ class UnitTable:
         grids, grid = distinct(columns["rank_order"], *sizes, columns["zero_stage"] > 0)
         shapes: dict[object, int] = {}
         lies = []
-        for row in grids.tolist():
-            groups = distinct_groups(self.job, columns.layout(row))
+        for layout in columns.layouts(grids):
+            groups = distinct_groups(self.job, layout)
             key = tuple(dict.fromkeys((g.tp, g.cp, g.ep) for g in groups))
             lies.append(shapes.setdefault(key, len(shapes)))
         fields = [columns[name] for name in ("tp", "cp", "ep", "micro_batch_size", "recompute", "sequence_parallel")]
