@@ -321,7 +321,9 @@ class StageCosts:
         tokens = model.vocab_size * model.hidden_size
         parameters = tokens / self.layout.tp + model.embedding_parameters() - tokens
         unit = self._unit(kernels, parameters, groups, embedding_cuts(model))
-        return dataclasses.replace(unit, stays_gathered=True)
+        # Its gradient is as large as its weights, whichever tokens there are.
+        growing = unit.growing + parameters * self.recipe.compute
+        return dataclasses.replace(unit, growing=growing, stays_gathered=True)
 
     def head(self, groups: Groups) -> UnitCost:
         """The cost of the head behind the last block."""
