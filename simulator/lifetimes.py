@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from simulator.layout import SPLIT_BACKWARD, Layout, Schedule
 from simulator.program import OPTIMIZER, sharded_order
-from simulator.schedules import Op, as_full, compute_order
+from simulator.schedules import Op, compute_order
 
 
 class Held(NamedTuple):
@@ -31,7 +31,7 @@ class Held(NamedTuple):
     are gathered, and its gradients are there: whole, reduced, or fresh, in the width of matmuls beside those whole;
     and input gradients of a split backward, which torch keeps until the step ends."""
 
-    stage: int
+    stage: int = -1
     kept: int = 0
     deferred: int = 0
     ends: int = 0
@@ -65,13 +65,19 @@ class Moment(NamedTuple):
 
 
 class FullestMoments(NamedTuple):
-    """Moments, and the same as numbers: what they hold as rows of counts, Held's fields but the stage for one stage
-    after the other, and which of `runnings` each of them has."""
+    """Moments as numbers: what they hold as rows of counts, Held's fields but the stage for one of `stages` after the
+    other, and which of `runnings` each of them has."""
 
-    moments: tuple[Moment, ...]
+    stages: tuple[int, ...]
     runnings: tuple[Running, ...]
     counts: np.ndarray
     running: np.ndarray
+
+    def moment(self, row: int) -> Moment:
+        """One of them by its row."""
+        of_stages = self.counts[row].astype(int).reshape(len(self.stages), -1).tolist()
+        held = tuple(Held(stage, *counts) for stage, counts in zip(self.stages, of_stages, strict=True))
+        return Moment(self.runnings[int(self.running[row])], held)
 
 
 class Step(NamedTuple):
@@ -90,14 +96,24 @@ def lifetimes(
     """The ops of a rank and what is alive around them."""
     steps: list[Step] = []
     parts: list[Moment] = []
+    stages = _stages(schedule, rank, ranks, chunks)
     for op, running, at, after, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
-        parts.append(Moment(running, tuple(held)))
+        parts.append(Moment(running, _named(stages, held)))
         held[at] = after
         if len(parts) == len(op.leaves):
-            steps.append(Step(op, tuple(parts), tuple(held)))
+            steps.append(Step(op, tuple(parts), _named(stages, held)))
             parts = []
-    end = Moment(_running("OPTIMIZER"), tuple(held))
-    return (*steps, Step(OPTIMIZER, (end,), tuple(one._replace(whole=0, reduced=0, returned=0) for one in held)))
+    end = _named(stages, held)
+    left = tuple(one._replace(whole=0, reduced=0, returned=0) for one in end)
+    return (*steps, Step(OPTIMIZER, (Moment(_running("OPTIMIZER"), end),), left))
+
+
+def _stages(schedule: Schedule, rank: int, ranks: int, chunks: int) -> list[int]:
+    return sorted(Layout(pp=ranks, virtual_stages=chunks, schedule=schedule).stages_of(rank))
+
+
+def _named(stages: list[int], held: Iterable[Held]) -> tuple[Held, ...]:
+    return tuple(one._replace(stage=stage) for stage, one in zip(stages, held, strict=True))
 
 
 def _walk(
@@ -108,9 +124,9 @@ def _walk(
     pipelines: what is the same for many is looked up."""
     layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
     order = sharded_order(compute_order(schedule, rank, ranks, chunks, microbatches), layout)
-    stages = sorted(layout.stages_of(rank))
-    place = {stage: i for i, stage in enumerate(stages)}
-    held = [Held(stage) for stage in stages]
+    place = {stage: i for i, stage in enumerate(_stages(schedule, rank, ranks, chunks))}
+    # Stages are named later: the same counts are found for all of them.
+    held = [Held()] * len(place)
     drops = zero_stage == 3
     final = microbatches - 1 if ranks == 1 else -1
     for op in order:
@@ -160,46 +176,58 @@ def _around(kind: str, held: Held, drops: bool, apart: bool) -> tuple[Held, Held
 _EMPTY = ("NOTHING", "RESHARD", "OPTIMIZER")
 
 
+@functools.lru_cache(maxsize=65536)
 def fullest_moments(
     schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    if schedule not in SPLIT_BACKWARD:
-        # Where the backward is split, gradients that are on their way back add up until the step ends.
-        microbatches = as_full(schedule, ranks, microbatches)
-    return fullest_of_all(schedule, rank, ranks, chunks, microbatches, zero_stage, apart)
-
-
-@functools.lru_cache(maxsize=65536)
-def fullest_of_all(
-    schedule: Schedule, rank: int, ranks: int, chunks: int, microbatches: int, zero_stage: int, apart: bool = False
-) -> FullestMoments:
-    """The same, with every microbatch walked."""
-    found: dict[Running, set[tuple[Held, ...]]] = {}
-    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, microbatches, zero_stage, apart):
+    fewer = _as_good_as(schedule, ranks, microbatches)
+    skipped, split = microbatches - fewer, schedule in SPLIT_BACKWARD
+    found: dict[tuple[Running, bool], set[tuple[Held, ...]]] = {}
+    late = False
+    for op, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
         if running.kind not in _EMPTY:
-            moments = found.get(running)
+            late = late or (split and op.kind in "BIW" and op.microbatch is not None and op.microbatch >= fewer // 2)
+            moments = found.get((running, late))
             if moments is None:
-                moments = found[running] = set()
+                moments = found[running, late] = set()
             moments.add(tuple(held))
-    moments_ = [Moment(running, held) for running, some in found.items() for held in _undominated(some)]
-    runnings = list(found)
+    stages = _stages(schedule, rank, ranks, chunks)
+    runnings = list(dict.fromkeys(running for running, _ in found))
     place = {running: i for i, running in enumerate(runnings)}
-    counts = np.array([[count for one in moment.held for count in one[1:]] for moment in moments_], dtype=np.float64)
-    return FullestMoments(tuple(moments_), tuple(runnings), counts, np.array([place[m.running] for m in moments_]))
+    rows: list[tuple[int, ...]] = []
+    of, repeats = [], []
+    for (running, is_late), some in found.items():
+        fullest = _undominated(some, split)
+        rows += fullest
+        of += [place[running]] * len(fullest)
+        repeats += [skipped * is_late] * len(fullest)
+    counts = np.array(rows, dtype=np.float64).reshape(len(rows), len(stages), len(Held._fields))[:, :, 1:]
+    counts[:, :, -1] += (counts[:, :, -1] > 0) * np.array(repeats)[:, None]
+    return FullestMoments(tuple(stages), tuple(runnings), counts.reshape(len(rows), -1), np.array(of))
 
 
-def _undominated(moments: set[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
-    if len(moments) == 1:
-        return list(moments)
-    fullest: list[tuple[tuple[int, ...], tuple[Held, ...]]] = []
-    # What is kept and not deferred counts for itself, because it may weigh more than what is.
-    flat: dict[tuple[int, ...], tuple[Held, ...]] = {
-        (*sum(moment, ()), *(held.kept - held.deferred for held in moment)): moment for moment in moments
-    }
+def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
+    """Microbatches that go through the same moments. Schedules that keep no more than so many per rank repeat
+    themselves between their begin and their end, in rounds of a microbatch for each rank: 4 rounds have both and a
+    repetition between them. Only what grows with every microbatch has to be added."""
+    if schedule in ("GPipe", "LoopedBFS") or microbatches % ranks:
+        return microbatches
+    return min(microbatches, 4 * ranks)
+
+
+def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[int, ...]]:
+    """The counts of those of which no other holds at least as much of everything. With a split backward what is kept
+    and not deferred counts for itself, because it may weigh more than what is."""
+    flat: dict[tuple[int, ...], tuple[int, ...]] = {counts: counts for counts in (sum(one, ()) for one in moments)}
+    if len(flat) == 1:
+        return list(flat)
+    if split:
+        flat = {(*sum(moment, ()), *(one.kept - one.deferred for one in moment)): sum(moment, ()) for moment in moments}
+    fullest: list[tuple[int, ...]] = []
     # A moment holds less in total than one that holds at least as much of everything.
     for counts in sorted(flat, key=sum, reverse=True):
-        if not any(all(map(operator.ge, other, counts)) for other, _ in fullest):
-            fullest.append((counts, flat[counts]))
-    return [moment for _, moment in fullest]
+        if not any(all(map(operator.ge, other, counts)) for other in fullest):
+            fullest.append(counts)
+    return [flat[counts] for counts in fullest]

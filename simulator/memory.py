@@ -94,7 +94,7 @@ class _RankBytes:
         moving = 1 + fragmented(self.job, 1.0, 0.0)
         grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
         each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
-        return self.at(known.moments[int((known.counts @ each + passing[known.running]).argmax())])
+        return self.at(known.moment(int((known.counts @ each + passing[known.running]).argmax())))
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""

@@ -84,7 +84,8 @@ def test_a_v_keeps_its_fullest_moment_of_both_chunks() -> None:
     0F3 0I0 0W0 3F2 ... keeps three of stage 0 besides what stage 3 works on, or three besides stage 0's own forward or
     backward. Nobody waits for an input gradient of stage 0, so that it defers nothing."""
     held: dict[tuple[str, int | None], list[tuple[int, ...]]] = {}
-    for running, stages_held in fullest_moments("ZBVZeroBubble", 0, 2, 2, 16, 1).moments:
+    known = fullest_moments("ZBVZeroBubble", 0, 2, 2, 16, 1)
+    for running, stages_held in map(known.moment, range(len(known.counts))):
         kept_deferred = [number for one in stages_held for number in (one.kept, one.deferred)]
         held.setdefault((running.kind, running.stage), []).append(tuple(kept_deferred))
     assert max(held["I", 3]) == max(held["W", 3]) == max(held["B", 0]) == (3, 0, 0, 0)
