@@ -23,6 +23,7 @@ check: $(READY)  ## lint, format, types
 bench: $(READY)  ## how fast the simulator is and the tool answers, and what the trainer adds to a step
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/answer_time.py
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/synchronisation.py
 	$(BIN)/python benchmarks/step_overhead.py
 

@@ -78,12 +78,26 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _share(text: str) -> float:
+    """A share of the step: 1% or 0.01."""
+    from simulator.errors import UserError
+
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(f"--gap '{text}' must be a share of the step from 0 to below 1, like 1% or 0.01")
+    return share
+
+
 @app.command()
 def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
     top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
+    gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
     as_json: AsJson = False,
 ) -> None:
     """Recommend a layout; writes plan.json."""
@@ -97,7 +111,7 @@ def plan(
     check_writable(path)
     try:
         with _progress("planning", quiet=as_json) as report:
-            found = search(job, top, report)
+            found = search(job, top, report, _share(gap))
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)

@@ -1,8 +1,16 @@
 """plan(job): drop what is illegal, drop what does not fit, simulate the rest best-first until a bound says stop.
 
-The bound is admissible: no layout runs faster than its slowest rank's own work plus the forwards that must come
-before that rank's first one and the backwards that must follow its last one (tests/planner/test_search.py holds it
-against the simulator). So the answer is the simulator's optimum over all the layouts that space.py lists.
+Bounds come in levels, each admissible and each dearer than the one before; a layout is looked at on the next level only
+when no layout has a smaller bound:
+
+    1  screen.py, all layouts at once: seconds and bytes at least
+    2  `lower_bound` of its exact costs
+    3  critical_path.step_at_least: its pipeline alone, which most layouts share with others, and what is around it
+    4  critical_path.critical_path: its program without contention on the links
+    5  the exact bytes of its ranks, which dismiss it, or simulate
+
+So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
+every level against the next, and the answer against brute force).
 """
 
 from __future__ import annotations
@@ -14,68 +22,214 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
+import numpy as np
+
 from planner.plan import Certificate, Plan
-from planner.space import candidates, without_model_parallelism
+from planner.space import Search, candidates, space, without_model_parallelism
+from simulator.columns import Columns, distinct, legal
+from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
 from simulator.job import Job
-from simulator.layout import SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
+from simulator.screen import Screened, screen
 from simulator.simulate import simulate
 from simulator.stage import StageCost
+from simulator.sync_cost import is_simulated
 
 Progress = Callable[[str, float], None]
+# Bounds are sums of the same terms as what they bound, in another order.
+ROUNDING = 1 - 1e-9
 
 
-@dataclass(frozen=True)
-class _Screened:
-    """A legal layout that fits, with the least time it can take and its probability of running out of memory."""
-
-    bound: float
-    layout: Layout
-    risk: float
-
-
-@dataclass
-class _Counts:
-    space: int = 0
-    illegal: int = 0
-    out_of_memory: int = 0
-
-
-def plan(job: Job, top: int = 5, progress: Progress | None = None) -> Plan:
+def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0) -> Plan:
     """Choose the fastest layout that fits.
 
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
+        gap: how much faster than what is found a layout may be that is not looked at, as a fraction of the step.
 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
-    counts = _Counts()
-    screened, misses = _screen(job, counts, report)
-    if not screened:
-        raise NothingFitsError(_nothing_fits(job, counts, misses), misses)
-    best, simulated = _best_first(job, screened, top, report)
-    safer = _safer(job, screened, tuple(best), report)
+    report("listing layouts", 0.0)
+    search = _Search(job, job.search, report)
+    best = search.run(top, gap)
+    if not best:
+        misses = search.misses(3)
+        raise NothingFitsError(_nothing_fits(job, search, misses), misses)
     certificate = Certificate(
-        space=counts.space,
-        illegal=counts.illegal,
-        out_of_memory=counts.out_of_memory,
-        bounded=len(screened) - simulated,
-        simulated=simulated,
-        lower_bound_gap=0.0,
+        space=len(search.columns),
+        illegal=len(search.columns) - len(search.rows),
+        out_of_memory=search.out_of_memory,
+        bounded=len(search.rows) - search.out_of_memory - search.simulated,
+        simulated=search.simulated,
+        lower_bound_gap=max(0.0, 1 - search.least / best[0].step_seconds) if search.least < math.inf else 0.0,
         seconds=time.perf_counter() - started,
     )
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), safer)
+    safer = search.run(1, safe=True) if best[0].out_of_memory_probability > HIGH_RISK else []
+    return Plan(
+        job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), safer[0] if safer else None
+    )
+
+
+@dataclass(order=True)
+class _Entry:
+    """A layout with a lower bound of its step; `level` says which, see above."""
+
+    bound: float
+    row: int
+    level: int = field(compare=False)
+    layout: Layout = field(compare=False)
+    stages: tuple[StageCost, ...] = field(compare=False)
+
+
+class _Search:
+    """A space, screened, and walks through it. After one `least` is the bound of the best layout that it left."""
+
+    def __init__(self, job: Job, limits: Search, report: Progress) -> None:
+        self.job, self.report = job, report
+        self.columns = space(job, limits)
+        report(f"screening {len(self.columns):,} layouts", 0.0)
+        self.rows = np.flatnonzero(legal(job, self.columns))
+        self.legal = self.columns.take(self.rows)
+        screened = screen(job, self.legal)
+        self.seconds, self.memory = _with_stragglers(job, self.legal, screened) * ROUNDING, screened.memory * ROUNDING
+        if job.cluster.gpu.kind != "gpu":
+            # Ranks that share a machine's memory run out together: one of them says nothing.
+            self.memory[:] = 0.0
+        self.rooms = _capacities(job, self.legal)
+        self.fits = self.memory <= self.rooms
+        self.least = math.inf
+        self.entries: dict[int, _Entry] = {}
+        self.predictions: dict[Layout, Prediction] = {}
+        self.found: list[Prediction] = []
+        self.missed: list[tuple[float, Layout]] = []
+        self.out_of_memory = self.simulated = 0
+        self.pipelines: dict[tuple[object, ...], PipelineTimes] = {}
+
+    def run(self, top: int, gap: float = 0.0, safe: bool = False) -> list[Prediction]:
+        """The best layouts, best first; empty if nothing fits. `safe` are those unlikely to run out of memory."""
+        self.top, self.gap, self.safe, self.found = top, gap, safe, []
+        self.out_of_memory, self.simulated, self.missed = int(np.count_nonzero(~self.fits)), 0, []
+        fitting = np.flatnonzero(self.fits)
+        order = fitting[np.argsort(self.seconds[fitting], kind="stable")]
+        queue: list[_Entry] = []
+        at = 0
+        while at < len(order) or queue:
+            screened = float(self.seconds[order[at]]) if at < len(order) else math.inf
+            bound = min(screened, queue[0].bound if queue else math.inf)
+            if bound >= self._enough():
+                self.least = bound
+                break
+            if screened <= bound:
+                if safe and self._risk(self.memory[order[at]], self.rooms[order[at]]) > HIGH_RISK:
+                    at += 1
+                    continue
+                heapq.heappush(queue, self._costed(int(order[at])))
+                at += 1
+                continue
+            entry = heapq.heappop(queue)
+            # Where ranks share processors nothing is alone, and where replicas differ one step is not the mean.
+            if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
+                entry.level += 1
+                bound_of = self._alone if entry.level == 3 else self._critical
+                entry.bound = max(entry.bound, bound_of(entry) * ROUNDING)
+                heapq.heappush(queue, entry)
+            elif self._holds(entry):
+                self._simulate(entry.layout)
+                self.report(f"simulating: best step {self.found[0].step_seconds:.3g} s", at / len(order))
+        return self.found
+
+    def _enough(self) -> float:
+        """The bound from which on no layout can enter the best."""
+        if len(self.found) < self.top:
+            return math.inf
+        return self.found[-1].step_seconds * (1 - self.gap)
+
+    def _costed(self, row: int) -> _Entry:
+        """The second level, or what an earlier walk has found."""
+        if row not in self.entries:
+            layout = self.legal.layout(row)
+            stages = stage_costs(self.job, layout)
+            bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
+            self.entries[row] = _Entry(bound, row, 2, layout, stages)
+        return self.entries[row]
+
+    def _holds(self, entry: _Entry) -> bool:
+        """Whether a layout fits, to the byte."""
+        ranks = memory_per_rank(self.job, entry.layout, entry.stages)
+        need, room = needed(self.job, entry.layout, ranks), capacity(self.job, entry.layout)
+        if need > room:
+            self.out_of_memory += 1
+            self.missed.append((need - room, entry.layout))
+            return False
+        return not self.safe or self._risk(need, room) <= HIGH_RISK
+
+    def _risk(self, need: float, room: float) -> float:
+        return out_of_memory_probability(need, room, self.job.stack.name)
+
+    def _alone(self, entry: _Entry) -> float:
+        """The third level."""
+        layout, stages = entry.layout, entry.stages
+        works = tuple((s.forward.total, s.backward.total, s.backward_weight.total) for s in stages)
+        ways = tuple(message_ways(self.job, layout).items())
+        count = layout.microbatches(self.job.training.global_batch_size)
+        key = (layout.schedule, layout.pp, layout.virtual_stages, count, works, ways)
+        if key not in self.pipelines:
+            self.pipelines[key] = pipeline_times(self.job, layout, stages)
+        return step_at_least(self.job, layout, stages, self.pipelines[key])
+
+    def _critical(self, entry: _Entry) -> float:
+        """The fourth level."""
+        return critical_path(self.job, entry.layout, entry.stages)
+
+    def _simulate(self, layout: Layout) -> None:
+        if layout not in self.predictions:
+            self.predictions[layout] = simulate(self.job, layout)
+        self.found.append(self.predictions[layout])
+        self.simulated += 1
+        self.found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
+        del self.found[self.top :]
+
+    def misses(self, count: int) -> list[tuple[float, Layout]]:
+        """The layouts that need least more than there is, with how many bytes that is."""
+        found = heapq.nsmallest(count, self.missed, key=lambda miss: miss[0])
+        left = np.flatnonzero(~self.fits)
+        for row in left[np.argsort((self.memory - self.rooms)[left], kind="stable")].tolist():
+            if len(found) == count and self.memory[row] - self.rooms[row] >= found[-1][0]:
+                break
+            layout = self.legal.layout(row)
+            need = needed(self.job, layout, memory_per_rank(self.job, layout, stage_costs(self.job, layout)))
+            found.append((need - capacity(self.job, layout), layout))
+            found = heapq.nsmallest(count, found, key=lambda miss: miss[0])
+        return found
+
+
+def _with_stragglers(job: Job, columns: Columns, screened: Screened) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """The bounds of screened layouts; where replicas differ only what `lower_bound` may count."""
+    axes = [] if job.stragglers.none else [columns[axis] for axis in (*AXES, "rank_order")]
+    firsts, code = distinct(columns["sync"], *axes)
+    layouts = [columns.layout(row) for row in firsts.tolist()]
+    differ = np.array([is_simulated(job, layout) for layout in layouts], dtype=bool)[code]
+    factors = np.array([job.stragglers.least_factor(layout) for layout in layouts], dtype=np.float64)[code]
+    return np.where(differ, screened.pipeline * factors, screened.seconds)
+
+
+def _capacities(job: Job, columns: Columns) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Bytes that a rank of each row may use: it follows from their number and their servers."""
+    world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
+    firsts, code = distinct(world, columns["sync"])
+    return np.array([capacity(job, columns.layout(row)) for row in firsts.tolist()], dtype=np.float64)[code]
 
 
 def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> float:
@@ -101,67 +255,11 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     return best * job.stragglers.least_factor(layout)
 
 
-def _screen(job: Job, counts: _Counts, report: Progress) -> tuple[list[_Screened], list[tuple[float, Layout]]]:
-    """Split the space into layouts that fit, with their bounds, and the nearest misses."""
-    fitting: list[_Screened] = []
-    misses: list[tuple[float, Layout]] = []
-    costs: dict[Layout, tuple[StageCost, ...]] = {}
-    for layout in candidates(job):
-        counts.space += 1
-        if counts.space % 200 == 0:
-            report(f"screening layout {counts.space}", 0.0)
-        if layout.problems(job):
-            counts.illegal += 1
-            continue
-        # Of the schedule only the placement matters to what a stage costs.
-        placed = dataclasses.replace(layout, schedule="DualPipeV" if layout.schedule in V_PLACEMENT else "1F1B")
-        stages = costs.get(placed) or costs.setdefault(placed, stage_costs(job, placed))
-        need, room = needed(job, layout, memory_per_rank(job, layout, stages)), capacity(job, layout)
-        if need > room:
-            counts.out_of_memory += 1
-            misses.append((need - room, layout))
-            continue
-        risk = out_of_memory_probability(need, room, job.stack.name)
-        fitting.append(_Screened(lower_bound(job, layout, stages), layout, risk))
-    return fitting, heapq.nsmallest(3, misses, key=lambda miss: miss[0])
-
-
-def _best_first(
-    job: Job, screened: list[_Screened], top: int, report: Progress, known: tuple[Prediction, ...] = ()
-) -> tuple[list[Prediction], int]:
-    """Simulate in the order of the bounds until no bound left can enter the best `top`; what is known is not simulated
-    again."""
-    predictions = {prediction.layout: prediction for prediction in known}
-    found: list[Prediction] = []
-    simulated = 0
-    for entry in sorted(screened, key=lambda e: (e.bound, e.layout.short())):
-        if len(found) >= top and entry.bound >= found[top - 1].step_seconds:
-            break
-        found.append(predictions.get(entry.layout) or simulate(job, entry.layout))
-        simulated += 1
-        found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
-        del found[top:]
-        report(f"simulating: best step {found[0].step_seconds:.3g} s", simulated / len(screened))
-    return found, simulated
-
-
-def _safer(job: Job, screened: list[_Screened], best: tuple[Prediction, ...], report: Progress) -> Prediction | None:
-    """Where the fastest of the best layouts is likely to run out of memory: the fastest of all that is not."""
-    safe = [entry for entry in screened if entry.risk <= HIGH_RISK]
-    if best[0].out_of_memory_probability <= HIGH_RISK or not safe:
-        return None
-    found, _ = _best_first(job, safe, 1, report, best)
-    return found[0]
-
-
 def _baseline(job: Job) -> Prediction:
     """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
-    plain = without_model_parallelism(job)
-    fitting, misses = _screen(plain, _Counts(), lambda what, fraction: None)
-    if not fitting:
-        return simulate(job, misses[0][1]) if misses else _impossible_baseline(job)
-    best, _ = _best_first(job, fitting, 1, lambda what, fraction: None)
-    return best[0]
+    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None)
+    found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
+    return found[0] if found else _impossible_baseline(job)
 
 
 def _impossible_baseline(job: Job) -> Prediction:
@@ -181,15 +279,16 @@ def _impossible_baseline(job: Job) -> Prediction:
     )
 
 
-def _nothing_fits(job: Job, counts: _Counts, misses: list[tuple[float, Layout]]) -> str:
+def _nothing_fits(job: Job, search: _Search, misses: list[tuple[float, Layout]]) -> str:
     """One sentence: the nearest misses and by how much."""
     where = f"{job.model.name} on {job.nodes} x {job.cluster.name}"
-    if not counts.space:
+    if not len(search.columns):
         return f"no layout of {where}: no sizes that [search] allows multiply to its {job.world_size} ranks"
     if not misses:
-        example = next(iter(candidates(job)), None)
+        example = next(candidates(job), None)
         reason = f"; for example {example.short()}: {example.problems(job)[0]}" if example else ""
-        return f"no layout of {where} is legal: {counts.illegal} of {counts.space} candidates break a rule{reason}"
+        count = len(search.columns)
+        return f"no layout of {where} is legal: {count} of {count} candidates break a rule{reason}"
     shown = "; ".join(f"{layout.short()} by {over / 2**30:.1f} GiB" for over, layout in misses)
     limit = capacity(job, misses[0][1]) / 2**30
     return f"no layout of {where} fits into {limit:.1f} GiB per rank; the nearest miss it: {shown}"

@@ -120,6 +120,7 @@ def print_plan(plan: Plan) -> None:
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
         f"{c.simulated} simulated, in {c.seconds:.1f} s; none of these is faster"
+        + (f" by more than {c.lower_bound_gap:.2%}" if c.lower_bound_gap else "")
     )
 
 

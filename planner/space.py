@@ -5,184 +5,242 @@ Nothing is judged here but arithmetic: `Layout.problems` says which candidates a
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from simulator.columns import DEFAULTS, NAMED, Column, Columns
 from simulator.compute import UNFUSED
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import MULTI_STAGE, RANK_ORDER, SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.program import MOST_UNSHARDED
+from simulator.stage_split import with_balanced_splits
 
 # Fields that belong to some ways to keep replicas together only: they are no condition for the others.
 SYNC_FIELDS = ("servers", "staleness", "sync_interval", "outer_optimizer")
 LARGEST_MICRO_BATCH = 16
 LARGEST_VIRTUAL_STAGES = 8
-# Sequences that are cut, and the shortest part of one that a rank gets, unless [search] names cp.
-LONG_SEQUENCE = 32768
-SHORTEST_PART = 8192
+# The shortest part of a sequence that a context-parallel rank gets, and the most parts of one that is not long, unless
+# [search] names cp.
+SHORTEST_PART, LONG_PART = 1024, 8192
+MOST_PARTS = 8
+# Pipeline ranks far apart, or data-parallel ranks: the two orders that Megatron-LM has switches for.
+RANK_ORDERS = (RANK_ORDER, "tp-cp-ep-pp-dp")
+
+Search = Mapping[str, list[Any]]
 
 
 def candidates(job: Job) -> Iterator[Layout]:
-    """Every layout worth asking about, each once. A field that `job.search` names has one of its values in all of them.
+    """Every layout of the space, each once."""
+    columns = space(job)
+    return (columns.layout(row) for row in range(len(columns)))
 
-    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes; sequences are cut from
-    LONG_SEQUENCE tokens on; ep is tried for models with experts. Fields that change nothing
-    for a layout (sequence_parallel without tp, virtual stages without pp) are not varied.
+
+def space(job: Job, search: Search | None = None) -> Columns:
+    """Every layout worth asking about, each once. A field that `search` (the job's own if there is none) names has one
+    of its values in all of them.
+
+    Tensor parallelism stays inside a scale-up domain unless `search` names larger sizes; sequences are cut into up to
+    MOST_PARTS parts, long ones until a part has LONG_PART tokens; ep is tried for models with experts. A pipeline is
+    cut as evenly as its blocks allow and, where that is something else, such that the slowest rank has least to do
+    beside embedding and head. Fields that change nothing for a layout (sequence_parallel without tp, virtual stages
+    without pp) are not varied.
     """
-    for layout in _combinations(job):
-        if all(getattr(layout, name) in _values(job, name, []) for name in job.search if name not in SYNC_FIELDS):
-            yield layout
+    return _Space(job, job.search if search is None else search).columns()
 
 
-def _combinations(job: Job) -> Iterator[Layout]:
-    for world in _world_sizes(job):
-        sizes = {
-            "tp": _values(job, "tp", _tensor_sizes(job, world)),
-            "pp": _values(job, "pp", _divisors(world)),
-            "cp": _values(job, "cp", _context_sizes(job)),
-            "ep": _values(job, "ep", _expert_sizes(job, world)),
-        }
-        for tp, pp, cp, ep in itertools.product(*sizes.values()):
-            if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
-                continue
-            for data in _data_parallel(job, world // (tp * pp * cp), cp):
-                recipes = _recipes(job, tp, pp, data["dp_replicate"] * data["dp_shard"])
-                for rest, sync in itertools.product(recipes, _syncs(job, data["dp_replicate"])):
-                    layout = Layout(tp=tp, pp=pp, cp=cp, ep=ep, **data, **rest, **sync)
-                    if "zero_stage" in job.search or not _has_a_twin(job, layout):
-                        yield layout
+class _Space:
+    def __init__(self, job: Job, search: Search) -> None:
+        self.job, self.search, self.stack = job, search, job.stack
+        self.names = {name: list(values) for name, values in NAMED.items()}
+        for name in search:
+            if name in self.names:
+                known = self.names[name]
+                known += [value for value in self.values(name, []) if value not in known]
+        for name in ("sync", *SYNC_FIELDS):
+            self.names[name] = list(dict.fromkeys([DEFAULTS[name], *self.values(name, []), job.nodes]))
+        self.names["rank_order"] += [order for order in RANK_ORDERS if order not in self.names["rank_order"]]
+        self.recipes: dict[tuple[Any, ...], Column] = {}
 
+    def values(self, name: str, default: list[Any]) -> list[Any]:
+        found = self.search.get(name, default)
+        return list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in found))
 
-def _syncs(job: Job, replicas: int) -> list[dict[str, Any]]:
-    """Ways to keep replicas together: an all-reduce, and what [search] names, because most others change what is
-    trained. Servers are tried one on every node."""
-    found: list[dict[str, Any]] = []
-    for sync in _values(job, "sync", ["all_reduce"]):
-        fields: dict[str, list[Any]] = {}
-        if sync == "parameter_server":
-            fields = {"servers": _values(job, "servers", [job.nodes]), "staleness": _values(job, "staleness", [0])}
-        elif sync == "local_sgd":
-            fields = {
-                "sync_interval": _values(job, "sync_interval", [1]),
-                "outer_optimizer": _values(job, "outer_optimizer", ["none"]),
+    def codes(self, name: str, default: list[Any]) -> list[int]:
+        """The places of the values of a field that is no number."""
+        return [self.names[name].index(value) for value in self.values(name, default)]
+
+    def columns(self) -> Columns:
+        grid = ("tp", "pp", "cp", "ep", "dp_replicate", "dp_shard", "zero_stage")
+        recipe = (
+            "micro_batch_size", "recompute", "sequence_parallel", "stage_layers", "rank_order", "schedule",
+            "virtual_stages",
+        )  # fmt: skip
+        blocks = list(self.blocks())
+        table = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(grid) + len(recipe), 0), dtype=np.int64)
+        numbers = dict(zip((*grid, *recipe), table, strict=True))
+        columns = self.with_syncs(Columns(numbers, self.names))
+        columns = columns.take(self.kept(columns))
+        # The split that balances is computed from what blocks cost, so it comes last.
+        return columns if "stage_layers" in self.search else with_balanced_splits(self.job, columns)
+
+    def blocks(self) -> Iterator[Column]:
+        """The layouts of one grid after the other: fields x layouts."""
+        for world in self.world_sizes():
+            sizes = {
+                "tp": self.values("tp", self.tensor_sizes(world)),
+                "pp": self.values("pp", [d for d in _divisors(world) if d <= self.job.model.num_hidden_layers]),
+                "cp": self.values("cp", self.context_sizes()),
+                "ep": self.values("ep", self.expert_sizes(world)),
             }
-        if sync == "all_reduce" or replicas > 1:
-            found += [
-                {"sync": sync} | dict(zip(fields, values, strict=True))
-                for values in itertools.product(*fields.values())
-            ]
-    return found
+            for tp, pp, cp in itertools.product(sizes["tp"], sizes["pp"], sizes["cp"]):
+                if min(tp, pp, cp) < 1 or world % (tp * pp * cp):
+                    continue
+                ranks = world // (tp * pp * cp)
+                recipes = self.recipe_rows(tp > 1, pp, ranks)
+                data = np.array(list(self.data_parallel(ranks, cp)), dtype=np.int64).reshape(-1, 3).T
+                grid = np.array([(tp, pp, cp, ep) for ep in sizes["ep"]], dtype=np.int64).reshape(-1, 4).T
+                yield _product(grid, data, recipes)
 
+    def with_syncs(self, columns: Columns) -> Columns:
+        """Every row with every way to keep replicas together: an all-reduce, or what [search] names, because most
+        others change what is trained. Servers are tried one on every node."""
+        ways = list(self.syncs())
+        names = ("sync", *SYNC_FIELDS)
+        table = np.array(
+            [[self.names[n].index(way.get(n, DEFAULTS[n])) for n in names] for way in ways], dtype=np.int64
+        )
+        rows = columns.take(np.repeat(np.arange(len(columns)), len(ways)))
+        tiled = {name: np.tile(table[:, i], len(columns)) for i, name in enumerate(names)}
+        found = rows.replace(**tiled)
+        return found.take((found["dp_replicate"] > 1) | found.is_named("sync", "all_reduce"))
 
-def _has_a_twin(job: Job, layout: Layout) -> bool:
-    """Whether zero_stage 1 is as good as what 2 is, which is tried too: under a pipeline FSDP2 reduces gradients once
-    in both, and gathers once as long as no stage has to make room for another. The gathers stand at other places of
-    the program, so that their steps may differ by less than a percent."""
-    stack = job.stack
-    found = layout.pp > 1 and layout.zero_stage == 1 and stack.replicates_by_fsdp and 2 in stack.pipeline_zero_stages
-    return found and layout.virtual_stages <= MOST_UNSHARDED
+    def syncs(self) -> Iterator[dict[str, Any]]:
+        for sync in self.values("sync", ["all_reduce"]):
+            fields: dict[str, list[Any]] = {}
+            if sync == "parameter_server":
+                fields = {
+                    "servers": self.values("servers", [self.job.nodes]),
+                    "staleness": self.values("staleness", [0]),
+                }
+            elif sync == "local_sgd":
+                fields = {
+                    "sync_interval": self.values("sync_interval", [1]),
+                    "outer_optimizer": self.values("outer_optimizer", ["none"]),
+                }
+            for values in itertools.product(*fields.values()):
+                yield {"sync": sync} | dict(zip(fields, values, strict=True))
 
+    def kept(self, columns: Columns) -> Any:
+        """The rows that have values that `search` names, and no twin."""
+        found = np.ones(len(columns), dtype=bool)
+        for name in (name for name in self.search if name not in SYNC_FIELDS):
+            found &= np.isin(columns[name], self.codes(name, []) if name in self.names else self.values(name, []))
+        # A backward that is split cannot recompute; that is so for every job.
+        found &= ~(columns.is_named("schedule", *SPLIT_BACKWARD) & ~columns.is_named("recompute", "none"))
+        if "rank_order" not in self.search and not self.job.cluster.nodes_per_leaf:
+            # Where tensor and context ranks fill a domain, pipeline and data-parallel ranks are a domain apart in both
+            # orders, and a flat network knows no other distance.
+            fills = columns["tp"] * columns["cp"] % self.job.cluster.domain == 0
+            found &= ~fills | (columns["rank_order"] == 0)
+        if "zero_stage" not in self.search and self.stack.replicates_by_fsdp and 2 in self.stack.pipeline_zero_stages:
+            # zero_stage 1 is as good as 2 there: under a pipeline FSDP2 reduces gradients once in both, and gathers
+            # once as long as no stage has to make room for another. The gathers stand at other places of the program,
+            # so that their steps may differ by less than a percent.
+            twin = (columns["pp"] > 1) & (columns["zero_stage"] == 1)
+            found &= ~(twin & (columns["virtual_stages"] <= MOST_UNSHARDED))
+        return found
 
-def _values(job: Job, name: str, default: list[Any]) -> list[Any]:
-    found = job.search.get(name, default)
-    return list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in found))
+    def world_sizes(self) -> list[int]:
+        """All devices; a machine that may be oversubscribed also takes fewer or more ranks."""
+        spec, world = self.job.cluster, self.job.world_size
+        if spec.oversubscribe <= 1:
+            return [world]
+        most = int(world * spec.oversubscribe)
+        return [size for size in (2**i for i in range(most.bit_length())) if size <= most]
+
+    def tensor_sizes(self, world: int) -> list[int]:
+        spec = self.job.cluster
+        widest = max(spec.domain, int(spec.gpus_per_node * spec.oversubscribe))
+        return [d for d in _divisors(world) if d <= min(widest, self.job.model.num_attention_heads)]
+
+    def context_sizes(self) -> list[int]:
+        if not self.stack.context_parallel:
+            return [1]
+        length = self.job.training.seq_len
+        most = max(1, length // LONG_PART, min(MOST_PARTS, length // SHORTEST_PART))
+        return [2**i for i in range(most.bit_length())]
+
+    def expert_sizes(self, world: int) -> list[int]:
+        """Numbers of ranks that the experts can be spread over; most stacks spread them inside a pipeline stage."""
+        if not self.stack.expert_dispatch or not self.job.model.num_experts:
+            return [1]
+        return [d for d in _divisors(self.job.model.num_experts) if world % d == 0]
+
+    def data_parallel(self, ranks: int, cp: int) -> Iterator[tuple[int, int, int]]:
+        """Ways to replicate and shard over this many data-parallel ranks; cp ranks shard with dp_shard."""
+        stages = sorted({0, *self.stack.zero_stages})
+        for zero in self.values("zero_stage", stages):
+            for shard in self.values("dp_shard", _divisors(ranks) if zero else [1]):
+                shards = shard * cp > 1 if zero else shard > 1
+                if shard >= 1 and ranks % shard == 0 and shards == (zero > 0):
+                    yield ranks // shard, shard, zero
+
+    def recipe_rows(self, tensor: bool, pp: int, dp: int) -> Column:
+        """What varies inside a grid: micro-batch, schedule and chunks, recompute, sequence parallelism."""
+        share = self.job.training.global_batch_size // dp
+        key = (tensor, pp, share, dp > 1)
+        if key not in self.recipes:
+            micro = [b for b in _divisors(share) if b <= LARGEST_MICRO_BATCH] if share else []
+            sequence = {"": [False], "always": [True], "optional": [True, False]}[self.stack.sequence_parallel]
+            orders = [RANK_ORDER] if self.stack.fixed_rank_order or pp == 1 or dp == 1 else list(RANK_ORDERS)
+            fields = (
+                self.values("micro_batch_size", micro),
+                self.codes("recompute", self.recomputes()),
+                self.codes("sequence_parallel", sequence) if tensor else [0],
+                self.codes("stage_layers", [None]),
+                self.codes("rank_order", orders),
+                list(self.schedules(pp)),
+            )
+            rows = [(*some, *schedule) for *some, schedule in itertools.product(*fields)]
+            self.recipes[key] = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+        return self.recipes[key]
+
+    def recomputes(self) -> list[str]:
+        """Selective recompute of attention alone drops the scores of an unfused core; a fused one has none to drop."""
+        stack = self.stack
+        useful = stack.attention[0] in UNFUSED or set(stack.selective_recompute) != {"attention"}
+        return [kind for kind in stack.recompute if kind != "selective" or useful]
+
+    def schedules(self, pp: int) -> Iterator[tuple[int, int]]:
+        place = self.names["schedule"].index
+        if pp == 1:
+            # Without a pipeline every schedule is the same loop over microbatches.
+            yield place("1F1B"), 1
+            return
+        layers = self.job.model.num_hidden_layers
+        several = [v for v in range(2, LARGEST_VIRTUAL_STAGES + 1) if pp * v <= layers]
+        for name in self.values("schedule", list(self.stack.schedules)):
+            stages = [2] if name in V_PLACEMENT else several if name in MULTI_STAGE else [1]
+            for count in self.values("virtual_stages", stages):
+                yield place(name), count
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def _world_sizes(job: Job) -> list[int]:
-    """All devices; a machine that may be oversubscribed also takes fewer or more ranks."""
-    if job.cluster.oversubscribe <= 1:
-        return [job.world_size]
-    most = int(job.world_size * job.cluster.oversubscribe)
-    return [size for size in (2**i for i in range(most.bit_length())) if size <= most]
+def _product(*tables: Column) -> Column:
+    """Every combination of a column of each of these tables of fields x choices, one below the other."""
+    sizes = [table.shape[1] for table in tables]
+    places = np.indices(sizes).reshape(len(sizes), -1)
+    return np.concatenate([table[:, place] for table, place in zip(tables, places, strict=True)])
 
 
-def _tensor_sizes(job: Job, world: int) -> list[int]:
-    widest = max(job.cluster.domain, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
-    return [d for d in _divisors(world) if d <= min(widest, job.model.num_attention_heads)]
-
-
-def _context_sizes(job: Job) -> list[int]:
-    seq_len = job.training.seq_len
-    if not job.stack.context_parallel or seq_len < LONG_SEQUENCE:
-        return [1]
-    return [2**i for i in range((seq_len // SHORTEST_PART).bit_length())]
-
-
-def _expert_sizes(job: Job, world: int) -> list[int]:
-    """Numbers of ranks that the experts can be spread over; most stacks spread them inside a pipeline stage."""
-    if not job.stack.expert_dispatch or not job.model.num_experts:
-        return [1]
-    return [d for d in _divisors(job.model.num_experts) if world % d == 0]
-
-
-def _data_parallel(job: Job, ranks: int, cp: int) -> Iterator[dict[str, Any]]:
-    """Ways to replicate and shard over this many data-parallel ranks; cp ranks shard with dp_shard."""
-    stages = sorted({0, *job.stack.zero_stages})
-    for zero in _values(job, "zero_stage", stages):
-        for shard in _values(job, "dp_shard", _divisors(ranks) if zero else [1]):
-            shards = shard * cp > 1 if zero else shard > 1
-            if shard >= 1 and ranks % shard == 0 and shards == (zero > 0):
-                replicate = ranks // shard
-                if replicate in _values(job, "dp_replicate", [replicate]):
-                    yield {"dp_replicate": replicate, "dp_shard": shard, "zero_stage": zero}
-
-
-def _recipes(job: Job, tp: int, pp: int, dp: int) -> Iterator[dict[str, Any]]:
-    """What varies inside a grid: micro-batch, schedule and chunks, recompute, sequence parallelism."""
-    share = job.training.global_batch_size // dp
-    micro = [b for b in (2**i for i in range(LARGEST_MICRO_BATCH.bit_length())) if share and share % b == 0]
-    sequence = [False]
-    if tp > 1:
-        sequence = {"": [False], "always": [True], "optional": [True, False]}[job.stack.sequence_parallel]
-    fields = {
-        "micro_batch_size": _values(job, "micro_batch_size", micro),
-        "recompute": _values(job, "recompute", _recomputes(job)),
-        "sequence_parallel": _values(job, "sequence_parallel", sequence) if tp > 1 else [False],
-        "stage_layers": _values(job, "stage_layers", [None]),
-        "rank_order": _values(job, "rank_order", [Layout.rank_order]),
-        "schedule_and_chunks": list(_schedules(job, pp)),
-    }
-    for combination in itertools.product(*fields.values()):
-        recipe = dict(zip(fields, combination, strict=True))
-        schedule, chunks = recipe.pop("schedule_and_chunks")
-        if schedule in SPLIT_BACKWARD and recipe["recompute"] != "none":
-            continue
-        yield recipe | {"schedule": schedule, "virtual_stages": chunks}
-
-
-def _recomputes(job: Job) -> list[str]:
-    """Selective recompute of attention alone drops the scores of an unfused core; a fused one has none to drop."""
-    useful = job.stack.attention[0] in UNFUSED or set(job.stack.selective_recompute) != {"attention"}
-    return [kind for kind in job.stack.recompute if kind != "selective" or useful]
-
-
-def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
-    # LoopedBFS has the bubble of Interleaved1F1B and keeps all microbatches alive: tried where it is named.
-    tried = [
-        name for name in job.stack.schedules if name != "LoopedBFS" or "Interleaved1F1B" not in job.stack.schedules
-    ]
-    names = _values(job, "schedule", tried)
-    if pp == 1:
-        # Without a pipeline every schedule is the same loop over microbatches.
-        yield "1F1B", 1
-        return
-    layers = job.model.num_hidden_layers
-    even = [v for v in range(2, LARGEST_VIRTUAL_STAGES + 1) if layers % (pp * v) == 0]
-    # Where no number of chunks divides the layers, two uneven ones are tried.
-    chunks = even or [v for v in (2, 4) if pp * v <= layers]
-    for name in names:
-        stages = [2] if name in V_PLACEMENT else chunks if name in MULTI_STAGE else [1]
-        for count in _values(job, "virtual_stages", stages):
-            yield name, count
-
-
-def without_model_parallelism(job: Job) -> Job:
-    """The same job with its search limited to plain data parallelism, for the baseline."""
+def without_model_parallelism(job: Job) -> Search:
+    """A search limited to plain data parallelism, for the baseline."""
     kept = {k: v for k, v in job.search.items() if k in ("micro_batch_size", "recompute")}
-    return dataclasses.replace(job, search=kept | {"tp": [1], "pp": [1], "cp": [1], "ep": [1]})
+    return kept | {"tp": [1], "pp": [1], "cp": [1], "ep": [1]}

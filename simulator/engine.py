@@ -26,11 +26,8 @@ from typing import TYPE_CHECKING, Any
 import simpy
 from simpy.core import EmptySchedule
 
-from simulator.cluster import group_shape
-from simulator.collectives import collective_seconds
-from simulator.compute import host_optimizer_seconds, optimizer_seconds
+from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
-from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
@@ -41,6 +38,7 @@ from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, Span, Timeline
 from simulator.schedules import Op
 from simulator.stage import Work
+from simulator.step_end import norm_seconds
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -120,12 +118,15 @@ class _Engine:
         self.slowdown = slowdown
         self.env = simpy.Environment()
         self.block = layout.world_size // layout.pp
-        self.alike = 1 if unfold else self.block
+        # How far apart the first ranks of two pipeline ranks are.
+        self.stride = layout.rank(pp=1)
         self.groups = Rendezvous(self.env, layout, unfold)
         self.network = Network(self.env)
         # Only messages meet anything: without a pipeline no link needs to be looked at.
         self.routes = (
-            Routes(self.network, job.graph, self.alike) if layout.pp > 1 and not job.cluster.concurrency else None
+            Routes(self.network, job.graph, *((1, 0) if unfold else (self.stride, layout.pp)))
+            if layout.pp > 1 and not job.cluster.concurrency
+            else None
         )
         # Under FSDP the ranks that share parameters communicate in every op too.
         self.lockstep = LOCKSTEP + (("dp_shard",) if layout.shards_gradients or layout.ep > 1 else ())
@@ -133,7 +134,8 @@ class _Engine:
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
         self.pools: dict[int, Processors] = {}
-        self.ranks = [self._make_rank(number) for number in range(0, layout.world_size, self.alike)]
+        numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
+        self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
@@ -170,7 +172,7 @@ class _Engine:
             per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
             pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
             replicas = 1 if self.unfold else min(self.block, per_node)
-        rank = Rank(number // self.block, number, pool, replicas, simpy.Resource(self.env, 1))
+        rank = Rank(number // self.stride % self.layout.pp, number, pool, replicas, simpy.Resource(self.env, 1))
         rank.factor = self.slowdown.get(number, 1.0)
         if self.slowdown:
             rank.slowest = max(self.slowdown.get(one, 1.0) for one in self.groups.members(number, self.lockstep))
@@ -224,10 +226,14 @@ class _Engine:
         """Occupy the links of a route for what takes `seconds` there alone."""
         return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
 
+    def _shown(self, rank: Rank) -> int:
+        """The number of a rank in a timeline: of a folded run's that of the pipeline rank."""
+        return rank.number if self.unfold else rank.index
+
     def _span(self, rank: Rank, stream: str, op: Op, start: float) -> None:
         if self.trace:
             name = str(op) if op.kind == "OPTIMIZER" else f"PP:{op}"
-            self.spans.append(Span(rank.number // self.alike, stream, name, start, self.env.now - start))
+            self.spans.append(Span(self._shown(rank), stream, name, start, self.env.now - start))
 
     def _reduces(self, op: Op) -> bool:
         """Whether gradients of the op's stage are reduced behind it."""
@@ -262,23 +268,12 @@ class _Engine:
         self._span(rank, "compute", op, began)
 
     def _compute_pair(self, rank: Rank, op: Op) -> Process:
-        """A forward and a backward one after the other; the stack puts communication of each (Stack.overlaps_in_pair)
-        beside the computation of the other.
-
-        Rule: such communication of one adds what the computation of the other does not cover, and what hiding the rest
-        costs; without any the pair takes both times (deepseek-ai/DualPipe: F&B).
-        Ignored: that the kernels of the two must be cut finely enough to take turns.
-        """
+        """A forward and a backward together (critical_path.pair_work)."""
         stages = self.program.stages
         for leaf in op.parts:
             for gathered in rank.gathering.pop(leaf.stage or 0, []):
                 yield from rank.wait(gathered, "dp")
-        forward, backward = (self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts)
-        names = self.job.stack.overlaps_in_pair
-        under_backward = min(forward.spent_on(names), backward.computation)
-        under_forward = min(backward.spent_on(names), forward.computation)
-        work = forward.without(under_backward, names) + backward.without(under_forward, names)
-        work += Work(compute=self.job.cluster.gpu.hiding_cost(under_backward + under_forward))
+        work = pair_work(self.job, *(self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts))
         spent = rank.seconds_of(work, self.lockstep_name)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
@@ -344,7 +339,7 @@ class _Engine:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
         assert op.stage is not None
         stage = op.stage + (1 if op.kind == "SEND_F" else -1)
-        target = rank.number + (self.rank_of[stage] - rank.index) * self.block
+        target = rank.number + (self.rank_of[stage] - rank.index) * self.stride
         if target not in rank.channels:
             rank.channels[target] = self._channel(rank, target)
         message = self._message(target, op, stage)
@@ -396,25 +391,12 @@ class _Engine:
             self.all_ready.succeed()
         yield from rank.wait(self.all_ready, "bubble")
         start = self.env.now
-        yield self._busy(rank, self._update_seconds(rank) * rank.factor + self._norm_seconds)
+        yield self._busy(rank, self._update_seconds(rank) * rank.factor + norm_seconds(self.job, self.layout))
         rank.spend("optimizer", self.env.now - start)
         self._span(rank, "compute", op, start)
 
     def _update_seconds(self, rank: Rank) -> float:
         """The update of this rank's share of the parameters, which servers do for their workers."""
-        job, layout = self.job, self.layout
-        if job.training.peft != "none" or layout.sync == "parameter_server":
+        if self.layout.sync == "parameter_server":
             return 0.0
-        held = [self.program.stages[s] for s in layout.stages_of(rank.index)]
-        share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
-        if job.stack.host_optimizer_bandwidth:
-            ranks = min(job.cluster.gpus_per_node, layout.world_size)
-            return host_optimizer_seconds(job.stack.host_optimizer_bandwidth, share * ranks)
-        return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, share)
-
-    @functools.cached_property
-    def _norm_seconds(self) -> float:
-        """An all-reduce of the gradient norm over the world, or over a replica that does not reduce with others."""
-        axes = ("tp", "cp", "dp_shard", *self.layout.reducing_replicas, "pp")
-        world = group_shape(self.job.graph, self.layout.group(*axes))
-        return collective_seconds("all_reduce", 4.0, world, self.job.cluster)
+        return rank_update(self.job, self.layout, self.program.stages, rank.index)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from simulator.cluster import group_shape
+from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import message_seconds
 from simulator.layout import Layout
 from simulator.network import Route, Routes
+from simulator.placement import cluster_period, known_to
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -79,13 +80,6 @@ class Channel:
         self.occupy(end)
 
 
-def message_bytes(job: Job, layout: Layout) -> float:
-    """Bytes of an activation of one microbatch between two stages, or of its gradient."""
-    shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
-    tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
-    return tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute / shards
-
-
 def message_cost(
     job: Job, layout: Layout, source: int, target: int, routes: Routes | None, fold: bool
 ) -> tuple[float, float, Route | None]:
@@ -93,10 +87,40 @@ def message_cost(
 
     The messages that a folded run stands for may lie in more than one way; the step waits for those that lie worst.
     """
-    graph, size = job.graph, message_bytes(job, layout)
-    tiers = job.cluster.tiers if fold else ()
-    starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
-    shapes = {start: group_shape(graph, (source, target), start) for start in starts}
-    worst = max(starts, key=lambda start: (shapes[start].domains, -shapes[start].slowest))
-    latency, seconds = message_seconds(size, shapes[worst], job.cluster)
-    return latency, seconds, routes.message(source + worst, target + worst) if routes else None
+    start, shape = _worst_way(job, layout, source, target, fold)
+    latency, seconds = message_seconds(message_bytes(job, layout), shape, job.cluster)
+    return latency, seconds, routes.message(source + start, target + start) if routes else None
+
+
+def message_bytes(job: Job, layout: Layout) -> float:
+    """Bytes that one rank sends of an activation between two stages."""
+    shards = layout.tp if layout.sequence_parallel or job.stack.scatters_messages else 1
+    tokens = layout.micro_batch_size * job.training.seq_len / layout.cp
+    return tokens * job.model.hidden_size * job.stack.recipes[job.training.precision].compute / shards
+
+
+def message_shapes(job: Job, layout: Layout) -> tuple[GroupShape, ...]:
+    """The different ways in which the pipeline ranks of a folded run and the ranks behind them lie."""
+    stride, first, found = layout.rank(pp=1), dict[int, int](), dict[GroupShape, None]()
+    period = cluster_period(job, layout)
+    for source in range(0, (layout.pp - 1) * stride, stride):
+        first.setdefault(source % period, source)
+    for source in first.values():
+        found[_worst_way(job, layout, source, source + stride, True)[1]] = None
+    return tuple(found)
+
+
+def _worst_way(job: Job, layout: Layout, source: int, target: int, fold: bool) -> tuple[int, GroupShape]:
+    """How far the pair that lies worst is from this one, and how it lies."""
+    known, graph = known_to(job, "messages"), job.graph
+    stride = layout.rank(pp=1)
+    behind = layout.world_size // layout.pp if layout.axes[-1] == "pp" else layout.world_size
+    key = (source % cluster_period(job, layout), target - source, stride, layout.pp, behind, fold)
+    if key not in known:
+        tiers = job.cluster.tiers if fold else ()
+        starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
+        shapes = {start: group_shape(graph, (source, target), start) for start in starts}
+        worst = max(starts, key=lambda start: (shapes[start].domains, -shapes[start].slowest))
+        known[key] = worst, shapes[worst]
+    found: tuple[int, GroupShape] = known[key]
+    return found

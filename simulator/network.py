@@ -166,12 +166,12 @@ def _met(flow: Flow) -> dict[Flow, None]:
 class Routes:
     """Routes between the ranks of a job on its cluster.
 
-    Ranks n·alike to (n+1)·alike do the same at the same time: in a folded run one of them stands for all, and its
-    weight on a link counts those that share the link.
+    Ranks n·alike to (n+1)·alike do the same at the same time, and so do those of n + kinds, n + 2·kinds ... if `kinds`
+    is not 0: in a folded run one of them stands for all, and its weight on a link counts those that share the link.
     """
 
-    def __init__(self, network: Network, graph: nx.DiGraph, alike: int = 1) -> None:
-        self.network, self.graph, self.alike = network, graph, alike
+    def __init__(self, network: Network, graph: nx.DiGraph, alike: int = 1, kinds: int = 0) -> None:
+        self.network, self.graph, self.alike, self.kinds = network, graph, alike, kinds
         self._devices: dict[Any, frozenset[Any]] = {}
 
     def message(self, source: int, target: int) -> Route:
@@ -222,6 +222,10 @@ class Routes:
     def _alike_on_node(self, rank: int) -> set[Any]:
         """Devices of the ranks that do as this one and share its node."""
         per_node = self.graph.graph["spec"].gpus_per_node
-        node, kind = rank // per_node * per_node, rank // self.alike * self.alike
-        ranks = range(max(node, kind), min(node + per_node, kind + self.alike))
+        first, kind = rank // per_node * per_node, self._kind(rank)
+        ranks = (one for one in range(first, first + per_node) if self._kind(one) == kind)
         return {gpu_of(self.graph, one) for one in ranks}
+
+    def _kind(self, rank: int) -> int:
+        kind = rank // self.alike
+        return kind % self.kinds if self.kinds else kind

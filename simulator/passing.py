@@ -150,8 +150,8 @@ class StageBytes:
         # Stages that cost the same share this object: which of them runs does not matter.
         key = (kind, first, last, finds)
         if key not in self._known:
-            # Without a pipeline only the project's own runtime gathers by the ops of a program.
-            gathered = finds and (self.layout.pp > 1 or self.job.stack.replicates_by_fsdp)
+            # Without a pipeline blocks are gathered one by one, by hooks and not by the ops of a program.
+            gathered = finds and self.layout.pp > 1
             if kind == "F":
                 found = self._forward(gathered)
             elif kind == "B":

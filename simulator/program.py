@@ -60,8 +60,7 @@ def own_seconds(program: Program, rank: int) -> float:
 
 def stage_costs(job: Job, layout: Layout) -> tuple[StageCost, ...]:
     """The cost of every stage of a layout, in torch's global stage order."""
-    costs = StageCosts(job, layout)
-    return tuple(costs.stage(index) for index in range(layout.stages))
+    return StageCosts(job, layout).stages()
 
 
 def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[StageCost, ...]) -> list[Op]:

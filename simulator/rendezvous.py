@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import simpy
 
-from simulator.layout import AXES, Layout
+from simulator.layout import Layout
 
 Axes = tuple[str, ...]
 
@@ -71,5 +71,6 @@ class Rendezvous:
 
     def _strides(self, axes: Axes) -> list[tuple[str, int, int]]:
         """(axis, size, distance of neighbours) of these axes."""
-        sizes = [getattr(self.layout, axis) for axis in AXES]
-        return [(axis, sizes[i], math.prod(sizes[:i])) for i, axis in enumerate(AXES) if axis in axes]
+        order = self.layout.axes
+        sizes = [getattr(self.layout, axis) for axis in order]
+        return [(axis, sizes[i], math.prod(sizes[:i])) for i, axis in enumerate(order) if axis in axes]

@@ -23,11 +23,10 @@ from simulator.activations import (
     weight_input_bytes,
     working_bytes,
 )
-from simulator.cluster import GroupShape, group_shape
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
-from simulator.expert_parallel import expert_grid, expert_groups, expert_seconds, per_shard
+from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
 from simulator.kernels import (
     Attention,
     Cut,
@@ -37,8 +36,9 @@ from simulator.kernels import (
     embedding_kernels,
     head_kernels,
 )
-from simulator.layout import Layout
+from simulator.layout import RANK_ORDER, Layout
 from simulator.model import BlockKind
+from simulator.placement import Groups, known_to, layout_groups
 from simulator.tensor_parallel import (
     HEAD_CUTS,
     block_cuts,
@@ -175,17 +175,16 @@ def _runs(units: list[UnitCost]) -> tuple[tuple[UnitCost, int], ...]:
     return tuple((run[0], len(run)) for run in runs)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Shapes on the cluster of the groups of one pipeline rank."""
-
-    tp: GroupShape
-    cp: GroupShape
-    ep: GroupShape
-    shard: GroupShape
-    replicate: GroupShape
-    expert_shard: GroupShape
-    expert_replicate: GroupShape
+def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
+    """What the cost of a unit depends on besides its groups."""
+    plain = dataclasses.replace(
+        layout, dp_replicate=1, dp_shard=1, zero_stage=0, pp=min(layout.pp, 2), schedule="1F1B", virtual_stages=1,
+        stage_layers=None, rank_order=RANK_ORDER,
+    )  # fmt: skip
+    if job.stack.fused_accumulation:
+        return (plain,)
+    sharded = (layout.dp_replicate, layout.dp_shard, layout.zero_stage) if layout.shards_gradients else ()
+    return plain, layout.microbatches(job.training.global_batch_size), sharded
 
 
 class StageCosts:
@@ -199,26 +198,42 @@ class StageCosts:
             layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
             self.grid.tp,
         )  # fmt: skip
-        self.groups = [self._groups(rank) for rank in range(layout.pp)]
-        self._blocks: dict[tuple[BlockKind, bool, int, Groups], UnitCost] = {}
+        self.groups = layout_groups(job, layout)
+        # Most layouts of a job differ in what does not change what a unit costs.
+        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(_unit_key(job, layout), {})
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
+    def stages(self) -> tuple[StageCost, ...]:
+        """The costs of all stages, in torch's global stage order."""
+        model, layout = self.job.model, self.layout
+        known = known_to(self.job, "blocks")
+        if not known:
+            known["all"] = [
+                (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
+                for i in range(model.num_hidden_layers)
+            ]
+        blocks: list[tuple[BlockKind, bool, int]] = known["all"]
+        found, first = [], 0
+        for index, count in enumerate(layout.layers_per_stage(len(blocks))):
+            found.append(self._stage(index, tuple(blocks[first : first + count])))
+            first += count
+        return tuple(found)
+
     def stage(self, index: int) -> StageCost:
-        """The cost of one stage, in torch's global stage order."""
-        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
-        first = sum(layers[:index])
-        model, groups = self.job.model, self.groups[self.layout.rank_of_stage(index)]
-        blocks = tuple(
-            (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
-            for i in range(first, first + layers[index])
-        )
-        key = (blocks, index == 0, index == self.layout.stages - 1, groups)
+        """The cost of one stage."""
+        return self.stages()[index]
+
+    def _stage(self, index: int, blocks: tuple[tuple[BlockKind, bool, int], ...]) -> StageCost:
+        groups = self.groups[self.layout.rank_of_stage(index)]
+        ends = index == 0, index == self.layout.stages - 1
+        # Equal groups of a layout are one object.
+        key = (blocks, *ends, id(groups))
         if key not in self._stages:
-            units = self._offloaded([self._block(*block, groups) for block in blocks])
+            units = self._offloaded([self.block(*block, groups) for block in blocks])
             if index == 0:
-                units.insert(0, self._embedding(groups))
+                units.insert(0, self.embedding(groups))
             if index == self.layout.stages - 1:
-                units.append(self._head(groups))
+                units.append(self.head(groups))
             cost = self._sum(units, groups)
             # Nobody waits for an input gradient of the first stage: torch runs its whole backward in the weights' turn.
             if index == 0:
@@ -236,25 +251,6 @@ class StageCosts:
         """
         count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
         return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
-
-    def _groups(self, rank: int) -> Groups:
-        """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
-        layout = self.layout
-        shard, replicate = ["dp_shard"], [*layout.reducing_replicas]
-        (shard if layout.zero_stage else replicate).append("cp")
-        axes = (["tp"], ["cp"], shard, replicate)
-        dense = [self._worst_shape(layout.group(*names, pp_rank=rank)) for names in axes]
-        if layout.ep == 1:
-            # Nothing is sent, and experts have the groups of everything else.
-            return Groups(dense[0], dense[1], self._worst_shape((0,)), *dense[2:], *dense[2:])
-        experts = [self._worst_shape(ranks) for ranks in expert_groups(layout, self.grid, rank)]
-        return Groups(dense[0], dense[1], experts[0], *dense[2:], *experts[1:])
-
-    def _worst_shape(self, ranks: tuple[int, ...]) -> GroupShape:
-        """How a group and its siblings lie on the cluster; the step waits for the one that lies worst."""
-        starts = {start for tier in self.job.cluster.tiers for start in self.layout.starts(ranks, tier)}
-        shapes = (group_shape(self.job.graph, ranks, start) for start in sorted(starts))
-        return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(
@@ -280,9 +276,10 @@ class StageCosts:
             blocks=_runs(units),
         )
 
-    def _block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
-        key = (kind, causal, window, groups)
-        if key not in self._blocks:
+    def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
+        """The cost of one block."""
+        key = (kind, causal, window, groups.tp, groups.cp, groups.ep)
+        if key not in self._units:
             model = self.job.model
             kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
             spread = kind in ("moe", "experts") and self.layout.ep > 1
@@ -291,8 +288,8 @@ class StageCosts:
                 columns = self._columns(kind)
             experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
             parameters = self._cut_parameters(kind, spread) + experts
-            self._blocks[key] = self._unit(kernels, parameters, groups, (columns, rows), experts)
-        return self._blocks[key]
+            self._units[key] = self._unit(kernels, parameters, groups, (columns, rows), experts)
+        return self._units[key]
 
     def _columns(self, kind: BlockKind) -> int:
         """Column-parallel layers of a block, each projection for itself: q, k, v; up, and gate where there is one."""
@@ -310,6 +307,13 @@ class StageCosts:
             replicated += model.hidden_size * (ranks + model.qk_rope_head_dim) + ranks
         return replicated + (whole - replicated) / self.layout.tp
 
+    def embedding(self, groups: Groups) -> UnitCost:
+        """The cost of the embedding in front of the first block."""
+        key = ("embedding", groups.tp, groups.cp)
+        if key not in self._units:
+            self._units[key] = self._embedding(groups)
+        return self._units[key]
+
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
         model = self.job.model
@@ -317,7 +321,16 @@ class StageCosts:
         tokens = model.vocab_size * model.hidden_size
         parameters = tokens / self.layout.tp + model.embedding_parameters() - tokens
         unit = self._unit(kernels, parameters, groups, embedding_cuts(model))
-        return dataclasses.replace(unit, stays_gathered=True)
+        # Its gradient is as large as its weights, whichever tokens there are.
+        growing = unit.growing + parameters * self.recipe.compute
+        return dataclasses.replace(unit, growing=growing, stays_gathered=True)
+
+    def head(self, groups: Groups) -> UnitCost:
+        """The cost of the head behind the last block."""
+        key = ("head", groups.tp, groups.cp)
+        if key not in self._units:
+            self._units[key] = self._head(groups)
+        return self._units[key]
 
     def _head(self, groups: Groups) -> UnitCost:
         model = self.job.model

@@ -99,7 +99,7 @@ def make_plan(model: str, cluster: str, nodes: int, stack: str, layout: str, tra
     chosen = parse_layout(layout, job)
     assert chosen.problems(job) == []
     memory = MemoryBreakdown(0, 0, 0, 0, 0, 0, peak=60.5 * 2**30)
-    best = Prediction(chosen, True, (), 1.5, 1e6, 1234.0, 0.4, 0.4, Breakdown(compute=1.5), memory, (memory,))
+    best = Prediction(chosen, True, (), 1.5, 1e6, 1234.0, 0.4, 0.4, Breakdown(compute=1.5), memory, (memory,), 0.0)
     return Plan(job, best, (), best, Certificate(1, 0, 0, 0, 1, 0.0, 0.0), {})
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
-from planner.space import candidates, without_model_parallelism
+from planner.space import candidates, space, without_model_parallelism
 from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
@@ -34,11 +34,25 @@ jobs = st.builds(
     stack=st.sampled_from(["megatron-core", "torchtitan", "torchtitan-compile", "megatron-2021"]),
     search=st.just({"micro_batch_size": [1, 2], "recompute": ["none"]}),
 )
+SMALL = {"cp": [1], "tp": [1, 4], "pp": [1, 2, 4], "micro_batch_size": [2], "virtual_stages": [1, 2, 3]}
+small_spaces = jobs.map(lambda task: dataclasses.replace(task, search=task.search | SMALL))
 
 
-@given(task=jobs)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(task=small_spaces)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_answer_equals_brute_force(task: Job) -> None:
+    answer_is_brute_force(task)
+
+
+@pytest.mark.slow
+@given(task=jobs)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_answer_equals_brute_force_on_many_jobs(task: Job) -> None:
+    """pytest -m slow tests/planner/test_search.py, in about ten minutes."""
+    answer_is_brute_force(task)
+
+
+def answer_is_brute_force(task: Job) -> None:
     legal = [layout for layout in candidates(task) if not layout.problems(task)]
     everything = [simulate(task, layout) for layout in legal]
     fitting = sorted(p.step_seconds for p in everything if p.fits)
@@ -71,6 +85,15 @@ def test_bound_is_admissible_for_every_schedule(name: str) -> None:
     for layout in legal:
         bound, seconds = lower_bound(task, layout, stage_costs(task, layout)), simulate(task, layout).step_seconds
         assert 0.5 * seconds < bound <= seconds * (1 + 1e-9)
+
+
+def test_a_gap_stops_the_search_earlier_and_is_kept() -> None:
+    task = job("llama-3.1-70b", "dgx-h100", 8, global_batch_size=256, seq_len=8192)
+    exact, rough = plan(task, top=1), plan(task, top=1, gap=0.05)
+    assert exact.certificate.lower_bound_gap == 0
+    assert 0 <= rough.certificate.lower_bound_gap <= 0.05
+    assert rough.certificate.simulated <= exact.certificate.simulated
+    assert exact.best.step_seconds >= rough.best.step_seconds * (1 - rough.certificate.lower_bound_gap)
 
 
 def test_certificate_accounts_for_every_layout() -> None:
@@ -166,13 +189,14 @@ def test_uneven_layers_are_legal() -> None:
 
 
 def test_sequences_are_cut_from_a_length_on_and_experts_always() -> None:
-    """Short sequences leave the search as large as it was; the baseline cuts neither."""
-    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
-    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=65536))} == {1, 2, 4, 8}
+    """A rank's part of a sequence has 1,024 tokens at least; the baseline cuts neither sequences nor experts."""
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=1024))} == {1}
+    assert {layout.cp for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1, 2, 4, 8}
     assert {layout.ep for layout in candidates(job("llama-3.1-8b", seq_len=8192))} == {1}
     mixture = job("mixtral-8x7b", seq_len=4096)
     assert {layout.ep for layout in candidates(mixture)} == {1, 2, 4, 8}
-    assert {layout.ep for layout in candidates(without_model_parallelism(mixture))} == {1}
+    plain = space(mixture, without_model_parallelism(mixture))
+    assert set(plain["ep"].tolist()) == set(plain["cp"].tolist()) == {1}
 
 
 def test_a_mixture_is_planned_with_its_experts_spread() -> None:
@@ -190,7 +214,21 @@ def test_a_runtime_without_the_axes_is_not_asked_for_them() -> None:
 
 
 def test_a_named_rank_order_is_searched() -> None:
-    """[search] pins any field of the layout; without it the stack's own order holds."""
+    """[search] pins any field of the layout; without it the two orders that Megatron-LM has switches for are tried."""
     named = {layout.rank_order for layout in candidates(job(search={"rank_order": ["tp-cp-ep-pp-dp"]}))}
     assert named == {"tp-cp-ep-pp-dp"}
-    assert {layout.rank_order for layout in candidates(job())} == {Layout.rank_order}
+    assert {layout.rank_order for layout in candidates(job())} == {Layout.rank_order, "tp-cp-ep-pp-dp"}
+    assert {layout.rank_order for layout in candidates(job(stack="torchtitan"))} == {Layout.rank_order}
+
+
+def test_more_gpus_never_slow_the_best_where_some_may_idle() -> None:
+    """A law where a space includes the use of fewer nodes: the optimum over at most n nodes cannot grow with n. With
+    all nodes in use it is none: the batch may not divide, and collectives grow."""
+    steps = [
+        plan(job("llama-3.1-8b", "dgx-h100", n, global_batch_size=96, seq_len=2048), top=1).best.step_seconds
+        for n in (1, 2, 3, 4)
+    ]
+    with_idle = [min(steps[: i + 1]) for i in range(len(steps))]
+    assert with_idle == sorted(with_idle, reverse=True)
+    # Here every doubling of the nodes is a gain in itself.
+    assert steps[3] < steps[1] < steps[0]

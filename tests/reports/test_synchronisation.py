@@ -19,7 +19,7 @@ def run(
     name: str, predicted: float, seconds: list[float], losses: list[float], updates: Updates | None = None
 ) -> SyncRun:
     layout = Layout(dp_replicate=2)
-    prediction = Prediction(layout, True, (), predicted, 1, 1, 0, 0, Breakdown(), _NOTHING, (_NOTHING,))
+    prediction = Prediction(layout, True, (), predicted, 1, 1, 0, 0, Breakdown(), _NOTHING, (_NOTHING,), 0.0)
     spread = Quantiles(1, 1, 1)
     steps = len(losses)
     measured = Measurement(

@@ -102,5 +102,5 @@ def tiny_plan(layout: Layout, model: ModelSpec = LLAMA, stack: str = "layoutwise
     recipe = {"global_batch_size": 8, "seq_len": 32, "precision": "fp32", "learning_rate": 1e-2, "seed": 1}
     job = Job(model, cluster, 1, Training(**recipe | training), presets.find_stack(stack))
     memory = MemoryBreakdown(0, 0, 0, 0, 0, 0, 0)
-    prediction = Prediction(layout, True, (), 1, 1, 1, 0, 0, Breakdown(compute=1), memory, (memory,) * layout.pp, 0)
+    prediction = Prediction(layout, True, (), 1, 1, 1, 0, 0, Breakdown(compute=1), memory, (memory,) * layout.pp, 0.0)
     return Plan(job, prediction, (), prediction, Certificate(1, 0, 0, 0, 1, 0, 0), {})

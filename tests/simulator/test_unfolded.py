@@ -86,6 +86,19 @@ def test_folded_is_unfolded(seed: int) -> None:
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-9 * folded.step_seconds), field.name
 
 
+@pytest.mark.parametrize("seed", range(80))
+def test_folded_is_unfolded_in_every_rank_order(seed: int) -> None:
+    """Pipeline ranks may be neighbours and tensor ranks far apart: messages then stay inside a node."""
+    draw = random.Random(seed)
+    job, layout = draw_case(draw)
+    axes = ["tp", "cp", "ep", "dp", "pp"]
+    draw.shuffle(axes)
+    layout = dataclasses.replace(layout, rank_order="-".join(axes))
+    folded, unfolded = run(job, layout, unfold=False), run(job, layout, unfold=True)
+    assert unfolded.step_seconds == pytest.approx(folded.step_seconds, rel=1e-9)
+    assert unfolded.breakdown.pp == pytest.approx(folded.breakdown.pp, abs=1e-9 * folded.step_seconds)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_folded_is_unfolded_on_shared_processors(seed: int) -> None:
     draw = random.Random(seed)

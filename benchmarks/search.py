@@ -1,0 +1,92 @@
+"""How fast the planner searches, on one core: whole spaces to a zero gap, layouts screened per second, growth.
+
+python benchmarks/search.py [quick]
+
+`answer` is `layoutwise plan` as a whole process, imports included, in seconds of wall time and of processor time;
+`quick` leaves it out for all but the first job.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from planner.search import plan
+from planner.space import space
+from simulator.columns import legal
+from simulator.job import Job, build_job
+from simulator.screen import screen
+
+# name: model, cluster, nodes, global batch, sequence
+JOBS = {
+    "gpt3-175b, 1,024 A100": ("gpt3-175b", "dgx-a100", 128, 1536, 2048),
+    "gpt-1t, 3,072 A100": ("gpt-1t", "dgx-a100", 384, 3072, 2048),
+    "llama-3.1-70b, 256 H100": ("llama-3.1-70b", "dgx-h100", 32, 512, 8192),
+    "llama-3.1-405b, 16,384 H100": ("llama-3.1-405b", "dgx-h100", 2048, 2048, 8192),
+}
+GROWTH = (4, 16, 64, 256)
+
+
+def job(model: str, cluster: str, nodes: int, batch: int, seq_len: int) -> Job:
+    training = {"global_batch_size": batch, "seq_len": seq_len}
+    return build_job({"model": model, "cluster": cluster, "nodes": nodes, "training": training}, "benchmark")
+
+
+def screening(task: Job) -> str:
+    """The size of a space, and how fast its legal layouts are screened, tables of unit costs included and not."""
+    task.graph  # noqa: B018 - built once for whatever follows
+    start = time.process_time()
+    columns = space(task)
+    rows = np.flatnonzero(legal(task, columns))
+    listed = time.process_time() - start
+    found = columns.take(rows)
+    rates = []
+    for _ in range(2):
+        start = time.process_time()
+        screen(task, found)
+        rates.append(len(rows) / (time.process_time() - start))
+    return f"{len(columns):9,} {len(rows):9,} {listed:7.2f} s {rates[0]:11,.0f} {rates[1]:11,.0f}"
+
+
+def answer(task: tuple[str, str, int, int, int]) -> tuple[float, float]:
+    """Wall and processor seconds of `layoutwise plan` as a whole process."""
+    model, cluster, nodes, batch, seq_len = task
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.toml"
+        text = f'model = "{model}"\ncluster = "{cluster}"\nnodes = {nodes}\n'
+        path.write_text(f"{text}[training]\nglobal_batch_size = {batch}\nseq_len = {seq_len}\n", encoding="utf-8")
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "planner.cli", "plan", path, "-o", folder], check=True, capture_output=True
+        )
+        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    quick = "quick" in sys.argv
+    print(f"{'':30} {'space':>9} {'legal':>9} {'listed':>9} {'screened/s':>11} {'again/s':>11}")
+    for name, task in JOBS.items():
+        print(f"{name:30} {screening(job(*task))}")
+    print(f"\n{'':30} {'wall':>7} {'cpu':>7} {'illegal':>9} {'too big':>9} {'bounded':>9} {'simulated':>9} {'gap':>5}")
+    for name, task in list(JOBS.items())[: 1 if quick else None]:
+        c, (wall, cpu) = plan(job(*task)).certificate, answer(task)
+        counts = f"{c.illegal:9,} {c.out_of_memory:9,} {c.bounded:9,} {c.simulated:9}"
+        print(f"{name:30} {wall:5.2f} s {cpu:5.2f} s {counts} {c.lower_bound_gap:5.1%}")
+    print(f"\ngrowth: llama-3.1-70b, H100, 2 sequences a GPU\n{'GPUs':>6} {'legal':>9} {'simulated':>9} {'cpu':>7}")
+    for nodes in GROWTH[: 3 if quick else None]:
+        task = job("llama-3.1-70b", "dgx-h100", nodes, 16 * nodes, 8192)
+        start = time.process_time()
+        c = plan(task).certificate
+        seconds = time.process_time() - start
+        print(f"{task.world_size:6} {c.space - c.illegal:9,} {c.simulated:9} {seconds:5.2f} s")
+
+
+if __name__ == "__main__":
+    main()

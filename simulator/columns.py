@@ -1,0 +1,178 @@
+"""Many layouts as columns of integers, one row each, and which of them are legal.
+
+`Layout.problems` stays the only place that knows the rules: each of its parts is asked once for every combination of
+the fields that it reads, and rows that share the combination share the answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.layout import RANK_ORDER, SCHEDULES, Layout
+from simulator.sync_rules import sync_problems
+
+if TYPE_CHECKING:
+    from simulator.job import Job
+
+Column = npt.NDArray[np.int64]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Layout)}
+# Values of the fields that are no numbers; a row holds the place of its value. Of stage_layers and rank_order, and of
+# fields that a search names, every set of columns has its own.
+NAMED: dict[str, list[Any]] = {
+    "schedule": list(SCHEDULES),
+    "recompute": ["none", "selective", "full"],
+    "stage_layers": [None],
+    "rank_order": [RANK_ORDER],
+    "sequence_parallel": [False, True],
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Layouts as rows: `numbers` has a column for every field of Layout, `names` the values of those fields that are
+    no numbers, by their place."""
+
+    numbers: dict[str, Column]
+    names: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.numbers["tp"])
+
+    def __getitem__(self, field: str) -> Column:
+        return self.numbers[field]
+
+    def layout(self, row: int) -> Layout:
+        """The layout of one row."""
+        return self.layouts(np.array([row]))[0]
+
+    def layouts(self, rows: npt.NDArray[Any]) -> list[Layout]:
+        """The layouts of the rows at these places."""
+        fields = {name: column[rows].tolist() for name, column in self.numbers.items()}
+        for name, values in self.names.items():
+            fields[name] = [values[place] for place in fields[name]]
+        names = list(fields)
+        return [Layout(**dict(zip(names, row, strict=True))) for row in zip(*fields.values(), strict=True)]
+
+    def take(self, rows: npt.NDArray[Any]) -> Columns:
+        """The rows at these places, or those for which a mask is true."""
+        return Columns({name: column[rows] for name, column in self.numbers.items()}, self.names)
+
+    def replace(self, **changes: Column) -> Columns:
+        """The same rows with other values in some columns."""
+        return Columns(self.numbers | changes, self.names)
+
+    @property
+    def dp(self) -> Column:
+        return self["dp_replicate"] * self["dp_shard"]
+
+    def microbatches(self, global_batch_size: int) -> Column:
+        """Microbatches that one data-parallel rank runs in a step; 0 where a size is not legal."""
+        share = self.dp * self["micro_batch_size"]
+        return np.where(share > 0, global_batch_size // np.maximum(share, 1), 0)
+
+    def is_named(self, field: str, *values: object) -> npt.NDArray[np.bool_]:
+        """Where a field that is no number has one of these values."""
+        places = [i for i, value in enumerate(self.names[field]) if value in values]
+        return np.isin(self[field], places)
+
+
+def columns_of(layouts: Sequence[Layout]) -> Columns:
+    """These layouts as columns."""
+    names = {name: list(values) for name, values in NAMED.items()}
+    numbers = {}
+    for name, default in DEFAULTS.items():
+        values = [getattr(layout, name) for layout in layouts]
+        if name not in names and isinstance(default, int) and not isinstance(default, bool):
+            numbers[name] = np.array(values, dtype=np.int64)
+            continue
+        known = names.setdefault(name, [default])
+        known += [value for value in dict.fromkeys(values) if value not in known]
+        place = {value: i for i, value in enumerate(known)}
+        numbers[name] = np.array([place[value] for value in values], dtype=np.int64)
+    return Columns(numbers, names)
+
+
+def distinct(*columns: npt.NDArray[Any]) -> tuple[Column, Column]:
+    """(a row of every combination of values that occurs, the combination of every row).
+
+    Values are integers from 0 on; tables of their size are cheaper than sorting.
+    """
+    rows = len(columns[0])
+    key, size = np.zeros(rows, dtype=np.int64), 1
+    for column in columns:
+        code, count = _dense(column.astype(np.int64, copy=False))
+        key, size = key * count + code, size * count
+        if size > 4 * rows + 1024:
+            key, size = _dense(key)
+    key, size = _dense(key)
+    first = np.zeros(size, dtype=np.int64)
+    first[key[::-1]] = np.arange(rows - 1, -1, -1)
+    return first, key
+
+
+def _dense(values: Column) -> tuple[Column, int]:
+    """The places of values among those that occur, and how many do."""
+    top = int(values.max(initial=-1)) + 1
+    if top > 64 * len(values) + 2**20:
+        found, codes = np.unique(values, return_inverse=True)
+        return codes, len(found)
+    seen = np.zeros(top, dtype=bool)
+    seen[values] = True
+    return (np.cumsum(seen) - 1)[values], int(seen.sum())
+
+
+# The parts of Layout.problems with the fields that they read. Microbatches follow from the batch and three fields.
+_GRID = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+RULES: dict[str, tuple[str, ...]] = {
+    "_order_problems": ("rank_order", *_GRID),
+    "_grid_problems": (*_GRID, "ep", "zero_stage", "sequence_parallel"),
+    "_batch_problems": ("dp_replicate", "dp_shard", "micro_batch_size"),
+    "_tensor_problems": ("tp", "cp", "ep", "sequence_parallel"),
+    "_pipeline_problems": ("pp", "virtual_stages", "schedule", "recompute", "stage_layers", "microbatches"),
+    "_stack_problems": (
+        "ep", "tp", "cp", "pp", "zero_stage", "schedule", "recompute", "sequence_parallel", "rank_order", "replicates",
+        "shards",
+    ),
+    "sync_problems": ("replicates", "ep", "zero_stage", "world"),
+}  # fmt: skip
+
+
+def _problems(rule: str, layout: Layout, job: Job) -> list[str]:
+    if rule == "sync_problems":
+        return sync_problems(layout, job)
+    if rule == "_order_problems":
+        return layout._order_problems()
+    found: list[str] = getattr(layout, rule)(job)
+    return found
+
+
+def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
+    """Which rows have no problems with the job: exactly those for which Layout.problems(job) is empty."""
+    sizes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "micro_batch_size", "virtual_stages")
+    found = np.all([columns[name] >= 1 for name in sizes], axis=0)
+    world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
+    extra = [name for name in columns.numbers if name not in _ENUMERATED]
+    for rule, reads in RULES.items():
+        rows = np.flatnonzero(found)
+        if not len(rows):
+            break
+        some = columns.take(rows)
+        derived = {
+            "microbatches": some.microbatches(job.training.global_batch_size),
+            "replicates": some["dp_replicate"] > 1,
+            "shards": some["dp_shard"] > 1,
+            "world": world[rows],
+        }
+        firsts, codes = distinct(*(derived[name] if name in derived else some[name] for name in (*reads, *extra)))
+        fine = [not _problems(rule, layout, job) for layout in some.layouts(firsts)]
+        found[rows] = np.array(fine)[codes]
+    return found
+
+
+_ENUMERATED = {*_GRID, "ep", "zero_stage", "micro_batch_size", "virtual_stages", *NAMED}
