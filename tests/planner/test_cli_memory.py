@@ -55,7 +55,7 @@ def test_where_nothing_fits_there_are_remedies(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 3 with one sentence, and what would make the nearest miss fit below it; the same as JSON."""
-    pins = {"recompute": '"none"', "tp": 1, "pp": 1, "zero_stage": 1}
+    pins = {"recompute": '"none"', "tp": 1, "pp": 1, "cp": 1, "zero_stage": 1}
     words = [word for key, value in pins.items() for word in ("--set", f"search.{key}={value}")]
     assert call(monkeypatch, "plan", "job.toml", *LARGE, *words) == 3
     shown = capsys.readouterr()
