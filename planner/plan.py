@@ -72,6 +72,9 @@ def read_plan(path: Path | str) -> Plan:
                 f"plan '{path}': {name}.memory_per_stage has {len(prediction.memory_per_stage)} entries, but "
                 f"the layout '{prediction.layout.short()}' has pp = {prediction.layout.pp}"
             )
+        if not 0 <= prediction.out_of_memory_probability <= 1:
+            risk = prediction.out_of_memory_probability
+            raise UserError(f"plan '{path}': {name}.out_of_memory_probability = {risk:g} must be from 0 to 1")
         if prediction.step_seconds <= 0:
             raise UserError(f"plan '{path}': {name}.step_seconds = {prediction.step_seconds:g} must be above zero")
         if not prediction.fits and not prediction.problems:
