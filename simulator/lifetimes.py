@@ -182,39 +182,31 @@ def fullest_moments(
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    fewer = _as_good_as(schedule, ranks, microbatches)
-    skipped, split = microbatches - fewer, schedule in SPLIT_BACKWARD
-    found: dict[tuple[Running, bool], set[tuple[Held, ...]]] = {}
-    late = False
-    for op, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
+    fewer, split = _as_good_as(schedule, ranks, microbatches), schedule in SPLIT_BACKWARD
+    found: dict[Running, set[tuple[Held, ...]]] = {}
+    for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
         if running.kind not in _EMPTY:
-            late = late or (split and op.kind in "BIW" and op.microbatch is not None and op.microbatch >= fewer // 2)
-            moments = found.get((running, late))
+            moments = found.get(running)
             if moments is None:
-                moments = found[running, late] = set()
+                moments = found[running] = set()
             moments.add(tuple(held))
     stages = _stages(schedule, rank, ranks, chunks)
-    runnings = list(dict.fromkeys(running for running, _ in found))
-    place = {running: i for i, running in enumerate(runnings)}
     rows: list[tuple[int, ...]] = []
-    of, repeats = [], []
-    for (running, is_late), some in found.items():
+    of: list[int] = []
+    for place, some in enumerate(found.values()):
         fullest = _undominated(some, split)
         rows += fullest
-        of += [place[running]] * len(fullest)
-        repeats += [skipped * is_late] * len(fullest)
+        of += [place] * len(fullest)
     counts = np.array(rows, dtype=np.float64).reshape(len(rows), len(stages), len(Held._fields))[:, :, 1:]
-    counts[:, :, -1] += (counts[:, :, -1] > 0) * np.array(repeats)[:, None]
-    return FullestMoments(tuple(stages), tuple(runnings), counts.reshape(len(rows), -1), np.array(of))
+    return FullestMoments(tuple(stages), tuple(found), counts.reshape(len(rows), -1), np.array(of))
 
 
 def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
-    """Microbatches that go through the same moments. Schedules that keep no more than so many per rank repeat
-    themselves between their begin and their end, in rounds of a microbatch for each rank: 4 rounds have both and a
-    repetition between them. Only what grows with every microbatch has to be added."""
-    if schedule in ("GPipe", "LoopedBFS") or microbatches % ranks:
+    """Microbatches that go through the same moments. Between its begin and its end 1F1B repeats itself with every
+    microbatch, interleaved with every round of one for each rank: a few rounds have both and a repetition between."""
+    if schedule not in ("1F1B", "Interleaved1F1B") or microbatches % ranks:
         return microbatches
-    return min(microbatches, 4 * ranks)
+    return min(microbatches, ranks * (2 if schedule == "1F1B" and ranks > 1 else 3))
 
 
 def _undominated(moments: set[tuple[Held, ...]], split: bool) -> list[tuple[int, ...]]:

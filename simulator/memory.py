@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
-    return tuple(_RankBytes(job, layout, stages, rank).peak() for rank in range(layout.pp))
+    sharding = Sharding.of(job, layout)
+    return tuple(_RankBytes(job, layout, stages, rank, sharding).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -54,7 +55,8 @@ def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> 
     """For each pipeline rank and each op of its program, in order, the bytes during and after it. Ops are forwards,
     backwards, what is gathered, dropped and reduced between them (messages have no memory of their own: their buffers
     are there all the time), and the optimizer's step."""
-    return tuple(_curve(_RankBytes(job, layout, stages, rank)) for rank in range(layout.pp))
+    sharding = Sharding.of(job, layout)
+    return tuple(_curve(_RankBytes(job, layout, stages, rank, sharding)) for rank in range(layout.pp))
 
 
 def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
@@ -71,9 +73,8 @@ def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
 class _RankBytes:
     """Gives the counts of a rank's moments their bytes."""
 
-    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int) -> None:
+    def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int, sharding: Sharding) -> None:
         self.job, self.layout = job, layout
-        sharding = Sharding.of(job, layout)
         held = {s: stages[s] for s in layout.stages_of(rank)}
         self.stages = {s: stage_bytes(job, layout, stage, sharding) for s, stage in held.items()}
         parameters, experts = sum(s.parameters for s in held.values()), sum(s.experts for s in held.values())

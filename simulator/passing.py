@@ -142,12 +142,14 @@ class StageBytes:
         gathered = (self.ends_gathered, self.blocks_gathered)
         returned = stream_bytes(job, layout) * job.stack.preallocates_receives
         self.worth = Worth(self.saved, self.deferred, *gathered, self.whole, self.reduced, self.fresh, returned)
-        self._known: dict[Running, Passing] = {}
+        self._known: dict[tuple[str, bool, bool, bool], Passing] = {}
 
     def passing(self, running: Running) -> Passing:
         """What passes within an op at its fullest."""
-        if running not in self._known:
-            kind, _, first, last, finds = running
+        kind, _, first, last, finds = running
+        # Stages that cost the same share this object: which of them runs does not matter.
+        key = (kind, first, last, finds)
+        if key not in self._known:
             # Without a pipeline blocks are gathered one by one, by hooks and not by the ops of a program.
             gathered = finds and self.layout.pp > 1
             if kind == "F":
@@ -163,8 +165,8 @@ class StageBytes:
                 found = Passing(buffers=self.ends * self.how.compute)
             else:
                 found = Passing()
-            self._known[running] = found
-        return self._known[running]
+            self._known[key] = found
+        return self._known[key]
 
     def _shard(self, parameters: float, experts: float) -> float:
         if not self.layout.zero_stage:
@@ -323,8 +325,8 @@ class StageBytes:
             points = [Passing(self.saved + self.deferred), Passing(0.0, made * first)]
         else:
             begins = Passing(self.saved + units[-1].working, (self.fresh - self.whole * first) * finds)
-            # The gradients of the ends are the last that are added up, or cast where they are the first.
-            cast = max((unit.parameters for unit in units if unit.stays_gathered), default=0.0) * how.compute
+            # Of the unit whose backward ends last they are still there: of the ends, if the stage has one.
+            cast = (self.ends or units[0].parameters) * how.compute
             norm = max(unit.norm_working for unit in units)
             points = [begins, Passing(self.saved + self.deferred + norm, 0.0, cast * finds)]
         return max(points, key=lambda point: point.total)

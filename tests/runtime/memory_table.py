@@ -24,8 +24,11 @@ from simulator.results import MemoryBreakdown, TrackedMemory
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["runtime.alone", "memory_cases"])
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
-# A prediction may be this far above what is counted, and below it. Exceptions are in KNOWN.
+# A prediction may be this far above what is counted, and below it. KNOWN models may miss by more.
 ABOVE, BELOW = 0.03, 0.01
+# T5's biases by distance have a gradient, for which torch has no fused attention: what its plain kernels hold at once
+# in a backward is counted too high.
+KNOWN = {"t5-large": 0.07}
 GIB = 2**30
 HEAD = """# Memory, predicted and counted
 
@@ -65,6 +68,10 @@ class Row:
     @property
     def missed(self) -> bool:
         return not -BELOW <= self.error <= ABOVE
+
+    @property
+    def known(self) -> bool:
+        return self.missed and -BELOW <= self.error <= KNOWN.get(self.case.model, ABOVE)
 
 
 def count(case: Case) -> Row:
