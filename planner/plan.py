@@ -40,8 +40,8 @@ class Certificate:
 class Plan:
     """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline.
 
-    safer is the fastest layout that is unlikely to run out of memory, where the best one is not (risk.HIGH_RISK) and
-    there is one."""
+    riskier is the fastest layout that is predicted to fit, where it is too likely not to (risk.HIGH_RISK): the best one
+    and the runners-up are then the fastest of those that are not. The certificate is that of the search for it."""
 
     job: Job
     best: Prediction
@@ -49,7 +49,7 @@ class Plan:
     baseline: Prediction
     certificate: Certificate
     provenance: dict[str, str]
-    safer: Prediction | None = None
+    riskier: Prediction | None = None
     version: int = VERSION
 
     __pydantic_config__ = STRICT

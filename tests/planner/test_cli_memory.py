@@ -76,6 +76,6 @@ def test_a_plan_from_before_there_were_risks_is_read(
     call(monkeypatch, "plan", "job.toml")
     document = json.loads((folder / "plan.json").read_text())
     risk = document["best"].pop("out_of_memory_probability")
-    del document["safer"]
+    del document["riskier"]
     (folder / "plan.json").write_text(json.dumps(document))
     assert read_plan(folder / "plan.json").best.out_of_memory_probability == risk

@@ -16,7 +16,6 @@ from reports.page_inputs import find_inputs
 pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason=WHY_NOT),
     # One browser for all of them.
-    pytest.mark.xdist_group("browser"),
 ]
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
