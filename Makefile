@@ -10,7 +10,7 @@ demo: $(READY)  ## the whole story on this machine, in minutes; results in out/d
 	$(BIN)/layoutwise demo -o out/demo
 
 test: $(READY)  ## the suite, without what is marked slow
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY)  ## the suite with the slow tests
 	$(BIN)/python -m pytest -m "slow or not slow"

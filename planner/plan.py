@@ -40,8 +40,8 @@ class Certificate:
 class Plan:
     """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline.
 
-    safer is the fastest layout that is unlikely to run out of memory, where the best one is not (risk.HIGH_RISK) and
-    there is one."""
+    riskier is the fastest layout that is predicted to fit, where it is too likely not to (risk.HIGH_RISK): the best one
+    and the runners-up are then the fastest of those that are not. The certificate is that of the search for it."""
 
     job: Job
     best: Prediction
@@ -49,7 +49,7 @@ class Plan:
     baseline: Prediction
     certificate: Certificate
     provenance: dict[str, str]
-    safer: Prediction | None = None
+    riskier: Prediction | None = None
     version: int = VERSION
 
     __pydantic_config__ = STRICT
@@ -72,6 +72,9 @@ def read_plan(path: Path | str) -> Plan:
                 f"plan '{path}': {name}.memory_per_stage has {len(prediction.memory_per_stage)} entries, but "
                 f"the layout '{prediction.layout.short()}' has pp = {prediction.layout.pp}"
             )
+        if not 0 <= prediction.out_of_memory_probability <= 1:
+            risk = prediction.out_of_memory_probability
+            raise UserError(f"plan '{path}': {name}.out_of_memory_probability = {risk:g} must be from 0 to 1")
         if prediction.step_seconds <= 0:
             raise UserError(f"plan '{path}': {name}.step_seconds = {prediction.step_seconds:g} must be above zero")
         if not prediction.fits and not prediction.problems:

@@ -127,7 +127,8 @@ def _find(job: Job, refused: Prediction, accepts: Callable[[_Tried], bool]) -> R
     larger = next(_on_more_nodes(costs, job, refused, tried, accepts), None) if grows else None
     nearest = min(tried, key=lambda t: t.over, default=None)
     every = (*found, *([larger] if larger else []))
-    if found or nearest is None:
+    over = needed(job, refused.layout, refused.memory_per_stage) - capacity(job, refused.layout)
+    if found or nearest is None or nearest.over >= over:
         return Remedies(every, None, 0.0)
     return Remedies(every, _simulated(nearest, refused), nearest.over)
 
@@ -235,7 +236,8 @@ def remedy_lines(found: Remedies, name: str = "") -> list[str]:
     lines += [f"  {remedy_line(remedy)}" for remedy in found.found]
     if found.nearest is not None:
         lines.append(
-            f"no single change and no two on these devices make{of or ' it'} fit; nearest: {found.nearest.change}, "
+            f"on these devices no single change and no two make{of or ' it'} fit; nearest to it comes "
+            f"{found.nearest.change}, "
             f"{found.nearest.peak / 2**30:.1f} GiB, {found.short_by / 2**30:.1f} GiB too much"
         )
     return lines

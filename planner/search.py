@@ -49,7 +49,7 @@ ROUNDING = 1 - 1e-9
 
 
 def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0) -> Plan:
-    """Choose the fastest layout that fits.
+    """Choose the fastest layout that is unlikely to run out of memory; if there is none, the fastest that fits.
 
     Args:
         top: how many layouts to rank, the best one included.
@@ -76,10 +76,10 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
         lower_bound_gap=max(0.0, 1 - search.least / best[0].step_seconds) if search.least < math.inf else 0.0,
         seconds=time.perf_counter() - started,
     )
-    safer = search.run(1, safe=True) if best[0].out_of_memory_probability > HIGH_RISK else []
-    return Plan(
-        job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), safer[0] if safer else None
-    )
+    riskier = None
+    if best[0].out_of_memory_probability > HIGH_RISK and (safe := search.run(top, gap, safe=True)):
+        riskier, best = best[0], safe
+    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), riskier)
 
 
 @dataclass(order=True)

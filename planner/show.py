@@ -74,7 +74,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "runners_up": [prediction_json(p) for p in plan.runners_up],
         "baseline": prediction_json(plan.baseline),
         "certificate": plain(plan.certificate),
-        "safer": prediction_json(plan.safer) if plan.safer else None,
+        "riskier": prediction_json(plan.riskier) if plan.riskier else None,
     }
 
 
@@ -95,8 +95,8 @@ def print_plan(plan: Plan) -> None:
         "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
         *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB", "OOM risk",
     )  # fmt: skip
-    if plan.safer and plan.safer.layout not in [p.layout for _, p in shown]:
-        shown.append(("safer", plan.safer))
+    if plan.riskier:
+        shown.append(("riskier", plan.riskier))
     for place, p in [*shown, ("data parallel", plan.baseline)]:
         if p is plan.baseline:
             table.add_section()
@@ -113,13 +113,19 @@ def print_plan(plan: Plan) -> None:
             escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
         )
     console.print(f"recommended: {best.layout.short()}")
-    console.print(escape(risk_sentence(best, job, plan.safer)))
+    console.print(escape(risk_sentence(best, job, None)))
+    if plan.riskier:
+        faster, risk = best.step_seconds / plan.riskier.step_seconds - 1, plan.riskier.out_of_memory_probability
+        console.print(
+            f"{faster:.1%} faster, but out of memory with a probability of {risk:.0%}: {plan.riskier.layout.short()}"
+        )
     if warning := mathematics(best):
         console.print(escape(warning))
     c = plan.certificate
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
         f"{c.simulated} simulated, in {c.seconds:.1f} s; none of these is faster"
+        + (" than the riskier one" if plan.riskier else "")
         + (f" by more than {c.lower_bound_gap:.2%}" if c.lower_bound_gap else "")
     )
 

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -92,6 +93,8 @@ def _serve(plan: Plan, settings: Settings, link: Link) -> None:
     notes = None
     if link.seat.number == 0 and plan.layout.staleness != 0:
         notes = UpdateNotes(plan, settings.metrics, settings.steps, _show_step)
+    # Whoever ends the job signals every process: the workers save, and for that they need their servers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Server(plan.layout, plan.job.training, link, settings.steps, notes).serve()
 
 

@@ -83,6 +83,11 @@ class Job:
         """The cluster as a graph, built once."""
         return build_cluster(self.cluster, self.nodes)
 
+    @functools.cached_property
+    def known(self) -> dict[str, dict[Any, Any]]:
+        """What does not differ between the layouts of this job and was found once (placement.known_to)."""
+        return {}
+
 
 def read_job(path: Path | str, overrides: list[str] | None = None) -> Job:
     """The job in a TOML file.

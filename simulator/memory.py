@@ -83,9 +83,9 @@ class _RankBytes:
         apart = sharding.apart and layout.schedule in SPLIT_BACKWARD
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
         self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
-        self.state = _state(job, layout, sharding, parameters, experts)
+        self.state = state_bytes(job, layout, sharding, parameters, experts)
         self.received = _received(job, layout, tuple(held))
-        self.overhead = _overhead(job, layout)
+        self.overhead = overhead_bytes(job, layout)
 
     def peak(self) -> MemoryBreakdown:
         """The fullest of the rank's moments."""
@@ -134,7 +134,7 @@ def fragmented(job: Job, activations: float, buffers: float) -> float:
     return (job.cluster.gpu.fragmentation if share is None else share) * (activations + buffers)
 
 
-def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
+def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> dict[str, float]:
     """Bytes of parameters, gradients and optimizer state (ZeRO, arXiv 1910.02054; bytes each by the stack's recipe)
     that are there all through a step: gradients only where they have their memory from the start.
 
@@ -156,8 +156,11 @@ def _state(job: Job, layout: Layout, sharding: Sharding, parameters: float, expe
         # The servers update, in the memory of their hosts.
         optimizer = 0.0
     elif layout.outer_optimizer == "nesterov":
-        # What the last average was, and the outer momentum, both in fp32.
-        optimizer += held(8.0, sharded)
+        # What the last average was, its gradient and momentum, in fp32.
+        optimizer += held(12.0, sharded)
+    if layout.sync in ("reduce_broadcast", "local_sgd"):
+        # The one vector in fp32 that replicas exchange (servers' clients have theirs in the host's memory).
+        optimizer += held(4.0, sharded)
     return {
         "parameters": held(recipe.parameters, sharded),
         "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
@@ -178,7 +181,7 @@ def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
     return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
 
 
-def _overhead(job: Job, layout: Layout) -> float:
+def overhead_bytes(job: Job, layout: Layout) -> float:
     """The device context (on a CPU: the process with its libraries) and a communicator per axis in use."""
     gpu = job.cluster.gpu
     sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)

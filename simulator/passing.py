@@ -229,6 +229,8 @@ class StageBytes:
             following = runs[number + 1][0] if number + 1 < len(runs) else None
             keeps = born and how.fsdp and (how.apart or how.scatters)
             keeps = keeps or (born and first and not how.scatters)
+            # An embedding's gradient is made whole every time, wherever it is added up.
+            keeps = keeps or (how.trains and unit.stays_gathered)
             size = unit.parameters * how.compute
             shard = self._shard(unit.parameters, unit.experts) * how.gradients
             # The second of a run meets what the first has left.
@@ -336,4 +338,6 @@ class StageBytes:
             return Passing(0.0, self.whole, self.ends_gathered)
         if how.scatters or self.layout.pp == 1:
             return Passing(0.0, self.whole, 0.0)
-        return Passing(0.0, self.whole, self.ends * how.reduce)
+        # What is scattered comes out beside what goes in.
+        shard = self._shard(self.ends, 0.0) * (self.layout.shards > 1)
+        return Passing(0.0, self.whole, (self.ends + shard) * how.reduce)

@@ -64,8 +64,8 @@ def cluster_period(job: Job, layout: Layout) -> int:
 
 
 def known_to(job: Job, what: str) -> dict[Any, Any]:
-    """What was found for a job's cluster before, kept beside its graph."""
-    found: dict[Any, Any] = job.graph.graph.setdefault(what, {})
+    """What was found for a job before. Jobs may share a cluster's graph, so it is not kept there."""
+    found: dict[Any, Any] = job.known.setdefault(what, {})
     return found
 
 

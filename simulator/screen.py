@@ -17,7 +17,7 @@ from simulator.columns import Column, Columns, distinct
 from simulator.compute import accumulation_seconds
 from simulator.expert_parallel import expert_grid
 from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout, Schedule
-from simulator.memory import _overhead, _state, fragmented
+from simulator.memory import fragmented, overhead_bytes, state_bytes
 from simulator.messages import message_bytes, message_shapes
 from simulator.passing import Sharding
 from simulator.step_end import norm_seconds, update_seconds
@@ -128,7 +128,7 @@ class _Screening:
             own, kept = ranks[code, place, :count], ranks[code, place, count:]
             activations: Any = _dot(kept, saved)
             most = np.maximum(most, _dot(own, held) + activations + fragmented(job, activations, 0.0))
-        overhead = np.array([_overhead(job, layout) for layout in layouts])[recipe]
+        overhead = np.array([overhead_bytes(job, layout) for layout in layouts])[recipe]
         return most + overhead
 
     def _held(self, layouts: list[Layout], recipe: Column) -> Floats:
@@ -136,7 +136,7 @@ class _Screening:
         found = []
         for layout in layouts:
             sharding = Sharding.of(self.job, layout)
-            dense, routed = (_state(self.job, layout, sharding, 1.0, experts) for experts in (0.0, 1.0))
+            dense, routed = (state_bytes(self.job, layout, sharding, 1.0, experts) for experts in (0.0, 1.0))
             found.append((sum(dense.values()), sum(routed.values())))
         per_dense, per_routed = np.array(found, dtype=np.float64)[recipe].T
         parameters, experts = self.units["parameters"][self.units.code], self.units["experts"][self.units.code]

@@ -2,7 +2,7 @@
 
 n replicas exchange M bytes (gradients one way; parameters the other, of the same size) over links that carry B bytes
 per second each way at the same time. Latency, the computing and what computing hides are left out. The simulation is
-never faster, and comes near where nothing else binds (tests/simulator/test_sync.py).
+never faster, and comes near where nothing else binds (tests/simulator/test_sync_processes.py).
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Sync = Literal["all_reduce", "reduce_broadcast", "parameter_server", "local_sgd"]
 OuterOptimizer = Literal["none", "nesterov"]
 SYNCS: tuple[str, ...] = get_args(Sync)
+# Local steps between two averages: all of them are simulated.
+MOST_STEPS_APART = 100_000
 
 
 def server_nodes(servers: int, nodes: int) -> tuple[int, ...]:
@@ -43,8 +45,8 @@ def changes_mathematics(layout: Layout) -> bool:
 def sync_problems(layout: Layout, job: Job) -> list[str]:
     """What a layout breaks of the rules of its way to synchronise; sizes that make no sense come first."""
     found = []
-    if layout.sync_interval < 1:
-        found.append(f"sync_interval = {layout.sync_interval} must be at least 1")
+    if not 1 <= layout.sync_interval <= MOST_STEPS_APART:
+        found.append(f"sync_interval = {layout.sync_interval} must be from 1 to {MOST_STEPS_APART}")
     if layout.servers < 0:
         found.append(f"servers = {layout.servers} must be at least 0")
     if layout.staleness is not None and layout.staleness < 0:

@@ -55,7 +55,7 @@ def test_where_nothing_fits_there_are_remedies(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 3 with one sentence, and what would make the nearest miss fit below it; the same as JSON."""
-    pins = {"recompute": '"none"', "tp": 1, "pp": 1, "zero_stage": 1}
+    pins = {"recompute": '"none"', "tp": 1, "pp": 1, "cp": 1, "zero_stage": 1}
     words = [word for key, value in pins.items() for word in ("--set", f"search.{key}={value}")]
     assert call(monkeypatch, "plan", "job.toml", *LARGE, *words) == 3
     shown = capsys.readouterr()
@@ -76,6 +76,6 @@ def test_a_plan_from_before_there_were_risks_is_read(
     call(monkeypatch, "plan", "job.toml")
     document = json.loads((folder / "plan.json").read_text())
     risk = document["best"].pop("out_of_memory_probability")
-    del document["safer"]
+    del document["riskier"]
     (folder / "plan.json").write_text(json.dumps(document))
     assert read_plan(folder / "plan.json").best.out_of_memory_probability == risk

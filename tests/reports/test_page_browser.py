@@ -13,11 +13,7 @@ from pages import make_folder, make_plan
 from reports.page import write_report
 from reports.page_inputs import find_inputs
 
-pytestmark = [
-    pytest.mark.skipif(find_chromium() is None, reason=WHY_NOT),
-    # One browser for all of them.
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason=WHY_NOT)
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 

@@ -98,6 +98,16 @@ LONG_CASES = [
     Case(Layout(dp_shard=8, dp_replicate=2, zero_stage=3), rank=3),
     Case(Layout(dp_shard=8, dp_replicate=2, zero_stage=2), rank=3, microbatches=4),
     Case(Layout(**_Z3), "llama-3.1-8b", 4, 0, training={"optimizer": "sgd"}),
+    # Short steps, in which the embedding and the head are most of what passes.
+    Case(Layout(pp=2, dp_shard=2, zero_stage=1, schedule="GPipe"), microbatches=1, training={"seq_len": 512}),
+    Case(
+        Layout(pp=2, dp_shard=4, zero_stage=1, schedule="Interleaved1F1B", virtual_stages=2),
+        microbatches=4,
+        training={"seq_len": 512, "precision": "fp32"},
+    ),
+    Case(Layout(pp=4, dp_shard=2, zero_stage=1), layers=8, microbatches=8, training={"seq_len": 256}),
+    Case(Layout(**_Z3), layers=16, rank=3, training={"seq_len": 512}),
+    Case(Layout(**_Z3), layers=16, rank=3, microbatches=1, training={"seq_len": 64}),
     # Recomputation.
     Case(Layout(**_Z3, recompute="selective"), layers=8),
     Case(Layout(dp_shard=8, zero_stage=1, recompute="full"), layers=8),

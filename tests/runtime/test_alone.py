@@ -19,8 +19,6 @@ from simulator.errors import UserError
 from simulator.layout import V_PLACEMENT, Layout
 from simulator.results import Alone
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 # Bytes of the whole model, and of what is not in its four blocks: embedding, final norm, head.
 WHOLE = 4 * LLAMA.parameters()
 ENDS = 4 * (2 * LLAMA.vocab_size + 1) * LLAMA.hidden_size

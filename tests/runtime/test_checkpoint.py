@@ -11,8 +11,6 @@ import resume_cases
 from resume_cases import SAVED, STEPS, Pair
 from workers import start_worker
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 def run_pairs(name: str, world_sizes: tuple[int, ...], text: Path, folder: Path) -> dict[str, Any]:
     """Losses and norms by name, of one list of pairs: a start for each world size, in this order."""

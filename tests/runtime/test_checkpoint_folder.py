@@ -197,7 +197,6 @@ def test_allocated_state_is_that_before_the_first_step(fused: bool) -> None:
     assert torch.equal(*ends)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_a_warning_saves_and_the_next_run_goes_on(text_folder: Path, tmp_path: Path) -> None:
     """SIGTERM after the second step, then tensors that are cut off, then the checkpoint as it was."""
     plan = write_plan(tiny_plan(Layout(micro_batch_size=4), data=str(text_folder)), tmp_path / "plan.json")

@@ -9,8 +9,6 @@ import pytest
 from communication_cases import CASES, LONG_CASES, Case
 from communication_table import PAGE
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_predicted_is_counted(case: Case) -> None:

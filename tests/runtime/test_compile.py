@@ -45,7 +45,6 @@ leave()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_train_as_eager_ones(ranks: int, text_folder: Path, tmp_path: Path) -> None:
     script, output = tmp_path / "train.py", tmp_path / "losses.json"

@@ -15,8 +15,6 @@ from workers import start_worker
 from planner.plan import write_plan
 from simulator.layout import Layout
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 LAYOUT = Layout(dp_shard=2, zero_stage=3, micro_batch_size=4)
 
 

@@ -112,7 +112,6 @@ def test_torchruns_variables_are_all_there_and_numbers() -> None:
         world_size({"WORLD_SIZE": "2"})
 
 
-@pytest.mark.xdist_group("distributed")
 def test_two_tasks_train_without_torchrun(text_folder: Path, tmp_path: Path) -> None:
     plan = write_plan(tiny_plan(Layout(dp_replicate=2, micro_batch_size=4), data=str(text_folder)), tmp_path / "p.json")
     output = tmp_path / "measurement.json"

@@ -26,7 +26,6 @@ def test_importing_the_launcher_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.xdist_group("distributed")
 def test_one_process_end_to_end(text_folder: Path, tmp_path: Path) -> None:
     plan = write_plan(tiny_plan(Layout(micro_batch_size=4), data=str(text_folder)), tmp_path / "plan.json")
     seen: list[tuple[int, int]] = []
@@ -46,7 +45,6 @@ def test_one_process_end_to_end(text_folder: Path, tmp_path: Path) -> None:
     assert 100e6 < peak < 2e9
 
 
-@pytest.mark.xdist_group("distributed")
 def test_an_error_that_the_ranks_find_is_one_sentence(text_folder: Path, tmp_path: Path) -> None:
     """A run that diverges says at which step, and leaves no measurement."""
     wild = tiny_plan(Layout(), data=str(text_folder), learning_rate=1e30, optimizer="sgd")
@@ -98,7 +96,6 @@ def test_stacks_of_others_are_refused(tmp_path: Path) -> None:
         run_here(plan, tmp_path / "m.json")
 
 
-@pytest.mark.xdist_group("distributed")
 def test_a_crash_of_a_rank_is_shown(text_folder: Path, tmp_path: Path) -> None:
     # An odd head cannot be rotated by halves.
     broken = dataclasses.replace(LLAMA, head_dim=15)

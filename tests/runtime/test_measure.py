@@ -30,7 +30,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path, l
     return profile, path, told
 
 
-@pytest.mark.xdist_group("measure")
 class TestQuickRun:
     def test_the_file_holds_the_profile(self, measured: tuple[Profile, Path, list[tuple[str, float]]]) -> None:
         profile, path, _ = measured

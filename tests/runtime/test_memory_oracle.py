@@ -6,8 +6,6 @@ import pytest
 from memory_cases import CASES, LONG_CASES, Case
 from memory_table import Row, count, page
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 def check(row: Row) -> None:
     """The peak and what can be told apart of it: state that is there from the first moment to the last."""

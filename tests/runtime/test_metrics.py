@@ -64,7 +64,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         MetricsFile(tmp_path / "file" / "metrics.jsonl", PLAN, CPU)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_a_run_that_diverges_leaves_the_steps_before(text_folder: Path, tmp_path: Path) -> None:
     wild = tiny_plan(Layout(), data=str(text_folder), learning_rate=1e30, optimizer="sgd")
     with pytest.raises(UserError, match="diverged at step 2"):

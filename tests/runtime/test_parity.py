@@ -9,7 +9,6 @@ import pytest
 from parity_cases import CASES, LONG_CASES, Case
 from parity_table import PAGE, TOLERANCE, differences
 
-pytestmark = pytest.mark.xdist_group("distributed")
 Runs = dict[str, dict[str, Any]]
 
 

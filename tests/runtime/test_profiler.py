@@ -18,8 +18,6 @@ from simulator.program import OPTIMIZER
 from simulator.results import MeasuredTimeline
 from simulator.schedules import compute_order
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 LAYOUTS = [
     Layout(dp_replicate=2, micro_batch_size=2),
     Layout(pp=2, schedule="Interleaved1F1B", virtual_stages=2, micro_batch_size=2),

@@ -50,13 +50,11 @@ def check_like(case: SyncCase, runs: Runs) -> None:
         assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-5)
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", [c for c in sync_cases.FAST if c.like], ids=lambda case: case.name)
 def test_losses_are_those_of_the_reference(case: SyncCase, fast: Runs) -> None:
     check_like(case, fast)
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("name", ["alone", "alone sgd"])
 def test_one_asynchronous_worker_is_sequential_training(name: str, fast: Runs) -> None:
     """To the last bit: gradients travel, and the server's optimizer is the same."""
@@ -65,7 +63,6 @@ def test_one_asynchronous_worker_is_sequential_training(name: str, fast: Runs) -
     assert fast[name]["updates"] == {"staleness": [6], "lead": [6], "by_replica": [6]}
 
 
-@pytest.mark.xdist_group("distributed")
 def test_nobody_is_further_ahead_than_the_bound(fast: Runs) -> None:
     """12 steps of two replicas, one of them three times as slow. Bounded by 1: leads are 0 and 1. Between its pull and
     its push a replica sees at most 3 updates of the other: from 1 behind it to 2 ahead."""
@@ -79,7 +76,6 @@ def test_nobody_is_further_ahead_than_the_bound(fast: Runs) -> None:
     assert fast["server"]["updates"] == {"staleness": [12], "lead": [12], "by_replica": [6, 6]}
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("name", ["asynchronous", "bounded", "diloco", "local 2"])
 def test_what_is_not_synchronous_learns_too(name: str, fast: Runs) -> None:
     losses = fast[name]["losses"]
@@ -99,7 +95,6 @@ def test_every_axis_inside_of_replicas(text_folder: Path, tmp_path: Path) -> Non
             check_like(case, more)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_launched_with_servers_end_to_end(text_folder: Path, tmp_path: Path) -> None:
     """Two workers and a server beside them; every step has a line, with how stale its updates were."""
     layout = Layout(dp_replicate=2, micro_batch_size=4, **SERVER, staleness=None)

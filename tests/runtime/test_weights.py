@@ -34,7 +34,6 @@ CASES = [
     ("tiny-t5", Layout(dp_replicate=2, tp=2)),
     ("tiny-bert", Layout(dp_replicate=4)),
 ]
-pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
