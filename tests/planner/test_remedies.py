@@ -149,7 +149,7 @@ def test_where_nothing_helps_the_nearest_is_named_and_more_nodes() -> None:
     assert answer.short_by == pytest.approx(answer.nearest.peak - capacity(task, answer.nearest.layout))
     assert answer.nearest.peak > 7.3e12 / 8
     last = remedy_lines(answer)[-1]
-    assert last.startswith("no single change and no two") and "GiB too much" in last
+    assert last.startswith("on these devices no single change and no two") and "GiB too much" in last
 
 
 def test_more_nodes_are_not_offered_where_there_is_no_network() -> None:
