@@ -134,6 +134,7 @@ def _process_group(seat: Seat) -> Iterator[Link | None]:
     import torch
     import torch.distributed as dist
 
+    from runtime.checkpoint import SAVE_TIMEOUT
     from runtime.link import Link
     from runtime.trainer import find_device
 
@@ -155,7 +156,8 @@ def _process_group(seat: Seat) -> Iterator[Link | None]:
         store.set_timeout(COLLECTIVE_TIMEOUT)
         kind = dist.PrefixStore("servers" if seat.serves else "workers", store)
         dist_options |= {"store": kind, "rank": seat.number, "world_size": seat.peers}
-        link = Link(store, seat, COLLECTIVE_TIMEOUT)
+        # A server hears nothing of a worker that saves.
+        link = Link(store, seat, SAVE_TIMEOUT)
     dist.init_process_group(timeout=COLLECTIVE_TIMEOUT, **dist_options)
     yield link
     # Not after an error: it waits for ranks that may be gone, while torchrun waits for this one to end.
