@@ -182,7 +182,7 @@ def fullest_moments(
 ) -> FullestMoments:
     """The moments of a rank of which one is its peak: any other moment with the same running holds no more of
     anything. Which one it is depends on the bytes of each stage."""
-    fewer, split = _as_good_as(schedule, ranks, microbatches), schedule in SPLIT_BACKWARD
+    fewer, split = as_good_as(schedule, ranks, microbatches), schedule in SPLIT_BACKWARD
     found: dict[Running, set[tuple[Held, ...]]] = {}
     for _, running, _, _, held in _walk(schedule, rank, ranks, chunks, fewer, zero_stage, apart):
         if running.kind not in _EMPTY:
@@ -201,7 +201,7 @@ def fullest_moments(
     return FullestMoments(tuple(stages), tuple(found), counts.reshape(len(rows), -1), np.array(of))
 
 
-def _as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
+def as_good_as(schedule: Schedule, ranks: int, microbatches: int) -> int:
     """Microbatches that go through the same moments. Between its begin and its end 1F1B repeats itself with every
     microbatch, interleaved with every round of one for each rank: a few rounds have both and a repetition between."""
     if schedule not in ("1F1B", "Interleaved1F1B") or microbatches % ranks:

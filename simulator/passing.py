@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.compute import activation_width, matmul_input_width
+from simulator.data_parallel import uses_fsdp
 from simulator.expert_parallel import per_shard
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
 from simulator.lifetimes import Running
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Sharding:
     def of(cls, job: Job, layout: Layout) -> Sharding:
         stack, training = job.stack, job.training
         recipe = stack.recipes[training.precision]
-        fsdp = layout.zero_stage >= 2 or (stack.replicates_by_fsdp and (layout.zero_stage == 1 or _copies(job, layout)))
+        fsdp = uses_fsdp(job, layout)
         microbatches = layout.microbatches(training.global_batch_size)
         ddp = layout.zero_stage == 0 and layout.dp_replicate * layout.cp > 1 and not fsdp
         return cls(
@@ -101,14 +102,6 @@ class Sharding:
         return self.fsdp and self.compute != self.reduce
 
 
-def _copies(job: Job, layout: Layout) -> bool:
-    """Whether what is not sharded is replicated by FSDP all the same: in bf16, where tensors are cut over tp, under a
-    split backward, and where experts have ranks of their own."""
-    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
-    replicas = layout.dp * layout.cp
-    return job.training.precision == "bf16" or (replicas > 1 and without_ddp) or layout.ep > 1
-
-
 def stage_bytes(job: Job, layout: Layout, stage: StageCost, sharding: Sharding) -> StageBytes:
     """The bytes of a stage. A search asks for them with one schedule after the other, on which nothing of them depends
     but by the sharding."""
@@ -125,7 +118,7 @@ class StageBytes:
     def __init__(self, job: Job, layout: Layout, stage: StageCost, sharding: Sharding) -> None:
         self.job, self.layout, self.stage, self.how = job, layout, stage, sharding
         ends = [unit for unit, _ in stage.blocks if unit.stays_gathered]
-        self.ends, self.end_experts = sum(unit.parameters for unit in ends), 0.0
+        self.ends = sum(unit.parameters for unit in ends)
         self.inner = stage.parameters - self.ends
         self.stays, saved = self._outputs()
         self.saved, self.deferred = stage.saved + saved, stage.deferred

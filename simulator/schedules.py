@@ -240,21 +240,6 @@ def compute_order(schedule: str, rank: int, ranks: int, chunks: int, microbatche
     return tuple(_ORDERS[schedule](rank, ranks, chunks, microbatches))
 
 
-def as_full(schedule: str, ranks: int, microbatches: int) -> int:
-    """A smaller number of microbatches with which a rank's fullest moments are the same: after a few rounds a schedule
-    repeats itself, but where all microbatches come before the first backward.
-
-    >>> as_full("1F1B", 4, 512), as_full("Interleaved1F1B", 4, 32), as_full("GPipe", 4, 512)
-    (12, 16, 512)
-    """
-    if schedule in ("GPipe", "LoopedBFS"):
-        return microbatches
-    rounds = max(1, microbatches // ranks)
-    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        return min(rounds, 4) * (microbatches // rounds)
-    return min(microbatches, 3 * ranks)
-
-
 class Held(NamedTuple):
     """What a rank holds of one of its stages at a moment: microbatches alive, and how many of them have had their
     input gradient but not yet their weight gradient."""

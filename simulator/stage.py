@@ -148,7 +148,6 @@ class StageCost:
     parameters: float
     saved: float
     working: float
-    largest_unit: float
     units: int
     reduce: float
     gather: float
@@ -266,7 +265,6 @@ class StageCosts:
             parameters=parameters,
             saved=sum(u.saved for u in units),
             working=max(u.working for u in units),
-            largest_unit=max(u.parameters for u in units),
             units=len(units),
             reduce=data.once_reduce_seconds(parameters, experts, len(units)),
             gather=data.once_gather_seconds(parameters, experts, len(units)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_job import JOB
 from command_line import call
 
 from simulator.cluster import AttentionFit, AttentionKernel, CollectiveFit, HostFit, MatmulFit
@@ -17,22 +18,6 @@ from simulator.presets import find_model
 from simulator.profile import Profile
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-JOB = """
-model = "gpt2"
-cluster = "dgx-a100"
-nodes = 1
-[training]
-global_batch_size = 64
-seq_len = 1024
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "job.toml").write_text(JOB)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_plan_writes_and_prints(

@@ -10,23 +10,6 @@ from command_line import call
 
 from planner.plan import read_plan
 
-JOB = """
-model = "gpt2"
-cluster = "dgx-a100"
-nodes = 1
-[training]
-global_batch_size = 64
-seq_len = 1024
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "job.toml").write_text(JOB)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 LARGE = ("--set", "model=llama-3.1-8b", "--set", "cluster=dgx-h100", "--set", "training.seq_len=8192")
 
 

@@ -47,7 +47,7 @@ def program(layout: Layout, microbatches: int, forward: float, backward: float, 
     chunks = layout.virtual_stages
     stage = StageCost(
         forward=Work(compute=forward / chunks), backward=Work(compute=backward / chunks), parameters=0.0, saved=0.0,
-        working=0.0, largest_unit=0.0, units=4, reduce=cost.get("reduce", 0.0), gather=0.0,
+        working=0.0, units=4, reduce=cost.get("reduce", 0.0), gather=0.0,
         backward_weight=Work(compute=cost.get("weight", 0.0) / chunks),
     )  # fmt: skip
     stages = (stage,) * layout.stages
@@ -164,7 +164,7 @@ def test_a_pair_hides_communication_behind_the_others_computation() -> None:
     1.5 · 0.25 / 1.25 = 0.3 s."""
     stage = StageCost(
         forward=Work(compute=1.0, tp=0.5), backward=Work(compute=2.0, tp=1.5), parameters=0.0, saved=0.0, working=0.0,
-        largest_unit=0.0, units=1, reduce=0.0, gather=0.0,
+        units=1, reduce=0.0, gather=0.0,
     )  # fmt: skip
     pair = Op("OVERLAP_F_B", parts=(Op("F", 0, 1), Op("B", 1, 0)))
     job, layout = ideal_job(1, 1), Layout()

@@ -91,7 +91,7 @@ def test_placement_is_torchs(name: str, pp: int) -> None:
 def lowered_ops(name: str, pp: int, chunks: int, microbatches: int, zero_stage: int = 3) -> dict[int, list[Op]]:
     """Our program with communication, every stage having something to gather and to reduce."""
     layout = Layout(pp=pp, virtual_stages=chunks, schedule=name, zero_stage=zero_stage)  # type: ignore[arg-type]
-    stage = StageCost(Work(), Work(), 0.0, 0.0, 0.0, 0.0, units=1, reduce=1.0, gather=1.0)
+    stage = StageCost(Work(), Work(), 0.0, 0.0, 0.0, units=1, reduce=1.0, gather=1.0)
     stages = (stage,) * layout.stages
     orders = (compute_order(name, rank, pp, chunks, microbatches) for rank in range(pp))
     return {rank: with_communication(order, layout, stages) for rank, order in enumerate(orders)}

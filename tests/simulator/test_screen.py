@@ -14,9 +14,10 @@ from simulator.columns import Columns, columns_of, distinct, legal
 from simulator.critical_path import critical_path, pipeline_times, step_at_least
 from simulator.job import Job, build_job
 from simulator.layout import Layout
+from simulator.lifetimes import as_good_as
 from simulator.memory import fullest, memory_per_rank
 from simulator.program import build_program, stage_costs
-from simulator.schedules import as_full, peak_in_flight
+from simulator.schedules import peak_in_flight
 from simulator.screen import before_backward, screen
 from simulator.simulate import simulate
 from simulator.stage_split import balanced_layers
@@ -145,7 +146,7 @@ def test_what_is_alive_before_the_first_backward(schedule: str, chunks: int) -> 
             layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule)  # type: ignore[arg-type]
             for rank in range(ranks):
                 moments = peak_in_flight(schedule, rank, ranks, chunks, count)
-                shape, few = (schedule, rank, ranks, chunks), as_full(schedule, ranks, count)
+                shape, few = (schedule, rank, ranks, chunks), as_good_as(schedule, ranks, count)
                 assert set(peak_in_flight(*shape, few)) == set(moments)
                 alive = before_backward(layout, rank, count)
                 by_stage = dict(zip(layout.stages_of(rank), alive, strict=True))

@@ -124,7 +124,7 @@ def ideal(layout: Layout, microbatches: int, reduce: float = 0.0) -> tuple[Job, 
     """A forward takes 1 s and a backward 2 s on every rank; the network is free but for the reduction."""
     work = {"forward": Work(compute=1.0), "backward": Work(compute=2.0)}
     stage = StageCost(
-        **work, parameters=0.0, saved=0.0, working=0.0, largest_unit=0.0, units=1, reduce=reduce, gather=0.0
+        **work, parameters=0.0, saved=0.0, working=0.0, units=1, reduce=reduce, gather=0.0
     )  # fmt: skip
     stages = (stage,) * layout.stages
     orders = (compute_order(layout.schedule, rank, layout.pp, 1, microbatches) for rank in range(layout.pp))
