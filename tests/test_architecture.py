@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("simulator", "planner", "runtime", "reports")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # The doors of the house: they may open every room, but only when somebody walks through.
-DOORS = ("planner/cli.py", "planner/demo.py", "planner/sync_trial.py")
+DOORS = ("planner/cli.py", "planner/commands/", "planner/demo.py", "planner/sync_trial.py")
 ALLOWED = {
     "simulator": ("simulator",),
     "planner": ("simulator", "planner"),
@@ -48,7 +48,7 @@ def show(path: Path) -> str:
 
 @pytest.mark.parametrize("path", MODULES, ids=show)
 def test_packages_import_in_one_direction(path: Path) -> None:
-    door = show(path) in DOORS
+    door = show(path).startswith(DOORS)
     package = show(path).split("/")[0]
     body = ast.parse(path.read_text(encoding="utf-8")).body
     ours = [name for name in imports(body, show(path), inside=not door) if name.split(".")[0] in PACKAGES]
