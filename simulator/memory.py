@@ -84,7 +84,7 @@ class _RankBytes:
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
         self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
         self.state = state_bytes(job, layout, sharding, parameters, experts)
-        self.received = _received(job, layout, tuple(held))
+        self.standing = standing_buffers(job, layout, tuple(held), parameters)
         self.overhead = overhead_bytes(job, layout)
 
     def peak(self) -> MemoryBreakdown:
@@ -121,7 +121,7 @@ class _RankBytes:
             "gradients": self.state["gradients"] + gradients,
             "optimizer": self.state["optimizer"],
             "activations": activations,
-            "buffers": self.received + buffers,
+            "buffers": sum(self.standing.values()) + buffers,
         }
         overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
@@ -168,17 +168,27 @@ def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float,
     }
 
 
-def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
-    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
-    all microbatches ahead; others hold two of each."""
-    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
+def standing_buffers(job: Job, layout: Layout, stages: tuple[int, ...], parameters: float) -> dict[str, float]:
+    """Bytes of buffers that are there all the time.
+
+    reductions: the stack's own, and the buckets of its replicas as large as their weights. gathers: for the whole of
+    what sequence parallelism gathers. messages: for tensors from neighbours, activations for all but the first of the
+    rank's `stages`, their gradients for all but the last. torch allocates those of all microbatches ahead; others hold
+    two of each.
+    """
+    size, stack = stream_bytes(job, layout), job.stack
+    reductions = stack.reduce_buffer_bytes
+    if stack.buckets_apart and layout.shards * layout.dp_replicate > 1 and job.training.peft == "none":
+        reductions += parameters * stack.recipes[job.training.precision].compute
+    gathers = stack.gather_buffers * size * layout.tp * layout.sequence_parallel
     if layout.pp == 1:
-        return buffer
-    if not job.stack.preallocates_receives:
-        return buffer + 4 * size
-    sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
+        messages = 0.0
+    elif not stack.preallocates_receives:
+        messages = 4 * size
+    else:
+        sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
+        messages = sides * layout.microbatches(job.training.global_batch_size) * size
+    return {"reductions": reductions, "gathers": gathers, "messages": messages}
 
 
 def overhead_bytes(job: Job, layout: Layout) -> float:
