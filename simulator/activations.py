@@ -55,6 +55,31 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str, frozen:
     return total
 
 
+def kept_kinds(
+    kernels: Iterable[Kernel], stack: Stack, precision: str, frozen: bool, selective: bool
+) -> tuple[tuple[str, float], ...]:
+    """What a block without full recomputation keeps, in bytes by what it is; `selective` where the stack drops a part
+    of it (and keeps inputs: selective_keeps_outputs is told apart no further). They sum to saved_bytes less that."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        size = saved_bytes([kernel], stack, precision, frozen)
+        if selective:
+            dropped = score_bytes(kernel, stack, precision) if isinstance(kernel, Attention) else size
+            size -= recomputed_share(kernel, stack) * dropped
+        if isinstance(kernel, Attention):
+            kind = "attention cores"
+        elif isinstance(kernel, Matmul):
+            kind = "inputs of matmuls"
+        elif kernel.name in NORMS:
+            kind = "norms"
+        elif kernel.name in ("activation", "gated_activation"):
+            kind = "activation functions"
+        else:
+            kind = kernel.name
+        found[kind] = found.get(kind, 0.0) + size
+    return tuple((kind, size) for kind, size in found.items() if size)
+
+
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
     (and dropout's mask and copy), with the copies that the stack's softmax keeps besides."""

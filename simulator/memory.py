@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
     sharding = Sharding.of(job, layout)
-    return tuple(_RankBytes(job, layout, stages, rank, sharding).peak() for rank in range(layout.pp))
+    return tuple(RankBytes(job, layout, stages, rank, sharding).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -56,10 +56,10 @@ def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> 
     backwards, what is gathered, dropped and reduced between them (messages have no memory of their own: their buffers
     are there all the time), and the optimizer's step."""
     sharding = Sharding.of(job, layout)
-    return tuple(_curve(_RankBytes(job, layout, stages, rank, sharding)) for rank in range(layout.pp))
+    return tuple(_curve(RankBytes(job, layout, stages, rank, sharding)) for rank in range(layout.pp))
 
 
-def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
+def _curve(bytes_of: RankBytes) -> tuple[MemoryMoment, ...]:
     return tuple(
         MemoryMoment(
             str(step.op),
@@ -70,7 +70,7 @@ def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
     )
 
 
-class _RankBytes:
+class RankBytes:
     """Gives the counts of a rank's moments their bytes."""
 
     def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int, sharding: Sharding) -> None:
@@ -83,19 +83,24 @@ class _RankBytes:
         apart = sharding.apart and layout.schedule in SPLIT_BACKWARD
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
         self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
+        self.parameters, self.experts, self.sharding = parameters, experts, sharding
         self.state = state_bytes(job, layout, sharding, parameters, experts)
         self.standing = standing_buffers(job, layout, tuple(held), parameters)
         self.overhead = overhead_bytes(job, layout)
 
     def peak(self) -> MemoryBreakdown:
-        """The fullest of the rank's moments."""
+        """The bytes of the fullest of the rank's moments."""
+        return self.at(self.fullest())
+
+    def fullest(self) -> Moment:
+        """The moment at which the rank holds most."""
         known = fullest_moments(*self.pipeline)
         apart = [self.stages[one.stage].passing(one) for one in known.runnings]
         passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
         moving = 1 + fragmented(self.job, 1.0, 0.0)
         grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
         each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
-        return self.at(known.moment(int((known.counts @ each + passing[known.running]).argmax())))
+        return known.moment(int((known.counts @ each + passing[known.running]).argmax()))
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
@@ -191,9 +196,13 @@ def standing_buffers(job: Job, layout: Layout, stages: tuple[int, ...], paramete
     return {"reductions": reductions, "gathers": gathers, "messages": messages}
 
 
+def communicators(layout: Layout) -> int:
+    """Axes in use, each of which has a communicator."""
+    sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
+    return sum(size > 1 for size in sizes)
+
+
 def overhead_bytes(job: Job, layout: Layout) -> float:
     """The device context (on a CPU: the process with its libraries) and a communicator per axis in use."""
     gpu = job.cluster.gpu
-    sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
-    groups = sum(size > 1 for size in sizes)
-    return gpu.context_memory + gpu.communicator_memory * groups
+    return gpu.context_memory + gpu.communicator_memory * communicators(layout)

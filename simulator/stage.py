@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from simulator.activations import (
     deferred_bytes,
+    kept_kinds,
     kept_logits,
     kept_outputs,
     norm_working,
@@ -125,6 +126,8 @@ class UnitCost:
     deferred: float = 0.0
     experts: float = 0.0
     norm_working: float = 0.0
+    # Bytes of `saved` by what they are.
+    kinds: tuple[tuple[str, float], ...] = ()
 
     @property
     def forward_seconds(self) -> float:
@@ -249,7 +252,7 @@ class StageCosts:
         Ignored: copies that PCIe or NVLink-C2C cannot hide.
         """
         count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
-        return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
+        return [dataclasses.replace(block, saved=0.0, kinds=()) if i < count else block for i, block in enumerate(blocks)]
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(
@@ -345,6 +348,7 @@ class StageCosts:
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
+            kinds=(*unit.kinds, ("logits and loss", kept)),
             deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
             stays_gathered=True,
         )
@@ -361,7 +365,8 @@ class StageCosts:
         routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        saved = saved_bytes(kernels, job.stack, precision, frozen=job.training.peft != "none")
+        frozen = job.training.peft != "none"
+        saved = saved_bytes(kernels, job.stack, precision, frozen)
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = (
             tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
@@ -393,15 +398,18 @@ class StageCosts:
         # What a backward computes again before it begins.
         again = 0.0
         working, growing = (working_bytes(kernels, job.stack, precision, boundary, grows) for grows in (False, True))
+        kinds = kept_kinds(kernels, job.stack, precision, frozen, recompute == "selective")
         if recompute == "full":
             repeated = beside_forward.tp * tp_again / tp_forward if tp_forward else 0.0
             backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
-            saved, again = boundary, saved
+            saved, again, kinds = boundary, saved, (("inputs of blocks", boundary),)
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
             backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
-            kept = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
-            saved, again = kept, max(0.0, saved - kept)
+            ends = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0))
+            outputs = kept_outputs(kernels, job.stack, precision)
+            saved, again = ends + outputs, max(0.0, saved - ends - outputs)
+            kinds = (("inputs of blocks", ends), ("outputs of kernels", outputs))
         elif recompute == "selective":
             work, dropped = self._selected(kernels, cp_forward)
             backward += work
@@ -420,6 +428,7 @@ class StageCosts:
             deferred=deferred,
             experts=experts,
             norm_working=norm_working(kernels, job.stack, precision),
+            kinds=kinds,
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:

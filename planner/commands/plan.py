@@ -83,6 +83,7 @@ def simulate(
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.memory_parts_report import parts_json
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
@@ -101,7 +102,8 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        print_json(show.prediction_json(prediction) | show.remedies_json(found))
+        parts = parts_json(job, prediction)
+        print_json(show.prediction_json(prediction) | show.remedies_json(found) | parts)
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)
