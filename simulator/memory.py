@@ -43,11 +43,13 @@ def capacity(job: Job, layout: Layout) -> float:
 
 
 def _server_bytes(job: Job, layout: Layout) -> float:
-    """What parameter servers hold in the memory of their hosts: parameters, optimizer state and a sum of gradients."""
+    """What parameter servers hold in the memory of their hosts: parameters, optimizer state, the last gradient of every
+    replica (runtime/parameter_server.py receives each into its own) and, where they apply them together, their mean."""
     if layout.sync != "parameter_server":
         return 0.0
     recipe = job.stack.recipes[job.training.precision]
-    width = recipe.parameters + recipe.gradients + recipe.optimizer[job.training.optimizer]
+    gradients = layout.dp_replicate + (layout.staleness == 0)
+    width = recipe.parameters + gradients * recipe.gradients + recipe.optimizer[job.training.optimizer]
     return job.model.parameters() * width
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,7 @@ def _gradients(rank: RankBytes, moment: Moment, passing: Passing) -> list[Memory
 
 def _activations(rank: RankBytes, moment: Moment, passing: Passing) -> list[MemoryPart]:
     """What microbatches keep, by kind, besides the one that is worked on; and what that one has."""
-    sizes: Counter[str] = Counter()
+    sizes: dict[str, float] = defaultdict(float)
     for held in moment.held:
         for kind, size in kept_by_kind(rank.stages[held.stage]).items():
             sizes[kind] += held.kept * size
@@ -112,7 +112,7 @@ def _activations(rank: RankBytes, moment: Moment, passing: Passing) -> list[Memo
 
 def kept_by_kind(stage: StageBytes) -> dict[str, float]:
     """Bytes that a microbatch keeps on a stage, by what they are; they sum to the stage's `saved`."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for unit, count in stage.stage.blocks:
         for kind, size in unit.kinds:
             found[kind] += count * size
