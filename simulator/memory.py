@@ -13,7 +13,7 @@ import numpy as np
 
 from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
-from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
+from simulator.lifetimes import Held, Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
@@ -87,6 +87,7 @@ class RankBytes:
         self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
         self.parameters, self.experts, self.sharding = parameters, experts, sharding
         self.state = state_bytes(job, layout, sharding, parameters, experts)
+        self.update = update_bytes(job, layout, sharding, parameters, experts)
         self.standing = standing_buffers(job, layout, tuple(held), parameters)
         self.overhead = overhead_bytes(job, layout)
 
@@ -102,7 +103,12 @@ class RankBytes:
         moving = 1 + fragmented(self.job, 1.0, 0.0)
         grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
         each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
-        return known.moment(int((known.counts @ each + passing[known.running]).argmax()))
+        found = known.moment(int((known.counts @ each + passing[known.running]).argmax()))
+        if not self.update:
+            return found
+        # Gradients have their memory all the time where the update needs more.
+        end = Moment(Running("OPTIMIZER"), tuple(Held(stage) for stage in known.stages))
+        return max(found, end, key=lambda moment: self.at(moment).peak)
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
@@ -113,6 +119,8 @@ class RankBytes:
             gradients += whole * worth.whole + reduced * worth.reduced
             buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh + returned * worth.returned
         running = moment.running
+        if running.kind == "OPTIMIZER":
+            gradients += self.update
         if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)
             activations += passing.activations
@@ -173,6 +181,18 @@ def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float,
         "gradients": held(recipe.gradients, layout.shards_gradients) * sharding.whole,
         "optimizer": optimizer,
     }
+
+
+def update_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> float:
+    """Bytes that the optimizer's step holds besides its state, of a stack that keeps gradients in narrow memory of
+    their own: Megatron's fp16 recipe has them in fp32 beside, 20 bytes per parameter in all
+    (NVIDIA/Megatron-LM@d98e8a64, dist_optimizer.md)."""
+    if not sharding.trains or not sharding.whole:
+        return 0.0
+    width = job.stack.recipes[job.training.precision].update
+    if layout.zero_stage:
+        return per_shard(layout, job.stack, parameters * width, experts * width)
+    return parameters * width
 
 
 def standing_buffers(job: Job, layout: Layout, stages: tuple[int, ...], parameters: float) -> dict[str, float]:

@@ -91,6 +91,7 @@ def _gradients(rank: RankBytes, moment: Moment, passing: Passing) -> list[Memory
         MemoryPart("gradients", "added up", whole),
         MemoryPart("gradients", "reduced", reduced),
         MemoryPart("gradients", "of the op that runs", passing.gradients),
+        MemoryPart("gradients", "in fp32 for the update", rank.update * (moment.running.kind == "OPTIMIZER")),
     ]
 
 

@@ -14,7 +14,8 @@ from simulator.units import BANDWIDTH
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read.
+    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read; `update` what the
+    optimizer's step holds besides, such as gradients in fp32 where others are narrower.
 
     kept_wide is the share of the matmuls that the recipe leaves in 16 bits.
 
@@ -30,6 +31,7 @@ class Recipe:
     kept_wide: float = 0.0
     dispatch: float | None = None
     matmul_inputs: float | None = None
+    update: float = 0.0
 
     __pydantic_config__ = STRICT
 

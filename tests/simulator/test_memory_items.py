@@ -159,3 +159,19 @@ def test_ends_of_a_pipeline_may_be_bare() -> None:
     inner = Layout(**fields, stage_layers=(4, 0, *layers[2:]))
     assert any("every stage but the first and the last" in problem for problem in inner.problems(task))
     assert any("every stage needs" in problem for problem in bare.problems(job("torchtitan")))
+
+
+def test_an_fp16_recipe_is_fullest_in_its_update() -> None:
+    """20 bytes per parameter (2 of weights, 2 of gradients, 4 of gradients in fp32, 12 of AdamW: Megatron-LM's
+    dist_optimizer.md), where a short step keeps little; with a distributed optimizer 4 + 16/d."""
+    task = job("megatron-2021", "gpt2", seq_len=64, global_batch_size=8, precision="fp16")
+    n = task.model.parameters()
+    (rank,) = memory_per_rank(task, Layout(dp_replicate=8), stage_costs(task, Layout(dp_replicate=8)))
+    assert rank.parameters + rank.gradients + rank.optimizer == pytest.approx(20 * n)
+    assert rank.activations == 0
+    task = job("megatron-core", "gpt2", seq_len=64, global_batch_size=8, precision="fp16")
+    sharded = Layout(dp_shard=8, zero_stage=1)
+    moments = memory_timeline(task, sharded, stage_costs(task, sharded))[0]
+    update = moments[-1].during
+    assert update.parameters + update.gradients + update.optimizer == pytest.approx((4 + 16 / 8) * n)
+    assert moments[-1].after.gradients == pytest.approx(2 * n)
