@@ -15,12 +15,13 @@ Without FSDP gradients are added up one by one as they come.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.compute import activation_width, matmul_input_width
 from simulator.data_parallel import uses_fsdp
-from simulator.expert_parallel import per_shard
+from simulator.expert_parallel import expert_grid, per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Running
 
@@ -203,9 +204,20 @@ class StageBytes:
 
     def _prefetched(self, unit: UnitCost | None) -> float:
         """Bytes of the gathered buffer of the unit that is needed next."""
-        if unit is None or not self.how.drops or self.layout.shards == 1:
+        if unit is None or not self.how.drops:
             return 0.0
-        return unit.parameters * self.how.compute
+        alone = self._expert_shards == 1
+        own = (unit.parameters - unit.experts) * (self.layout.shards > 1), unit.experts * (not alone)
+        return max(own) * self.how.compute
+
+    @functools.cached_property
+    def _expert_shards(self) -> int:
+        return expert_grid(self.layout, self.job.stack).shards
+
+    def _reduced_at_once(self, unit: UnitCost) -> float:
+        """Parameters of a unit whose gradients are reduced together: spread experts are a unit of FSDP's of their own
+        within their block."""
+        return max(unit.parameters - unit.experts, unit.experts)
 
     def _forward(self, gathered: bool) -> Passing:
         """Blocks keep what they save one after the other; where they are dropped the last one is gathered still."""
@@ -262,7 +274,7 @@ class StageBytes:
                     grown = before * (shard if how.scatters else unit.parameters * how.gradients)
                 last_reduced = reducing
                 if how.scatters and how.fsdp and before and not unit.stays_gathered:
-                    last_reduced = unit.parameters * how.reduce
+                    last_reduced = self._reduced_at_once(unit) * how.reduce
                 points.append(
                     Passing(
                         left - before * unit.saved,
@@ -292,7 +304,7 @@ class StageBytes:
                 if first:
                     added += count * (shard if how.scatters else unit.parameters * how.gradients)
                 behind += count * size
-                reducing = unit.parameters * how.reduce * (how.scatters and how.fsdp)
+                reducing = self._reduced_at_once(unit) * how.reduce * (how.scatters and how.fsdp)
         points.append(self._end_of_backward(first, added, waiting, once)._replace(kept=max(0.0, left)))
         return max(points, key=lambda point: point.total)
 
