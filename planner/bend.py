@@ -13,6 +13,7 @@ from simulator.job import Job
 from simulator.layout import Layout
 from simulator.price import hours_name
 from simulator.results import Breakdown
+from simulator.risk import HIGH_RISK
 from simulator.simulate import simulate
 
 # Efficiency that falls by less than this from one number of nodes to the next is no bend.
@@ -42,7 +43,7 @@ def explained(plans: Sequence[Plan], changes: Sequence[Change]) -> tuple[tuple[C
         found.append(dataclasses.replace(change, because=_cause(change, before, after)))
     if not found:
         return (), ""
-    bend, rise = max(found, key=_fall), min(found, key=_fall)
+    bend, rise = max(found, key=lambda change: change.fall), min(found, key=lambda change: change.fall)
     words = []
     if 1 - bend.efficiency[1] / bend.efficiency[0] > LEAST_FALL:
         before, after = (plan_on[nodes] for nodes in bend.nodes)
@@ -53,18 +54,14 @@ def explained(plans: Sequence[Plan], changes: Sequence[Change]) -> tuple[tuple[C
     if rise.efficiency[1] / rise.efficiency[0] - 1 > LEAST_FALL:
         before, after = (plan_on[nodes] for nodes in rise.nodes)
         kept = _kept(before.job, after.layout, before)
-        words.append(f"{sentence(rise, after.job).capitalize()}{_more('', kept)}.")
+        said = sentence(rise, after.job)
+        words.append(f"{said[0].upper()}{said[1:]}{_more('', kept)}.")
     return tuple(found), " ".join(words)
 
 
 def _more(because: str, kept: str) -> str:
     said = "; ".join(part for part in (because, kept) if part)
     return f" ({said})" if said else ""
-
-
-def _fall(change: Change) -> float:
-    """How much of its efficiency is lost for each doubling of the nodes, as a logarithm."""
-    return math.log(change.efficiency[0] / change.efficiency[1]) / math.log(change.nodes[1] / change.nodes[0])
 
 
 def sentence(change: Change, job: Job) -> str:
@@ -122,15 +119,20 @@ def _cause(change: Change, before: Plan, after: Plan) -> str:
     if name == "recompute" and one.recompute != two.recompute:
         return f"recompute {two.recompute} instead of {one.recompute}"
     fields = ("tp", "cp", "ep", "pp", "micro_batch_size", "virtual_stages", "schedule", "recompute")
-    changed = [f"{n} {getattr(two, n)} instead of {getattr(one, n)}" for n in fields if getattr(two, n) != getattr(one, n)]
+    changed = [
+        f"{n} {getattr(two, n)} instead of {getattr(one, n)}" for n in fields if getattr(two, n) != getattr(one, n)
+    ]
     return ", ".join(changed)
 
 
 def _kept(job: Job, layout: Layout, own: Plan) -> str:
     """What the layout of another number of nodes would do on this one, with as many replicas as it has GPUs for."""
     other = _replicated(layout, job.world_size)
-    if other is None or other == own.layout:
-        return "" if other else f"the layout {layout.short()} cannot be on {job.nodes} nodes: its replicas do not divide"
+    if other is None:
+        copies = layout.dp_replicate * layout.dp_shard
+        return f"{layout.short()} needs a multiple of {layout.world_size // copies} GPUs, not {job.world_size}"
+    if other == own.layout:
+        return ""
     name = f"{other.short()} on {job.nodes} nodes"
     try:
         problems = other.problems(job)
@@ -141,6 +143,8 @@ def _kept(job: Job, layout: Layout, own: Plan) -> str:
     prediction = simulate(job, other)
     if not prediction.fits:
         return f"{name} does not fit: {prediction.problems[0]}"
+    if prediction.out_of_memory_probability > HIGH_RISK >= own.best.out_of_memory_probability:
+        return f"{name} runs out of memory with a probability of {prediction.out_of_memory_probability:.0%}"
     slower = prediction.step_seconds / own.best.step_seconds - 1
     return f"{name} would take {slower:.1%} longer" if slower > 0 else ""
 
@@ -151,4 +155,8 @@ def _replicated(layout: Layout, world: int) -> Layout | None:
         size, rest = divmod(getattr(layout, axis) * world, layout.world_size)
         if not rest and size:
             return dataclasses.replace(layout, **{axis: size})
-    return None
+    copies, rest = divmod(layout.dp * world, layout.world_size)
+    if rest or not copies:
+        return None
+    shard, replicate = (copies, 1) if layout.zero_stage else (1, copies)
+    return dataclasses.replace(layout, dp_shard=shard, dp_replicate=replicate)

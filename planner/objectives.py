@@ -75,10 +75,12 @@ def costs(row: Row, job: Job) -> str:
     """`1T tokens in 23.4 days, 143,700 GPU-hours, $573,000`"""
     tokens = job.objective.tokens or DEFAULT_TOKENS
     price = "" if row.dollars is None else f", ${row.dollars:,.0f}"
-    return f"{show_tokens(tokens)} tokens in {show_duration(row.seconds)}, {_hours(row.gpu_hours)} {hours_name(job)}{price}"
+    hours = f"{show_hours(row.gpu_hours)} {hours_name(job)}"
+    return f"{show_tokens(tokens)} tokens in {show_duration(row.seconds)}, {hours}{price}"
 
 
-def _hours(hours: float) -> str:
+def show_hours(hours: float) -> str:
+    """Whole hours, three digits below a hundred."""
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 

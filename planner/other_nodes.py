@@ -66,8 +66,8 @@ def job_on(job: Job, nodes: int, scale_batch: bool = False) -> Job:
         sequences = training.global_batch_size * nodes
         if sequences % job.nodes:
             raise UserError(
-                f"{training.global_batch_size} sequences on {job.nodes} nodes are {sequences / job.nodes:g} on {nodes}, "
-                "which is no whole number"
+                f"{training.global_batch_size} sequences on {job.nodes} nodes are {sequences / job.nodes:g} on "
+                f"{nodes}, which is no whole number"
             )
         training = dataclasses.replace(training, global_batch_size=sequences // job.nodes)
     if nodes == job.nodes:

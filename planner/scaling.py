@@ -1,7 +1,9 @@
 """Scaling: one job on several numbers of nodes, what each takes and costs, and which of them no other beats.
 
     efficiency = tokens/s/GPU over that of the smallest number of nodes that has a layout
-    front      = the numbers for which no other is at most as slow, as dear and as large, and better in one of the three
+    front      = the numbers for which no other is at most as slow, as dear and as large, and better in one of the
+                 three; as fewer GPUs are worth something by themselves, a number may be on it that is slower and dearer
+                 than a larger one: in time and cost alone it is not
 
 Costs are those of price.py. Plans are made in other_nodes.py; here is what follows from them.
 """
@@ -9,6 +11,8 @@ Costs are those of price.py. Plans are made in other_nodes.py; here is what foll
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,8 @@ DEFAULT_TOKENS = 1e9
 @dataclass(frozen=True)
 class Row:
     """The best layout on a number of nodes. seconds, gpu_hours and dollars are for the tokens of the scaling, goodput
-    counted; dollars is None without a price. `plan` is the file of the whole plan, empty where none was written."""
+    counted; dollars is None without a price. on_front is the front of time, cost and GPUs, on_time_cost_front that of
+    time and cost alone. `plan` is the file of the whole plan, empty where none was written."""
 
     nodes: int
     gpus: int
@@ -40,6 +45,7 @@ class Row:
     gpu_hours: float
     dollars: float | None
     on_front: bool
+    on_time_cost_front: bool
     plan: str = ""
 
     __pydantic_config__ = STRICT
@@ -74,6 +80,11 @@ class Change:
 
     __pydantic_config__ = STRICT
 
+    @property
+    def fall(self) -> float:
+        """How much of its efficiency is lost for each doubling of the nodes, as a logarithm."""
+        return math.log(self.efficiency[0] / self.efficiency[1]) / math.log(self.nodes[1] / self.nodes[0])
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -106,7 +117,11 @@ def rows_of(plans: Sequence[Plan], tokens: float) -> tuple[Row, ...]:
     share = ordered[0].job.objective.share if ordered else 1.0
     rows = [_row(plan, tokens, share, ordered[0].best.tokens_per_second_per_gpu) for plan in ordered]
     front = pareto_front([(row.seconds, row.cost, row.gpus) for row in rows])
-    return tuple(dataclasses.replace(row, on_front=on) for row, on in zip(rows, front, strict=True))
+    without = pareto_front([(row.seconds, row.cost) for row in rows])
+    return tuple(
+        dataclasses.replace(row, on_front=on, on_time_cost_front=also)
+        for row, on, also in zip(rows, front, without, strict=True)
+    )
 
 
 def _row(plan: Plan, tokens: float, share: float, smallest: float) -> Row:
@@ -121,6 +136,7 @@ def _row(plan: Plan, tokens: float, share: float, smallest: float) -> Row:
         gpu_hours=gpu_hours(best, job, tokens, share),
         dollars=dollars(best, job, tokens, share),
         on_front=False,
+        on_time_cost_front=False,
     )
 
 
@@ -145,7 +161,7 @@ def changes_of(rows: Sequence[Row]) -> tuple[Change, ...]:
                 for item in dataclasses.fields(Breakdown)
             }),
         )
-        for before, after in zip(rows, rows[1:], strict=False)
+        for before, after in itertools.pairwise(rows)
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.objectives import allowance, costs
+from planner.objectives import allowance, costs, show_hours
 from planner.plan import Plan
 from planner.remedies import show_risk
 from planner.scaling import DEFAULT_TOKENS, Missing, Row, Scaling, rows_of
@@ -13,6 +13,9 @@ from simulator.job import Job
 from simulator.price import hours_name
 from simulator.units import show_duration, show_seconds, show_tokens
 
+FRONTS = (
+    "* no other number is better in one of time, cost and GPUs and as good in the others; ** nor in time and cost alone"
+)
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -42,7 +45,7 @@ def table(scaling: Scaling) -> Table:
 def _cells(row: Row, scaling: Scaling, priced: bool) -> list[str]:
     p = row.prediction
     return [
-        f"{row.nodes}{' *' if row.on_front else ''}{' <' if row.nodes == scaling.chosen else ''}",
+        f"{row.nodes}{mark(row, scaling)}",
         str(row.gpus),
         *([str(row.global_batch_size)] if scaling.scale_batch else []),
         show_seconds(p.step_seconds),
@@ -51,18 +54,24 @@ def _cells(row: Row, scaling: Scaling, priced: bool) -> list[str]:
         f"{p.mfu:.1%}",
         f"{row.efficiency:.1%}",
         show_duration(row.seconds),
-        f"{row.gpu_hours:,.0f}",
+        show_hours(row.gpu_hours),
         *([f"{row.dollars:,.0f}"] if priced and row.dollars is not None else []),
         show_risk(p.out_of_memory_probability),
         p.layout.short(),
     ]
 
 
+def mark(row: Row, scaling: Scaling) -> str:
+    """` ** <`: on the fronts, and what the objective chooses."""
+    front = " **" if row.on_time_cost_front else " *" if row.on_front else ""
+    return front + (" <" if row.nodes == scaling.chosen else "")
+
+
 def notes(scaling: Scaling) -> list[str]:
     """Sentences below the table: what has no layout, what is held constant, the bend, what the objective chooses."""
     job = scaling.job
     found = [missing_sentence(one) for one in scaling.missing]
-    found.append("* on the front of time, cost and GPUs: no other number is better in one and as good in the others")
+    found.append(FRONTS)
     found += [batch_sentence(scaling), f"{price_sentence(job)}; {allowance(job)}"]
     if scaling.bend:
         found.append(scaling.bend)
@@ -81,8 +90,8 @@ def batch_sentence(scaling: Scaling) -> str:
     if scaling.scale_batch:
         each = training.global_batch_size * training.seq_len / scaling.job.world_size
         return (
-            f"the batch grows with the nodes, {each:,.0f} tokens a step for each GPU; that a larger batch may need more "
-            "tokens for the same loss is not counted"
+            f"the batch grows with the nodes, {each:,.0f} tokens a step for each GPU; that a larger batch may need "
+            "more tokens for the same loss is not counted"
         )
     return f"the batch is the same everywhere, {training.global_batch_size} x {training.seq_len} tokens a step"
 

@@ -176,11 +176,12 @@ def check_objective(objective: Objective, where: str) -> None:
         if value is not None:
             _above_zero(where, f"objective.{key}", [value])
         elif objective.goal == "deadline":
-            example = "tokens = \"1T\"" if key == "tokens" else "deadline = \"30 days\""
+            example = 'tokens = "1T"' if key == "tokens" else 'deadline = "30 days"'
             raise UserError(f"{where}: objective.goal = 'deadline' needs objective.{key}, like {example}")
     if objective.deadline is not None and objective.goal != "deadline":
         raise UserError(
-            f"{where}: objective.deadline says nothing with objective.goal = '{objective.goal}'; did you mean 'deadline'?"
+            f"{where}: objective.deadline says nothing with objective.goal = '{objective.goal}'; did you mean "
+            "'deadline'?"
         )
     if objective.goodput is not None and not 0 < objective.goodput <= 1:
         raise UserError(

@@ -19,11 +19,11 @@ _BITS = {p + "b": f / 8 for p, f in _PREFIX.items()}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _SHOWN_TIMES = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 _DURATIONS = {
-    **{name: 1.0 for name in ("s", "second", "seconds")},
-    **{name: 60.0 for name in ("min", "minute", "minutes")},
-    **{name: 3600.0 for name in ("h", "hour", "hours")},
-    **{name: 86400.0 for name in ("d", "day", "days")},
-    **{name: 7 * 86400.0 for name in ("week", "weeks")},
+    **dict.fromkeys(("s", "second", "seconds"), 1.0),
+    **dict.fromkeys(("min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86400.0),
+    **dict.fromkeys(("week", "weeks"), 7 * 86400.0),
 }
 _COUNTS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _NUMBER = re.compile(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(\S.*?)\s*")

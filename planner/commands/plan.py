@@ -13,6 +13,9 @@ from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFil
 from planner.commands.terminal import print_json, progress
 from simulator.errors import NothingFitsError, UserError
 
+# Layouts that a plan ranks where nobody says how many.
+RANKED = 5
+
 
 def _share(text: str) -> float:
     """A share of the step: 1% or 0.01."""
@@ -32,7 +35,7 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
-    top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
+    top: Annotated[int | None, typer.Option(min=1, help="How many layouts to rank; 5.")] = None,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
     nodes: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Plan for these numbers of nodes: the scaling curve.")
@@ -61,13 +64,13 @@ def plan(
     job, path = read_job(job_file, [*(overrides or []), *options]), output / "plan.json"
     check_writable(path)
     if nodes is not None or job.objective.nodes or job.objective.goal != "fastest":
-        plan_over_nodes(job, nodes, scale_batch, output, top, _share(gap), as_json)
+        plan_over_nodes(job, nodes, scale_batch, output, (top or 1, top or RANKED), _share(gap), as_json)
         return
     if scale_batch:
         raise UserError("--scale-batch says nothing for one number of nodes; add --nodes, like --nodes 4,8,16")
     try:
         with progress("planning", quiet=as_json) as report:
-            found = search(job, top, report, _share(gap))
+            found = search(job, top or RANKED, report, _share(gap))
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)

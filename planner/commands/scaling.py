@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 
 def plan_over_nodes(
-    job: Job, nodes: str | None, scale_batch: bool, output: Path, top: int, gap: float, as_json: bool
+    job: Job, nodes: str | None, scale_batch: bool, output: Path, top: tuple[int, int], gap: float, as_json: bool
 ) -> None:
-    """The scaling curve: a plan for every number of nodes, and of them the one that the objective chooses."""
+    """The scaling curve: a plan for every number of nodes, and of them the one that the objective chooses.
+
+    top: how many layouts to rank for each number, and for the one that is chosen: only the best of each is needed for
+    the curve, and finding more takes as long again."""
     import dataclasses
 
     from planner import show
@@ -29,6 +32,7 @@ def plan_over_nodes(
     from planner.plan import write_plan
     from planner.scaling import write_scaling
     from planner.scaling_table import heading, missing_sentence, notes, scaling_json, table
+    from planner.search import plan as search
 
     counts = node_counts(job, nodes)
     if nodes is None and not job.objective.nodes:
@@ -36,7 +40,10 @@ def plan_over_nodes(
     if not counts:
         raise UserError("--nodes names no number of nodes; write it like 4,8,16")
     with progress("planning", quiet=as_json) as report:
-        scaling, plans = over_nodes(job, counts, scale_batch, top=top, gap=gap, progress=report)
+        scaling, plans = over_nodes(job, counts, scale_batch, top=top[0], gap=gap, progress=report)
+        chosen = next((plan for plan in plans if plan.job.nodes == scaling.chosen), None)
+        if chosen is not None and top[1] > top[0]:
+            chosen = search(chosen.job, top[1], report, gap)
     if not scaling.rows:
         raise NothingFitsError("; ".join(missing_sentence(one) for one in scaling.missing))
     names = {plan.job.nodes: f"plan-{plan.job.nodes}-nodes.json" for plan in plans}
@@ -45,7 +52,6 @@ def plan_over_nodes(
     )
     written = [write_plan(plan, output / names[plan.job.nodes]) for plan in plans]
     written.append(write_scaling(scaling, output / "scaling.json"))
-    chosen = next((plan for plan in plans if plan.job.nodes == scaling.chosen), None)
     if chosen is not None:
         written.append(write_plan(chosen, output / "plan.json"))
     if not as_json:
