@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -59,7 +60,9 @@ def plan(
     from simulator.files import check_writable
     from simulator.job import read_job
 
-    given = {"goal": objective, "tokens": tokens, "deadline": deadline}
+    # In quotes, so that a number without a unit is not taken for seconds.
+    quoted = None if deadline is None else json.dumps(deadline)
+    given = {"goal": objective, "tokens": tokens, "deadline": quoted}
     options = [f"objective.{key}={value}" for key, value in given.items() if value is not None]
     job, path = read_job(job_file, [*(overrides or []), *options]), output / "plan.json"
     check_writable(path)
