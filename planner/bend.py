@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from planner.plan import Plan
-from planner.scaling import Change
+from planner.scaling import LEAST_FALL, Change, bend_of
 from simulator.errors import UserError
 from simulator.job import Job
 from simulator.layout import Layout
@@ -16,8 +16,6 @@ from simulator.results import Breakdown
 from simulator.risk import HIGH_RISK
 from simulator.simulate import simulate
 
-# Efficiency that falls by less than this from one number of nodes to the next is no bend.
-LEAST_FALL = 0.01
 # Terms below this part of the largest are counted together.
 LEAST_TERM = 0.1
 MOST_TERMS = 4
@@ -43,9 +41,9 @@ def explained(plans: Sequence[Plan], changes: Sequence[Change]) -> tuple[tuple[C
         found.append(dataclasses.replace(change, because=_cause(change, before, after)))
     if not found:
         return (), ""
-    bend, rise = max(found, key=lambda change: change.fall), min(found, key=lambda change: change.fall)
+    bend, rise = bend_of(found), min(found, key=lambda change: change.fall)
     words = []
-    if 1 - bend.efficiency[1] / bend.efficiency[0] > LEAST_FALL:
+    if bend is not None:
         before, after = (plan_on[nodes] for nodes in bend.nodes)
         kept = _kept(after.job, before.layout, after)
         words.append(f"The bend: {sentence(bend, after.job)}{_more(bend.because, kept)}.")

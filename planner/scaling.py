@@ -26,6 +26,8 @@ from simulator.price import dollars, gpu_hours, training_seconds
 from simulator.results import Breakdown, Prediction, Timeline
 
 VERSION = 1
+# Efficiency that falls by less than this from one number of nodes to the next is no bend.
+LEAST_FALL = 0.01
 # What costs are counted for where the job does not say how many tokens it trains.
 DEFAULT_TOKENS = 1e9
 
@@ -169,6 +171,13 @@ def _hours(row: Row, seconds: float) -> float:
     """Seconds of a step on one GPU as hours of all of them for 1e9 tokens."""
     p = row.prediction
     return seconds * row.gpus / 3600 * 1e9 / (p.tokens_per_second * p.step_seconds)
+
+
+def bend_of(changes: Sequence[Change]) -> Change | None:
+    """From where to where efficiency falls most for each doubling of the nodes; None where it falls nowhere by more
+    than LEAST_FALL."""
+    bend = max(changes, key=lambda change: change.fall, default=None)
+    return bend if bend and 1 - bend.efficiency[1] / bend.efficiency[0] > LEAST_FALL else None
 
 
 def read_scaling(path: Path | str) -> Scaling:

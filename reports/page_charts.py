@@ -17,7 +17,7 @@ from simulator.job import Job
 from simulator.memory import capacity
 from simulator.price import hours_name
 from simulator.results import Measurement, MemoryBreakdown, Prediction
-from simulator.units import show_tokens
+from simulator.units import duration_unit, show_duration, show_tokens
 
 GIB = 2**30
 MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if field.name != "peak")
@@ -133,16 +133,14 @@ def pareto_chart(scaling: Scaling) -> Chart:
     """Time against dollars (or GPU-hours, without a price) for the tokens of the scaling."""
     job, tokens = scaling.job, show_tokens(scaling.tokens)
     unit = "$" if job.cluster.price_per_gpu_hour is not None else hours_name(job)
-    days, size = ("days", 86400.0) if max(row.seconds for row in scaling.rows) >= 2 * 86400 else ("hours", 3600.0)
+    name, size = duration_unit(max(row.seconds for row in scaling.rows))
     groups: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
     for row in scaling.rows:
-        text = (
-            f"{row.gpus} GPUs: {row.seconds / size:.3g} {days}, {row.cost:,.0f} {unit}, {row.prediction.layout.short()}"
-        )
+        text = f"{row.gpus} GPUs: {show_duration(row.seconds)}, {row.cost:,.0f} {unit}, {row.prediction.layout.short()}"
         groups[row.on_time_cost_front].append((row.cost, row.seconds / size, text))
     return {
         "x": axis(f"{unit} for {tokens} tokens"),
-        "y": axis(f"{days} for {tokens} tokens", log=True),
+        "y": axis(f"{name} for {tokens} tokens", log=True),
         "series": [
             series("slower and dearer than a larger one", "points", 7, sorted(groups[False])) | {"named": True},
             series("on the front of time and cost", "points", 0, sorted(groups[True])) | {"named": True},

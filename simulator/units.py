@@ -100,10 +100,14 @@ def show_seconds(value: float) -> str:
 
 def show_duration(seconds: float) -> str:
     """Three digits in days, hours or minutes, for what takes longer than a step: `"23.4 days"`."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{_three_digits(seconds / size)} {unit}"
-    return show_seconds(seconds)
+    unit, size = duration_unit(seconds)
+    return show_seconds(seconds) if size == 1 else f"{_three_digits(seconds / size)} {unit}"
+
+
+def duration_unit(seconds: float) -> tuple[str, float]:
+    """The unit that suits a duration, and its seconds: `("days", 86400.0)`."""
+    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
+    return next((unit for unit in units if seconds >= unit[1]), ("s", 1.0))
 
 
 def show_tokens(tokens: float) -> str:

@@ -58,6 +58,8 @@ def plan_over_nodes(
         show.print_texts(heading(job), *table(scaling), last=True)
         for note in notes(scaling):
             typer.echo(note)
+        if chosen is not None:
+            typer.echo(f"recommended: {chosen.job.nodes} nodes, {chosen.layout.short()}")
         for path in written:
             typer.echo(f"written to {path}")
     if chosen is None:

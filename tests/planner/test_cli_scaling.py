@@ -84,7 +84,9 @@ def test_no_number_of_nodes_fits(
 ) -> None:
     limits = ("--set", "search.tp=1", "--set", "search.pp=1", "--set", "search.cp=1")
     assert call(monkeypatch, "plan", "job.toml", *limits, "--nodes", "16,32") == 3
-    assert "16 nodes: no layout of gpt2 on 16 x dgx-a100 is legal" in capsys.readouterr().err
+    assert (
+        "error: 16 nodes: no layout of gpt2 on 16 x dgx-a100: no sizes that [search] allows" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
