@@ -281,7 +281,7 @@ def scaling_section(scaling: Scaling, curve: str, front: str) -> str:
             show_seconds(row.prediction.step_seconds), f"{row.prediction.tokens_per_second:,.0f}",
             f"{row.prediction.mfu:.1%}", f"{row.efficiency:.1%}", show_duration(row.seconds),
             f"${row.dollars:,.0f}" if row.dollars is not None else f"{row.gpu_hours:,.0f}",
-            f"{row.prediction.out_of_memory_probability:.0%}",
+            f"{row.prediction.out_of_memory_probability:.1%}",
             "time, cost" if row.on_time_cost_front else "GPUs" if row.on_front else "",
             "yes" if row.nodes == scaling.chosen else "", row.prediction.layout.short(),
         ]
