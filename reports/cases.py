@@ -245,8 +245,9 @@ class _Interpreter:
         if gbs is None:
             gbs = self._assume("gbs", self._need("dp") * self._need("mbs"))
         values = {"global_batch_size": gbs, "seq_len": self._need("seq_len"), "precision": precision}
-        # Published runs of mixtures force balance, or say nothing.
-        values["expert_load"] = 1.0
+        if self.row.text("arch") == "moe":
+            # Published runs of mixtures force balance, or say nothing.
+            values["expert_load"] = 1.0
         if re.search(r"\bLoRA\b", self.row.text("model_name")):
             values["peft"] = "lora"
         return to_dataclass(Training, values, "row")

@@ -39,6 +39,7 @@ from runtime.parallelize import apply_ddp
 from runtime.rank_memory import Buckets, RankMemory
 from runtime.step import Run, build_run
 from runtime.trainer import find_device
+from simulator.errors import UserError
 from simulator.results import Alone
 from simulator.traffic import communication
 
@@ -56,6 +57,11 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         UserError: the layout has no such rank, or the runtime cannot execute it.
     """
     check_alone(plan, rank)
+    if fake and plan.job.model.num_experts and plan.job.training.precision == "fp32":
+        raise UserError(
+            f"training.precision = 'fp32': rank {rank} of a mixture ({plan.job.model.name}) cannot be counted with "
+            f"fake tensors, for which torch knows grouped matmuls in bf16 alone; set training.precision = 'bf16'"
+        )
     layout, device = plan.layout, find_device()
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
     symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
