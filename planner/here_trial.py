@@ -18,7 +18,7 @@ from planner.plan import Plan, write_plan
 from planner.rivals import Search, planned, rivals, rivals_of_hosts, with_recommended
 from planner.search import plan
 from simulator.errors import UserError
-from simulator.files import read_json, to_dataclass, write_json
+from simulator.files import read_json, read_toml, to_dataclass, write_json
 from simulator.hosts import Wire, two_hosts
 from simulator.job import Job, build_job, read_job
 from simulator.presets import THIS_MACHINE, user_profile
@@ -38,13 +38,15 @@ SMALL: dict[str, Any] = {
     "nodes": 1,
     "training": {"global_batch_size": 8, "seq_len": 128, "learning_rate": 1e-3},
 }
-# Ten times the parameters on a quarter of the tokens: what is reduced and updated weighs more than what is computed.
+# Ten times the parameters on an eighth of the tokens: what is reduced and updated weighs more than what is computed.
 LARGE: dict[str, Any] = {
     "model": "gpt2",
     "cluster": "this-machine",
     "nodes": 1,
-    "training": {"global_batch_size": 4, "seq_len": 64, "learning_rate": 1e-4},
+    "training": {"global_batch_size": 2, "seq_len": 64, "learning_rate": 1e-4},
 }
+# More samples for two hosts: what four ranks exchange is then worth it where the link is fast.
+LINKED = SMALL | {"training": {"global_batch_size": 32, "seq_len": 128, "learning_rate": 1e-3}}
 # Jobs, and the rivals that are run of each; None means all of them.
 LADDER: tuple[tuple[dict[str, Any], tuple[str, ...] | None], ...] = (
     (SMALL, None),
@@ -60,8 +62,8 @@ class Course:
     the last round a step more is profiled."""
 
     rounds: int = 3
-    steps: int = 8
-    warmup: int = 3
+    steps: int = 5
+    warmup: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +127,9 @@ def contest(job: Job, chosen: Mapping[str, Search], report: Progress) -> Contest
 
 
 def ladder(profile: Path, wire: Wire | None = None) -> list[tuple[Job, dict[str, Search]]]:
-    """The jobs that are run by default with their rivals; the small one alone over a link between two hosts."""
+    """The jobs that are run by default with their rivals; a single one over a link between two hosts."""
     found = []
-    for data, names in LADDER[: 1 if wire else None]:
+    for data, names in LADDER if wire is None else ((LINKED, None),):
         job = build_job(data | {"profile": str(profile)}, f"the job of {data['model']}")
         found.append(with_rivals(job, wire, names))
     return found
@@ -239,7 +241,7 @@ def validate_machine(
     from reports.here_page import Examined, write_here
     from runtime.measure import busy_seconds
 
-    found, said = profile_for(profile, report=lambda what, done: report(what, 0.25 * done))
+    found, said = profile_for(profile or _named_profile(job_files), lambda what, done: report(what, 0.25 * done))
     given = [with_rivals(read_job_here(path, found), wire) for path in job_files] or ladder(found, wire)
     contests = [contest(job, chosen, lambda what, _: report(what, 0.25)) for job, chosen in given]
     write_plan(contests[0].best, output / "plan.json")
@@ -263,6 +265,20 @@ def validate_machine(
     }
     document, written = write_here(jobs, about, output)
     return jobs, document, [output / "plan.json", *written]
+
+
+def _named_profile(job_files: Sequence[Path]) -> Path | None:
+    """The profile that the jobs name. Raises UserError where they name several: what is compared has to be of one
+    machine."""
+    named = {}
+    for path in job_files:
+        name = read_toml(path, "job").get("profile")
+        if isinstance(name, str):
+            beside = path.parent / Path(name).expanduser()
+            named[beside if beside.exists() else Path(name)] = path
+    if len(named) > 1:
+        raise UserError(f"jobs name {len(named)} profiles, {' and '.join(map(str, named))}; choose one with --profile")
+    return next(iter(named), None)
 
 
 def read_job_here(path: Path, profile: Path) -> Job:

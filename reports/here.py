@@ -6,13 +6,15 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from planner.plan import Plan
 from reports.scores import kendall_tau, quantile
 from reports.tables import Comparison
 from reports.timeline import COMPUTE, Total, join, kind_of, totals_by_kind
-from simulator.files import plain
+from simulator.errors import UserError
+from simulator.files import STRICT, plain, read_json, to_dataclass
 from simulator.results import MeasuredTimeline, Measurement, Prediction, Quantiles, Span
 
 # Above this spread between rounds an error says little: the wish is a median of 8 %.
@@ -22,17 +24,14 @@ NOISY = 0.1
 @dataclass(frozen=True)
 class Trial:
     """One layout of one job: what was predicted, with its timeline, and what every round measured. `timeline` is the
-    profiled step of the last round."""
+    profiled step of the last round, `label` what tables call the layout where that is not its name."""
 
     name: str
     plan: Plan
     prediction: Prediction
     rounds: tuple[Measurement, ...]
     timeline: MeasuredTimeline | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.plan.job.model.name}, {self.name}"
+    label: str = ""
 
     @property
     def measured(self) -> Measurement:
@@ -40,7 +39,7 @@ class Trial:
 
     @property
     def comparison(self) -> Comparison:
-        return Comparison(self.title, self.prediction, self.measured)
+        return Comparison(self.label or self.name, self.prediction, self.measured)
 
     @property
     def noise(self) -> float:
@@ -115,36 +114,84 @@ def row(trial: Trial) -> dict[str, Any]:
     }
 
 
-def summary(trials: Sequence[Trial], recommended: str) -> dict[str, Any]:
-    """Figures of merit of the layouts of one job.
+@dataclass(frozen=True)
+class Summary:
+    """Figures of merit of some layouts; None where there is nothing to say.
 
-    regret is how much slower the recommended layout measured than the fastest one, of the latter's step; kendall_tau
-    is between predicted and measured speed. noise is the median over layouts of how far their rounds lie apart.
+    Errors are predicted / measured - 1: their size at the median and the 90th percentile, and their mean with its
+    sign. kendall_tau is between predicted and measured speed. regret is how much slower the recommended layout measured
+    than the fastest one, of the latter's step. noise is the median over layouts of how far their rounds lie apart.
     """
+
+    count: int
+    median_abs_error: float | None
+    p90_abs_error: float | None
+    bias: float | None
+    kendall_tau: float | None
+    regret: float | None
+    memory_median_abs_error: float | None
+    noise: float | None
+
+    __pydantic_config__ = {**STRICT, "extra": "ignore"}  # noqa: RUF012 (pydantic's own name)
+
+
+def summary(trials: Sequence[Trial], recommended: str) -> Summary:
+    """The figures of merit of the layouts of one job."""
     compared = [trial.comparison for trial in trials]
     sizes = [abs(one.error) for one in compared]
     steps = [one.measurement.step_seconds.median for one in compared]
     chosen = next((s for trial, s in zip(trials, steps, strict=True) if trial.name == recommended), None)
-    return {
-        "count": len(trials),
-        "median_abs_error": quantile(sizes, 0.5),
-        "p90_abs_error": quantile(sizes, 0.9),
-        "bias": statistics.fmean(one.error for one in compared) if compared else None,
-        "kendall_tau": kendall_tau([one.prediction.step_seconds for one in compared], steps),
-        "regret": None if chosen is None else chosen / min(steps) - 1,
-        "memory_median_abs_error": quantile([abs(one.memory_error) for one in compared], 0.5),
-        "noise": quantile([trial.noise for trial in trials], 0.5),
-    }
+    return Summary(
+        count=len(trials),
+        median_abs_error=quantile(sizes, 0.5),
+        p90_abs_error=quantile(sizes, 0.9),
+        bias=statistics.fmean(one.error for one in compared) if compared else None,
+        kendall_tau=kendall_tau([one.prediction.step_seconds for one in compared], steps),
+        regret=None if chosen is None else chosen / min(steps) - 1,
+        memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
+        noise=quantile([trial.noise for trial in trials], 0.5),
+    )
 
 
-def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> dict[str, Any]:
-    """Figures of merit over several jobs: errors over all layouts, and of what orders the layouts of a job the worst,
-    least tau and largest regret."""
+def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> Summary:
+    """Figures of merit over several jobs: errors over all layouts, and tau and regret of the job that is ordered
+    worst, because layouts of different jobs are no choice."""
     each = [summary(trials, recommended) for trials, recommended in jobs]
-    found = summary([trial for trials, _ in jobs for trial in trials], "")
-    taus = [one["kendall_tau"] for one in each if one["kendall_tau"] is not None]
-    regrets = [one["regret"] for one in each if one["regret"] is not None]
-    return found | {"kendall_tau": min(taus, default=None), "regret": max(regrets, default=None)}
+    taus = [one.kendall_tau for one in each if one.kendall_tau is not None]
+    regrets = [one.regret for one in each if one.regret is not None]
+    every = summary([trial for trials, _ in jobs for trial in trials], "")
+    return dataclasses.replace(every, kendall_tau=min(taus, default=None), regret=max(regrets, default=None))
+
+
+def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:
+    """The figures of merit in words, and what speaks against them."""
+
+    def shown(value: float | None, spec: str) -> str:
+        return "unknown" if value is None else f"{value:{spec}}"
+
+    found = [
+        f"{s.count} layouts: step time off by {shown(s.median_abs_error, '.1%')} at the median, "
+        f"{shown(s.p90_abs_error, '.1%')} at the 90th percentile, {shown(s.bias, '+.1%')} with its sign; peak "
+        f"memory by {shown(s.memory_median_abs_error, '.1%')}.",
+        f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')}; the recommended layout measured "
+        f"{shown(s.regret, '.1%')} slower than the fastest (regret).",
+    ]
+    if s.noise is not None and s.noise > NOISY:
+        found.append(
+            f"Rounds of one layout lie {s.noise:.0%} apart at the median (more than {NOISY:.0%}): the machine is "
+            "too noisy to trust these errors; run it again when nothing else runs."
+        )
+    return [*found, *warnings]
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The same of a here.json. Raises UserError if the file is something else."""
+    data = read_json(path, "validation")
+    warnings = data.get("warnings", [])
+    if not isinstance(data.get("summary"), dict) or not isinstance(warnings, list):
+        raise UserError(f"validation '{path}' has no 'summary'; write it with `layoutwise validate here -o DIR`")
+    found = to_dataclass(Summary, data["summary"], f"validation '{path}', summary")
+    return sentences(found, [str(one) for one in warnings])
 
 
 def ops_of_all(trials: Sequence[Trial]) -> list[Total]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reports.here import NOISY, Trial, ops_of_all, row, summary, together
+from reports.here import Summary, Trial, ops_of_all, row, sentences, summary, together
 from reports.page_figures import write_both
 from reports.plots import draw_parity, draw_predicted_vs_measured, draw_timelines
 from reports.tables import comparison_table
@@ -38,12 +38,12 @@ def here_json(jobs: Sequence[Examined], about: Mapping[str, Any]) -> dict[str, A
             {
                 "model": job.model,
                 "recommended": job.recommended,
-                **summary(job.trials, job.recommended),
+                **plain(summary(job.trials, job.recommended)),
                 "not_run": dict(job.missing),
             }
             for job in jobs
         ],
-        "summary": together([(job.trials, job.recommended) for job in jobs]),
+        "summary": plain(together([(job.trials, job.recommended) for job in jobs])),
     }
 
 
@@ -66,26 +66,9 @@ def layout_cells(trial: Trial, recommended: str) -> list[str]:
 _SIDES = ("predicted", "measured")
 
 
-def sentences(document: Mapping[str, Any]) -> list[str]:
-    """The figures of merit in words, and what speaks against them."""
-    s = document["summary"]
-
-    def shown(value: float | None, spec: str) -> str:
-        return "unknown" if value is None else f"{value:{spec}}"
-
-    found = [
-        f"{s['count']} layouts: step time off by {shown(s['median_abs_error'], '.1%')} at the median, "
-        f"{shown(s['p90_abs_error'], '.1%')} at the 90th percentile, {shown(s['bias'], '+.1%')} with its sign; peak "
-        f"memory by {shown(s['memory_median_abs_error'], '.1%')}.",
-        f"Order: Kendall's tau {shown(s['kendall_tau'], '.2f')}; the recommended layout measured "
-        f"{shown(s['regret'], '.1%')} slower than the fastest (regret).",
-    ]
-    if s["noise"] is not None and s["noise"] > NOISY:
-        found.append(
-            f"Rounds of one layout lie {s['noise']:.0%} apart at the median (more than {NOISY:.0%}): the machine is too "
-            "noisy to trust these errors; run it again when nothing else runs."
-        )
-    return [*found, *document.get("warnings", ())]
+def said_of(document: Mapping[str, Any]) -> list[str]:
+    """The sentences of a document."""
+    return sentences(Summary(**document["summary"]), document["warnings"])
 
 
 def write_here(jobs: Sequence[Examined], about: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -124,7 +107,7 @@ def timeline_of(trials: Sequence[Trial], recommended: str) -> Trial | None:
 
 def _markdown(jobs: Sequence[Examined], document: Mapping[str, Any], figures: Sequence[str]) -> str:
     lines = ["# Layouts of this machine, predicted and measured", ""]
-    lines += [*sentences(document), "", f"{document['profile']}; {document['course']}.", ""]
+    lines += [*said_of(document), "", f"{document['profile']}; {document['course']}.", ""]
     for job in jobs:
         lines += [f"## {job.model}: {job.recommended} is recommended", ""]
         lines += [comparison_table([trial.comparison for trial in job.trials])] if job.trials else []

@@ -2,10 +2,10 @@
 
     python -m runtime.hosts --rate BYTES --delay SECONDS -- torchrun ...
 
-starts torchrun once on each host, with half of the processors each, and gloo on the link between them. Ranks of one host
-talk over its loopback, which is as fast as ever. Nothing has to be cleaned up: namespaces have no names, so that the
-kernel removes them, and all that is in them, with their last process; and `unshare --pid --kill-child` under `setpriv
---pdeathsig` lets no process outlive the one that asked for it, however that ends. Nothing here imports torch.
+starts torchrun once on each host, with half of the processors each, and gloo on the link between them. Ranks of one
+host talk over its loopback, which is as fast as ever. Nothing has to be cleaned up: namespaces have no names, so that
+the kernel removes them, and all that is in them, with their last process; and `unshare --pid --kill-child` under
+`setpriv --pdeathsig` lets no process outlive the one that asked for it, however that ends. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _be_first(wire: Wire, arguments: Sequence[str], command: Sequence[str]) -> i
 def _wait(*hosts: subprocess.Popen[bytes]) -> int:
     """The first exit code that is not 0, once all have ended; one that fails takes the others along."""
     code = 0
-    while any(host.poll() is None for host in hosts):
+    while None in [host.poll() for host in hosts]:
         time.sleep(0.05)
         failed = next((host.returncode for host in hosts if host.returncode), 0)
         if failed and not code:
@@ -162,8 +162,8 @@ def _configure(wire: Wire, host: int) -> None:
             _tc(*parent, "handle", "1:", "netem", "delay", f"{wire.delay * 1e6:.0f}us", "limit", "1000000")
         except subprocess.CalledProcessError as error:
             raise OSError(
-                f"the delay needs the kernel's netem, and tc says: {error.stderr.strip().splitlines()[-1]}; "
-                "leave the delay out"
+                f"the delay needs the kernel's netem, and tc says: {error.stderr.strip().splitlines()[-1]} "
+                "Leave the delay out"
             ) from None
         parent = ["parent", "1:1"]
     if not math.isinf(wire.bandwidth):

@@ -19,8 +19,8 @@ HOSTS = 2
 # Of an Ethernet frame of 1514 bytes on a link with an MTU of 1500 TCP carries 1448: 20 bytes of IP, 20 of TCP and 12 of
 # timestamps are its own (RFC 9293, RFC 7323), and the link's limit counts the frame.
 PAYLOAD = 1448 / 1514
-# How often the wire is crossed one way until a small collective over two hosts is done. Before each of its messages gloo
-# has the receiver say that it is ready: one round trip. An all-reduce is two of them behind each other, and gloo's
+# How often the wire is crossed one way until a small collective over two hosts is done. Before each of its messages
+# gloo has the receiver say that it is ready: one round trip. An all-reduce is two of them behind each other, and gloo's
 # reduce-scatter is an all-reduce (pytorch/gloo, gloo/allreduce.cc; torch's ProcessGroupGloo). A lone message is
 # announced ahead.
 _CROSSINGS = {"all_reduce": 4, "reduce_scatter": 4, "all_gather": 2, "all_to_all": 2, "send_recv": 1}
@@ -111,7 +111,7 @@ def two_hosts(spec: ClusterSpec, wire: Wire) -> ClusterSpec:
 def _wired(loopback: Link, wire: Wire) -> Link:
     """The loopback with a wire in it: what the collectives of two ranks, one on each host, cost."""
     rate = min(wire.bandwidth * PAYLOAD, loopback.bandwidth)
-    fits = {}
+    fits: dict[str, tuple[CollectiveFit, ...]] = {}
     for kind, found in loopback.collectives.items():
         two = min(found, key=lambda fit: fit.ranks)
         limit = min(rate / _EXCESS.get(kind, 1.0), two.efficiency * loopback.bandwidth)

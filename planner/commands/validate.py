@@ -96,7 +96,7 @@ def validate_here(
         list[Path] | None, typer.Argument(metavar="[JOB.toml ...]", help="What to train; a small ladder by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every layout is run; medians over them count.")] = 3,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each run, a third of them without times.")] = 8,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run, the first two of them without times.")] = 5,
     link: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +113,7 @@ def validate_here(
     from planner import show
     from planner.here_trial import Course, skipped, validate_machine
     from reports.here import ops_of_all
-    from reports.here_page import COLUMNS, OPS, layout_cells, sentences
+    from reports.here_page import COLUMNS, OPS, layout_cells, said_of
     from reports.timeline import cells
     from simulator.files import check_writable
     from simulator.hosts import parse_wire
@@ -126,7 +126,7 @@ def validate_here(
         else:
             typer.echo(f"skipped: {reason}")
         return
-    course = Course(rounds, steps, steps // 3)
+    course = Course(rounds, steps, min(2, steps - 1))
     with progress("validating", quiet=as_json, lines=True) as report:
         jobs, document, written = validate_machine(job_files or [], course, output, report, wire, profile)
     if as_json:
@@ -140,7 +140,7 @@ def validate_here(
             typer.echo(f"not run: {name}: {reason}")
     every = [trial for job in jobs for trial in job.trials]
     show.print_texts("where it errs, all ranks", OPS, [cells(one) for one in ops_of_all(every)])
-    for sentence in sentences(document):
+    for sentence in said_of(document):
         typer.echo(sentence)
     for path in written:
         typer.echo(f"written to {path}")
