@@ -133,7 +133,7 @@ def draw_timelines(prediction: Prediction, measured: MeasuredTimeline, most_rank
                 axes.broken_barh(bars, (2.4 * place + row - 0.4, 0.8), color=color, edgecolor="white", linewidth=0.4)
     axes.set_yticks([y for y, _ in labels], [text for _, text in labels])
     axes.invert_yaxis()
-    axes.set_xlabel("ms since the step began")
+    axes.set_xlabel(f"ms since the step began, {measured.layout.short()}")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in OP_COLORS.values()]
     figure.legend(handles, OP_COLORS, loc="outside upper center", ncols=len(OP_COLORS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
