@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.plan import Plan, write_plan
 from planner.rivals import Search, planned, rivals, rivals_of_hosts, with_recommended
@@ -25,10 +25,6 @@ from simulator.presets import THIS_MACHINE, user_profile
 from simulator.profile import Profile, read_profile
 from simulator.results import MeasuredTimeline, Measurement
 from simulator.simulate import simulate
-
-if TYPE_CHECKING:
-    from reports.here import Trial
-    from reports.here_page import Examined
 
 Progress = Callable[[str, float], None]
 
@@ -147,12 +143,12 @@ def with_rivals(job: Job, wire: Wire | None, names: Sequence[str] | None = None)
 
 def run_contests(
     contests: Sequence[Contest], course: Course, output: Path, report: Progress, wire: Wire | None = None
-) -> tuple[list[list[Trial]], list[str]]:
+) -> tuple[list[list[Any]], list[str]]:
     """Run all layouts of all contests in rounds, every other round in reverse, so that a machine that grows faster or
     slower meanwhile changes none of them more than the others. What is left in `output`/runs/NAME is the plan, the
     measurement of all rounds together, those of each round, and the profiled step of the last one.
 
-    Returns the trials of each contest, and a sentence for every layout whose run failed.
+    Returns the trials (reports.here.Trial) of each contest, and a sentence for every layout whose run failed.
     """
     from runtime.here import run_here
     from runtime.settings import Settings
@@ -196,11 +192,11 @@ def _trials(
     folders: Sequence[Path],
     measured: Sequence[Sequence[Measurement]],
     failed: Mapping[int, str],
-) -> list[list[Trial]]:
+) -> list[list[Any]]:
     """What ran through, contest by contest; its measurement is written beside its plan."""
     from reports.here import Trial
 
-    found: list[list[Trial]] = [[] for _ in contests]
+    found: list[list[Any]] = [[] for _ in contests]
     for place, (c, name, one) in enumerate(todo):
         if place in failed:
             continue
@@ -232,11 +228,11 @@ def validate_machine(
     report: Progress,
     wire: Wire | None = None,
     profile: Path | None = None,
-) -> tuple[list[Examined], dict[str, Any], list[Path]]:
+) -> tuple[list[Any], dict[str, Any], list[Path]]:
     """The whole of `validate here`: a profile, plans, runs, comparison. The first job's plan goes to `output`, so that
     the folder is one that `layoutwise report` shows.
 
-    Returns the jobs with their trials, what here.json holds, and what was written.
+    Returns the jobs with their trials (reports.here_page.Examined), what here.json holds, and what was written.
     """
     from reports.here_page import Examined, write_here
     from runtime.measure import busy_seconds
