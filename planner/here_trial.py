@@ -57,7 +57,7 @@ class Course:
     """How long to run: rounds over all layouts, and steps of each run, of which the first `warmup` do not count. In
     the last round a step more is profiled."""
 
-    rounds: int = 3
+    rounds: int = 2
     steps: int = 5
     warmup: int = 2
 
