@@ -48,6 +48,8 @@ LADDER: tuple[tuple[dict[str, Any], tuple[str, ...] | None], ...] = (
     (SMALL, None),
     (LARGE, ("1 process", "data 2", "tensor 2", "FSDP 2, ZeRO 3")),
 )
+# The project's own runtime, by what a profile is of.
+STACKS = {"cpu": "layoutwise-cpu", "gpu": "layoutwise-cuda"}
 # A profile that is older may be of another state of the machine.
 FRESH = datetime.timedelta(days=1)
 
@@ -124,9 +126,11 @@ def contest(job: Job, chosen: Mapping[str, Search], report: Progress) -> Contest
 
 def ladder(profile: Path, wire: Wire | None = None) -> list[tuple[Job, dict[str, Search]]]:
     """The jobs that are run by default with their rivals; a single one over a link between two hosts."""
+    stack = STACKS[read_profile(profile).kind]
     found = []
     for data, names in LADDER if wire is None else ((LINKED, None),):
-        job = build_job(data | {"profile": str(profile)}, f"the job of {data['model']}")
+        own = data | {"profile": str(profile), "training": data["training"] | {"stack": stack}}
+        job = build_job(own, f"the job of {data['model']}")
         found.append(with_rivals(job, wire, names))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections import Counter
@@ -197,6 +198,15 @@ def test_the_ladder_has_two_rungs(here: Path) -> None:
     (small, chosen), (large, few) = ladder(here / "profile.json")
     assert len(chosen) >= 12 and len(few) >= 3
     assert large.model.parameters() > 9 * small.model.parameters()
+
+
+def test_a_machine_with_gpus_runs_the_same_jobs_there(here: Path) -> None:
+    alone = profile(kind="gpu", devices=1)
+    rates = {"fp32": MatmulFit(5e13), "bf16": MatmulFit(5e14)}
+    alone = dataclasses.replace(alone, concurrency=(), matmul=rates)
+    (small, chosen), _ = ladder(write_json(here / "gpu.json", alone))
+    assert (small.stack.name, small.training.precision) == ("layoutwise-cuda", "bf16")
+    assert [name for name, limits in chosen.items() if with_ranks(small, limits) is not None] == list(chosen)[:2]
 
 
 def test_a_layout_with_a_name_already_is_not_run_twice(here: Path) -> None:
