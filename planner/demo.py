@@ -77,9 +77,11 @@ def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     plans, missing = planned(small.job, RIVALS)
     plans, name = with_recommended(plans, small)
     course = Course(rounds=1, steps=STEPS, warmup=WARMUP)
-    (trials,), _ = run_contests(
+    (trials,), failed = run_contests(
         [Contest(small.job, plans, name, missing)], course, output, lambda what, done: report(what, 0.3 + 0.65 * done)
     )
+    if failed:
+        raise RuntimeError(failed[0])
     for trial in trials:
         show.print_measurement(trial.measured, trial.prediction)
     return [

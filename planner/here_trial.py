@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +216,7 @@ def _trials(
 
 def slug(name: str) -> str:
     """A name as that of a folder: "data 2 x tensor 2" is data-2-x-tensor-2."""
-    return "-".join(name.replace(",", " ").replace("/", " ").split())
+    return "-".join(re.findall(r"[\w.]+", name))
 
 
 def skipped(wire: Wire) -> str | None:

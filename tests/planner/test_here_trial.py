@@ -269,4 +269,6 @@ def test_a_fresh_profile_is_taken_and_a_stale_one_is_not(here: Path, monkeypatch
 
 def test_names_become_folders() -> None:
     assert slug("gpt2 data 2 x tensor 2") == "gpt2-data-2-x-tensor-2"
+    assert slug("pipeline 2 + data 2") == "pipeline-2-data-2"
+    assert slug("gpt-oss ../x") == "gpt-oss-..-x"
     assert slug("pipeline 2, 1F1B") == "pipeline-2-1F1B"
