@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from simulator.cluster import HostFit
 from simulator.files import STRICT
+from simulator.layout import SCHEDULES
 from simulator.model import ModelSpec
 from simulator.sync_rules import Sync
 from simulator.units import BANDWIDTH
@@ -205,6 +207,23 @@ class Stack:
     server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
+
+    def without_limits(self) -> Stack:
+        """The same software as if it could run every layout: its costs, without what it refuses."""
+        return dataclasses.replace(
+            self,
+            zero_stages=(1, 2, 3),
+            pipeline_zero_stages=(1, 2, 3),
+            schedules=SCHEDULES,
+            sequence_parallel="optional",
+            hybrid_shard=True,
+            recompute=("none", "selective", "full"),
+            context_parallel=self.context_parallel or "ring",
+            expert_dispatch=self.expert_dispatch or "all_to_all",
+            model_families=(),
+            pads_vocabulary=True,
+            ties_across_stages=True,
+        )
 
     def missing(self, model: ModelSpec, expert_tp: int) -> list[str]:
         """Parts of a model that this stack has no modules for, with what asks for them; experts are cut over expert_tp
