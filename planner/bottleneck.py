@@ -138,7 +138,8 @@ def axis_words(parts: StepParts, axis: str, exposed: float) -> str:
         return "nothing is sent"
     first, alone = found[0], sum(t.seconds for t in found)
     hidden = max(0.0, 1 - exposed / alone) if alone else 0.0
-    words = f"{first.count:,.0f} {first.kind.replace('_', '-')}s of {show_bytes(first.bytes)}"
+    kind = first.kind.replace("_", "-") + ("s" if first.count > 1 else "")
+    words = f"{first.count:,.0f} {kind} of {show_bytes(first.bytes)}"
     beside = f", {hidden:.0%} of {show_seconds(alone)} hidden" if hidden > 0.01 else ""
     return f"{words} at {first.bandwidth / 1e9:,.0f} GB/s over {over(first)}{beside}"
 

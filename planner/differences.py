@@ -73,7 +73,8 @@ def summary(found: Sequence[Term], name: str, first: Prediction, other: Predicti
     towards = [t for t in found if t.seconds * slower > 0][:most]
     because = "; ".join(f"{t.name} {_signed(t.seconds)} ({TIME_MEANING[t.name]})" for t in towards)
     return (
-        f"{name} ({other.layout.short()}) takes {slower / first.step_seconds:+.1%} of the step, {_signed(slower)}"
+        f"{name} ({other.layout.short()}) takes {show_seconds(other.step_seconds)}, {_signed(slower)} "
+        f"({slower / first.step_seconds:+.1%})"
         + (f", most of it {because}" if because else "")
     )
 

@@ -94,7 +94,17 @@ def mathematics(prediction: Prediction) -> str:
 
 
 def sentences(found: Explanation) -> list[str]:
-    """For every column after the first: how much slower it is, and the items that cost it most; or why it cannot run."""
+    """For every column after the first: why it cannot run, how much slower it is, and the items that cost it most."""
+    (_, best), *others = found.columns
+    return remarks(found) + [
+        f"{summary(found.differences[name], name, best, other)}."
+        for name, other in others
+        if other.layout != best.layout and name in found.differences
+    ]
+
+
+def remarks(found: Explanation) -> list[str]:
+    """What is to be said of layouts besides their seconds."""
     columns = found.columns
     said = [f"{name}: {words}" for name, p in columns if (words := mathematics(p))]
     if found.problems and found.against is not None:
@@ -105,9 +115,8 @@ def sentences(found: Explanation) -> list[str]:
             said.append(f"{name} is the recommended layout.")
             continue
         if not other.fits and other.problems[0] not in found.problems:
-            said.append(f"{name} ({other.layout.short()}) does not fit: {other.problems[0]}.")
-        if name in found.differences:
-            said.append(f"{summary(found.differences[name], name, best, other)}.")
+            what = "does not fit" if "too much" in other.problems[0] else "is impossible"
+            said.append(f"{name} ({other.layout.short()}) {what}: {'; '.join(other.problems)}.")
     return said
 
 
@@ -118,12 +127,11 @@ def why_lines(found: Explanation) -> list[str]:
     for name, other in others:
         if other.layout == best.layout or name not in found.differences:
             continue
-        lines.append(f"{summary(found.differences[name], name, best, other, most=0)}:")
+        title = name
         if name == "nearest to yours" and found.against is not None:
-            lines[-1] += f" (it differs from yours in {difference(found.against, other.layout)})"
+            title = f"nearest to yours with {difference(found.against, other.layout)}"
+        lines.append(f"{summary(found.differences[name], title, best, other, most=0)}:")
         lines += [f"  {line}" for line in term_lines(found.differences[name], best)]
-        if not other.fits:
-            lines.append(f"  and it does not run: {'; '.join(other.problems)}")
-        elif other.out_of_memory_probability > best.out_of_memory_probability + 0.01:
+        if other.fits and other.out_of_memory_probability > best.out_of_memory_probability + 0.01:
             lines.append(f"  and its risk of running out of memory is {show_risk(other.out_of_memory_probability)}")
     return lines

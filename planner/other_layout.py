@@ -64,5 +64,7 @@ def _distance(columns: Columns, name: str, value: object) -> np.ndarray[tuple[in
     if name in columns.names:
         return (~columns.is_named(name, value)).astype(np.float64)
     assert isinstance(value, int)
-    away: np.ndarray[tuple[int], np.dtype[np.float64]] = np.abs(np.log2(columns[name] / max(1, value)))
-    return away
+    sizes: np.ndarray[tuple[int], np.dtype[np.float64]] = columns[name].astype(np.float64)
+    if name == "zero_stage":
+        return np.abs(sizes - value)
+    return np.abs(np.log2(sizes / max(1, value)))

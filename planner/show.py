@@ -335,6 +335,12 @@ def print_texts(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     _console().print(table)
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences as they are, a line each."""
+    for line in lines:
+        _console().print(escape(line))
+
+
 def _dollars(prediction: Prediction, job: Job) -> float:
     """Price of a billion tokens on the whole cluster."""
     assert job.cluster.price_per_gpu_hour is not None

@@ -68,6 +68,15 @@ class Outcome:
     problem: str = ""
 
 
+def asked(read: Plan, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The changes that a user asked for: "all" for the usual ones, "none" for none. Without a word the usual ones where
+    planning them takes no longer than a reader waits."""
+    if given is None:
+        return USUAL if seconds_of(read) <= PATIENCE else ()
+    words = [word.strip() for word in given if word.strip()]
+    return USUAL if "all" in words else tuple(word for word in words if word != "none")
+
+
 def variants(job: Job, given: Sequence[str] = USUAL) -> list[Variant]:
     """The jobs that these changes make of a job; of the usual ones only those that would change something.
 
@@ -94,9 +103,9 @@ def what_if(read: Plan, given: Sequence[str] = USUAL, progress: Progress | None 
     return found
 
 
-def is_quick(read: Plan, given: Sequence[str] = USUAL) -> bool:
-    """Whether planning all of it takes no longer than a reader waits, if each takes as long as the plan did."""
-    return (1 + len(variants(read.job, given))) * read.certificate.seconds <= PATIENCE
+def seconds_of(read: Plan) -> float:
+    """What planning the usual variants takes, if each takes as long as the plan did."""
+    return (1 + len(variants(read.job))) * read.certificate.seconds
 
 
 def without_memory_limit(job: Job) -> Job:

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from simulator.cluster import HostFit
 from simulator.files import STRICT
-from simulator.layout import SCHEDULES
 from simulator.model import ModelSpec
 from simulator.sync_rules import Sync
 from simulator.units import BANDWIDTH
@@ -210,6 +209,9 @@ class Stack:
 
     def without_limits(self) -> Stack:
         """The same software as if it could run every layout: its costs, without what it refuses."""
+        # layout.py needs this module.
+        from simulator.layout import SCHEDULES
+
         return dataclasses.replace(
             self,
             zero_stages=(1, 2, 3),
