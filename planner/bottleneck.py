@@ -80,12 +80,17 @@ def constraints(read: Plan, parts: StepParts, free: OutOfReach | None) -> list[C
 
 
 def least_seconds(job: Job) -> float:
-    """What the model FLOPs of a step take on all devices at the rate that a large matmul sustains in a training load."""
+    """What the model FLOPs of a step take on all devices at the rate that a large matmul sustains in training."""
     gpu, precision = job.cluster.gpu, job.training.precision
     flops = job.model.flops_per_token(job.training.seq_len)
     if job.training.peft != "none":
         flops -= job.model.frozen_flops_per_token()
-    return job.tokens_per_step * flops / job.world_size / (gpu.matmul[gpu.arithmetic(precision)].rate * gpu.clock(precision))
+    return (
+        job.tokens_per_step
+        * flops
+        / job.world_size
+        / (gpu.matmul[gpu.arithmetic(precision)].rate * gpu.clock(precision))
+    )
 
 
 def _memory(best: Prediction, free: OutOfReach) -> Constraint:

@@ -74,8 +74,7 @@ def summary(found: Sequence[Term], name: str, first: Prediction, other: Predicti
     because = "; ".join(f"{t.name} {_signed(t.seconds)} ({TIME_MEANING[t.name]})" for t in towards)
     return (
         f"{name} ({other.layout.short()}) takes {show_seconds(other.step_seconds)}, {_signed(slower)} "
-        f"({slower / first.step_seconds:+.1%})"
-        + (f", most of it {because}" if because else "")
+        f"({slower / first.step_seconds:+.1%})" + (f", most of it {because}" if because else "")
     )
 
 
@@ -86,7 +85,9 @@ def _signed(seconds: float) -> str:
 def _compute(one: _Side, two: _Side) -> str:
     """More to do, or the same at a lower rate."""
     flops = [side.parts.flops for side in (one, two)]
-    rates = [f / side.parts.arithmetic if side.parts.arithmetic else 0.0 for f, side in zip(flops, (one, two), strict=True)]
+    rates = [
+        f / side.parts.arithmetic if side.parts.arithmetic else 0.0 for f, side in zip(flops, (one, two), strict=True)
+    ]
     said = []
     if flops[0] and abs(flops[1] / flops[0] - 1) > 0.002:
         layers = one.job.model.num_hidden_layers
@@ -117,7 +118,9 @@ def _compute(one: _Side, two: _Side) -> str:
         )
     added = [side.parts.accumulation for side in (one, two)]
     if abs(added[1] - added[0]) > 1e-3 * one.prediction.step_seconds:
-        said.append(f"gradients are added up over microbatches in {show_seconds(added[1])}, not {show_seconds(added[0])}")
+        said.append(
+            f"gradients are added up over microbatches in {show_seconds(added[1])}, not {show_seconds(added[0])}"
+        )
     return "; ".join(said) or "the same kernels"
 
 

@@ -81,7 +81,8 @@ def chart(
     samples: Sequence[MemorySample], seconds: float, limit: float, width: int = WIDTH, blocks: str = BLOCKS
 ) -> list[str]:
     """The memory of one rank over a step as lines of text: the largest of each stretch of time, over what is there all
-    the time; a dashed line is the memory there is. An axis that does not begin at zero says so. Below it the items that change, each from its least to its most.
+    the time; a dashed line is the memory there is. An axis that does not begin at zero says so. Below it the items that
+    change, each from its least to its most.
 
     Args:
         samples: of one rank, in the order of time.

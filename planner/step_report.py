@@ -1,4 +1,4 @@
-"""Where the time of a step goes, one level below its breakdown: kernels and their rates, collectives and their links."""
+"""Where the time of a step goes, below its breakdown: kernels and their rates, collectives and their links."""
 
 from __future__ import annotations
 

@@ -303,4 +303,3 @@ def what_if_json(found: Sequence[Outcome]) -> list[dict[str, object]]:
         }
         for one in found
     ]
-

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from simulator.files import STRICT
 from simulator.layout import Layout
 
-
 # What the fields of Breakdown and of MemoryBreakdown mean, for whoever reads them in a table.
 TIME_MEANING = {
     "compute": "kernels",

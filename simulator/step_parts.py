@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 # The axis of the step that a transfer's group counts to.
 AXIS = {"shard": "dp", "replicate": "dp", "expert_shard": "dp", "expert_replicate": "dp"}
-Times = Counter[tuple[str, Transfer]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class _Parts:
         self.groups: Groups = self.costs.groups[rank]
         self.count = layout.microbatches(job.training.global_batch_size)
         self.kernels: Counter[Kernel] = Counter()
-        self.moved: Times = Counter()
+        self.moved: dict[tuple[str, Transfer], float] = {}
         self.blocks = 0
 
     def parts(self) -> StepParts:
@@ -174,8 +173,8 @@ class _Parts:
         for core in (k for k in kernels if isinstance(k, Attention) and layout.cp > 1):
             there, back = context_transfers(job, core, layout.cp)
             selected = job.stack.selective_recompute.get("attention", 0.0)
-            again = {"none": 0.0, "selective": selected, "full": 1.0}[layout.recompute]
-            self._move("cp", there, self.count * (1 + again))
+            repeated = {"none": 0.0, "selective": selected, "full": 1.0}[layout.recompute]
+            self._move("cp", there, self.count * (1 + repeated))
             self._move("cp", back, self.count)
 
     def _unit(self, kernels: Iterable[Kernel], cuts: tuple[int, int], recomputed: bool = False) -> None:
@@ -190,7 +189,8 @@ class _Parts:
     def _move(self, axis: str, transfers: Iterable[Transfer], times: float) -> None:
         for transfer in transfers:
             if transfer.size > 0 and transfer.times and times:
-                self.moved[axis, transfer._replace(times=1)] += transfer.times * times  # type: ignore[assignment]
+                key = axis, transfer._replace(times=1)
+                self.moved[key] = self.moved.get(key, 0.0) + transfer.times * times
 
     def _data(self, stage: int) -> None:
         """Gathers, scatters and reductions over replicas of a stage, as data_parallel.py places them."""

@@ -35,8 +35,8 @@ WhatIf = Annotated[
     typer.Option(
         "--what-if",
         metavar="KEY=VALUE",
-        help="Plan the job anew with this changed: inter-node=2x, memory=+10GiB, nvlink=none, batch=0.5x, nodes=+1; the "
-        "usual ones without a value (and by default where that is quick), or none.",
+        help="Plan the job anew with this changed: inter-node=2x, memory=+10GiB, nvlink=none, batch=0.5x, nodes=+1; "
+        "the usual ones without a value (and by default where that is quick), or none.",
     ),
 ]
 

@@ -136,8 +136,7 @@ def explain(
     what_if: WhatIf = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where the time and the memory of a plan go, what binds it, and why plain data parallelism or a layout of yours
-    loses."""
+    """Say where time and memory of a plan go, what binds it, what would change it, and why another layout loses."""
     from planner.explain import explain as put_together
     from planner.explain_report import explanation_json, look_further, print_explanation
     from planner.plan import read_plan
