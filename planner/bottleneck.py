@@ -140,7 +140,8 @@ def axis_words(parts: StepParts, axis: str, exposed: float) -> str:
     """What goes over an axis, how fast, and how much of it nothing hides."""
     found = parts.of(axis)
     if not found:
-        return "nothing is sent"
+        # What other ways to keep replicas together send is spread over many steps.
+        return "what replicas exchange to keep together" if exposed else "nothing is sent"
     first, alone = found[0], sum(t.seconds for t in found)
     hidden = max(0.0, 1 - exposed / alone) if alone else 0.0
     kind = first.kind.replace("_", "-") + ("s" if first.count > 1 else "")

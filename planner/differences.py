@@ -10,6 +10,7 @@ from planner.bottleneck import axis_words, bubble_words
 from planner.step_report import parts_of
 from simulator.expert_parallel import per_shard
 from simulator.job import Job
+from simulator.layout import Layout
 from simulator.program import stage_costs
 from simulator.results import TIME_MEANING, Breakdown, Prediction
 from simulator.step_parts import StepParts
@@ -82,46 +83,60 @@ def _signed(seconds: float) -> str:
     return f"{'+' if seconds >= 0 else '-'}{show_seconds(abs(seconds))}"
 
 
+def _cuts(layout: Layout) -> str:
+    """The sizes that a kernel's shape follows from: `tp=8 micro_batch_size=2`."""
+    axes = [f"{axis}={getattr(layout, axis)}" for axis in ("cp", "ep") if getattr(layout, axis) > 1]
+    return " ".join([f"tp={layout.tp}", *axes, f"micro_batch_size={layout.micro_batch_size}"])
+
+
+def _instead(one: object, two: object) -> str:
+    """`two instead of one`, or what both are."""
+    return f"{two} instead of {one}" if one != two else f"{two}"
+
+
 def _compute(one: _Side, two: _Side) -> str:
     """More to do, or the same at a lower rate."""
-    flops = [side.parts.flops for side in (one, two)]
-    rates = [
-        f / side.parts.arithmetic if side.parts.arithmetic else 0.0 for f, side in zip(flops, (one, two), strict=True)
-    ]
-    said = []
-    if flops[0] and abs(flops[1] / flops[0] - 1) > 0.002:
-        layers = one.job.model.num_hidden_layers
-        held = [side.parts.blocks for side in (one, two)]
-        shares = " instead of ".join(f"{h} of {layers} blocks" for h in reversed(held))
-        ranks = " and ".join(f"pp={side.prediction.layout.pp}" for side in (two, one))
-        said.append(
-            f"{flops[1] / flops[0] - 1:+.1%} FLOPs on the rank that the step waits for ({shares}, {ranks}; "
-            f"{two.prediction.layout.dp} instead of {one.prediction.layout.dp} data-parallel ranks)"
-        )
-    if rates[0] and abs(rates[1] / rates[0] - 1) > 0.002:
-        cuts = " instead of ".join(
-            f"tp={side.prediction.layout.tp} with a micro-batch of {side.prediction.layout.micro_batch_size}"
-            for side in (two, one)
-        )
-        said.append(
-            f"matmuls and attention at {rates[1] / 1e12:,.1f} instead of {rates[0] / 1e12:,.1f} TFLOP/s ({cuts})"
-        )
-    memory = [sum(k.seconds for k in side.parts.kernels if k.kind == "memory") for side in (one, two)]
-    if memory[0] and abs(memory[1] / memory[0] - 1) > 0.01:
-        said.append(
-            f"kernels that memory bounds take {show_seconds(memory[1])} instead of {show_seconds(memory[0])}"
-            + (
-                " (without sequence parallelism every tensor rank does all of them)"
-                if two.prediction.layout.tp > 1 and not two.prediction.layout.sequence_parallel
-                else ""
-            )
-        )
+    said = [words for words in (_more_flops(one, two), _lower_rate(one, two), _more_memory(one, two)) if words]
     added = [side.parts.accumulation for side in (one, two)]
     if abs(added[1] - added[0]) > 1e-3 * one.prediction.step_seconds:
-        said.append(
-            f"gradients are added up over microbatches in {show_seconds(added[1])}, not {show_seconds(added[0])}"
-        )
+        times = _instead(*map(show_seconds, added))
+        said.append(f"gradients are added up over microbatches in {times}")
+    if not one.job.stragglers.none:
+        said.append("and replicas and steps differ in speed")
     return "; ".join(said) or "the same kernels"
+
+
+def _more_flops(one: _Side, two: _Side) -> str:
+    flops = [side.parts.flops for side in (one, two)]
+    if not flops[0] or abs(flops[1] / flops[0] - 1) <= 0.002:
+        return ""
+    total = one.job.model.num_hidden_layers
+    facts = {
+        f"of {total} blocks": [side.parts.blocks for side in (one, two)],
+        "data-parallel ranks": [side.prediction.layout.dp for side in (one, two)],
+        "tensor ranks, which repeat what is not cut": [side.prediction.layout.tp for side in (one, two)],
+    }
+    why = [f"{_instead(*values)} {words}" for words, values in facts.items() if values[0] != values[1]]
+    more = f"{flops[1] / flops[0] - 1:+.1%} FLOPs on the rank that the step waits for"
+    return f"{more} ({', '.join(why) or 'uneven stages'})"
+
+
+def _lower_rate(one: _Side, two: _Side) -> str:
+    rates = [side.parts.flops / side.parts.arithmetic if side.parts.arithmetic else 0.0 for side in (one, two)]
+    if not rates[0] or abs(rates[1] / rates[0] - 1) <= 0.002:
+        return ""
+    cuts = _instead(*(_cuts(side.prediction.layout) for side in (one, two)))
+    unit, name = (1e12, "TFLOP/s") if min(rates) >= 1e12 else (1e9, "GFLOP/s")
+    return f"matmuls and attention at {rates[1] / unit:,.1f} instead of {rates[0] / unit:,.1f} {name} ({cuts})"
+
+
+def _more_memory(one: _Side, two: _Side) -> str:
+    memory = [sum(k.seconds for k in side.parts.kernels if k.kind == "memory") for side in (one, two)]
+    if not memory[0] or abs(memory[1] / memory[0] - 1) <= 0.01:
+        return ""
+    whole = two.prediction.layout.tp > 1 and not two.prediction.layout.sequence_parallel
+    every = " (without sequence parallelism every tensor rank does all of them)" if whole else ""
+    return f"kernels that memory bounds take {_instead(*map(show_seconds, memory))}{every}"
 
 
 def _recompute(one: _Side, two: _Side) -> str:
@@ -163,12 +178,8 @@ def _optimizer(one: _Side, two: _Side) -> str:
 
 
 def _host(one: _Side, two: _Side) -> str:
-    sizes = [
-        f"tp={side.prediction.layout.tp} with a micro-batch of {side.prediction.layout.micro_batch_size}"
-        for side in (two, one)
-    ]
-    return f"kernels that are shorter than their launches: {sizes[0]}" + (
-        f" instead of {sizes[1]}" if sizes[0] != sizes[1] else ""
+    return (
+        f"kernels that are shorter than their launches: {_instead(*(_cuts(s.prediction.layout) for s in (one, two)))}"
     )
 
 

@@ -43,6 +43,13 @@ def look_further(read: Plan, given: Sequence[str] | None, report: Progress) -> F
     return Further(beyond, True, tuple(outcomes), "" if wanted else _hint(read))
 
 
+def reasons(read: Plan, found: Explanation) -> list[str]:
+    """What binds, and why others lose, in sentences. Memory's part is searched where that is quick."""
+    beyond = out_of_reach(read) if read.certificate.seconds <= PATIENCE else None
+    best = found.columns[0][1]
+    return constraint_lines(constraints(read, parts_of(read.job, best), beyond), best) + sentences(found)
+
+
 def _hint(read: Plan) -> str:
     return (
         f"--what-if plans {', '.join(USUAL)} too, in about {seconds_of(read):.0f} s; or name one of them, like "
@@ -64,7 +71,7 @@ def print_explanation(read: Plan, found: Explanation, further: Further) -> None:
     if moved := transfer_rows(parts, best):
         show.print_texts(
             "communication of the step, alone on its links",
-            ("axis", "collective", "times x size", "over", "each", "rate", "all"), moved, 4,
+            ("axis", "collective", "times x size", "over", "each", "bus bandwidth", "all"), moved, 4,
         )  # fmt: skip
     lines = constraint_lines(constraints(read, parts, further.beyond), best)
     if further.searched and further.beyond is None:

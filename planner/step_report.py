@@ -46,8 +46,8 @@ def _rate(part: KernelPart, job: Job) -> str:
 
 
 def transfer_rows(parts: StepParts, prediction: Prediction) -> list[tuple[str, ...]]:
-    """(axis, collective, times and size, over what, seconds of each, rate, seconds of all alone on their links) of what
-    takes longest."""
+    """(axis, collective, times and size, over what, seconds of each, bus bandwidth, seconds of all alone on their
+    links) of what takes longest. The bandwidth is that of the group: the ranks of a node share its network cards."""
     found = sorted(parts.transfers, key=lambda t: -t.seconds)[:MOST_TRANSFERS]
     return [
         (

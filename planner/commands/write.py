@@ -116,7 +116,8 @@ def report(
     import dataclasses
     import math
 
-    from planner.explain import explain, sentences
+    from planner.explain import explain
+    from planner.explain_report import reasons
     from planner.other_nodes import PATIENCE, node_counts, plans_for
     from planner.plan import read_plan
     from reports.page import write_report
@@ -132,7 +133,9 @@ def report(
         plans, notes = plans_for(read, counts, report_progress, PATIENCE if nodes is None else math.inf)
     written = write_report(
         read,
-        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
+        dataclasses.replace(
+            inputs, plans=plans, reasons=tuple(reasons(read, explain(read))), notes=inputs.notes + notes
+        ),
         folder,
     )
     if as_json:
