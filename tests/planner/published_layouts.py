@@ -142,12 +142,16 @@ def beats(published: Published) -> list[tuple[Layout, Prediction, list[str]]]:
 
 
 def measured_jobs(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each job with at least four measured layouts, as the exam counts them."""
+    """The rows of each job of which at least four different layouts were measured."""
     jobs: dict[str, list[Row]] = {}
     for row in rows:
         if row.ran and row.tokens_per_second_per_gpu and row.text("confidence") in COUNTED and row.text("job"):
             jobs.setdefault(row.text("job"), []).append(row)
-    return [found for found in jobs.values() if len(found) >= LEAST_LAYOUTS]
+    return [found for found in jobs.values() if _layouts_of(found) >= LEAST_LAYOUTS]
+
+
+def _layouts_of(rows: Iterable[Row]) -> int:
+    return len({layout for published in groups(rows) for case in published.cases for layout in case.layouts})
 
 
 # Runs that are well known: reports, papers and submissions. Of BLOOM, OPT, Falcon, Mixtral and the largest Nemotron no
