@@ -33,7 +33,7 @@ validation: $(READY)  ## predict all published runs anew: docs/validation.md and
 parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
 	$(BIN)/python tests/runtime/parity_table.py
 
-layouts: $(READY)  ## plan the jobs of well-known published runs: docs/published_layouts.md, in about ten minutes
+layouts: $(READY)  ## plan the jobs of well-known published runs: docs/published_layouts.md, in about five minutes
 	$(BIN)/python tests/planner/published_layouts.py
 
 communication: $(READY)  ## count what a rank of many layouts sends, beside the prediction: docs/communication.md, in about three minutes

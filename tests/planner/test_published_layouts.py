@@ -35,8 +35,8 @@ def test_no_published_layout_beats_the_choice(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(JOBS) - set(QUICK)))
 def test_no_published_layout_beats_the_choice_in_any_job(name: str) -> None:
-    """pytest -m slow tests/planner/test_published_layouts.py, in ten to twenty minutes: all jobs with four
-    measured layouts."""
+    """pytest -m slow tests/planner/test_published_layouts.py, in about five minutes: all jobs with four measured
+    layouts."""
     nothing_beats(JOBS[name])
 
 

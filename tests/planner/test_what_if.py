@@ -131,7 +131,7 @@ jobs = st.builds(
 
 
 @given(task=jobs, factor=st.sampled_from(["1.1", "2", "8"]))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_more_bandwidth_or_memory_never_makes_the_fastest_slower(task: Job, factor: str) -> None:
     never_slower(task, factor)
 
