@@ -1,7 +1,7 @@
 """What keeps the recommended layout from being faster: each cause with the seconds that are lost to it.
 
     memory      by search: the fastest layout of the same space on devices that hold everything, and what it lacks
-    tp ... pp   what the breakdown books on an axis: links that were infinitely fast would save that much at most
+    tp ... pp   what the breakdown books on an axis: links that were infinitely fast would save this layout that much
     bubble      the same for stages that wait for each other
     device      kernels, over the time that the step's model FLOPs take at the rate that a large matmul sustains
 
