@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from planner.imports import read_layout
 from planner.plan import Plan
 from simulator.errors import UserError
-from simulator.layout_text import parse_layout
 from simulator.results import Breakdown, MemoryBreakdown, Prediction
 from simulator.simulate import simulate
 from simulator.sync_rules import changes_mathematics
@@ -42,10 +42,10 @@ def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Predictio
     if plan.baseline.layout != plan.best.layout:
         columns.append(("data parallel", plan.baseline))
     if against is not None:
-        layout = parse_layout(against, plan.job)
+        layout = read_layout(against, plan.job).layout
         problems = layout.problems(plan.job)
         if problems:
-            raise UserError(f"layout '{against}' cannot run this job: {'; '.join(problems)}")
+            raise UserError(f"layout '{layout.short()}' cannot run this job: {'; '.join(problems)}")
         columns.append(("yours", simulate(plan.job, layout, trace=True)))
     return columns
 

@@ -10,7 +10,7 @@ import typer
 
 from planner.commands import app
 from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile
-from planner.commands.terminal import print_json, progress
+from planner.commands.terminal import print_json, progress, say
 from simulator.errors import NothingFitsError, UserError
 
 
@@ -76,24 +76,33 @@ def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoR
 @app.command()
 def simulate(
     job_file: JobFile,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help='Like "tp=8 pp=4"; ranks left over go to data.')],
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT",
+            help='Like "tp=8 pp=4"; ranks left over go to data. Or a command line of Megatron-LM or torchtitan, or @FILE.',
+        ),
+    ],
     overrides: Overrides = None,
     trace: Annotated[Path | None, typer.Option(metavar="T.json", help="Write a Chrome / Perfetto trace.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.imports import read_layout
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
-    from simulator.layout_text import parse_layout
     from simulator.simulate import simulate as predict
 
     job = read_job(job_file, overrides)
-    chosen = parse_layout(layout, job)
+    given = read_layout(layout, job)
+    chosen = given.layout
+    say(given.lines())
     problems = chosen.problems(job)
     if problems:
-        raise UserError(f"layout '{layout}' cannot run this job: {'; '.join(problems)}")
+        shown = chosen.short() if given.framework else layout
+        raise UserError(f"layout '{shown}' cannot run this job: {'; '.join(problems)}")
     prediction = predict(job, chosen, trace=trace is not None)
     if trace is not None:
         from reports.trace import chrome_trace
@@ -132,17 +141,25 @@ def compare(
 @app.command()
 def explain(
     plan_file: PlanFile,
-    against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help="Another to put beside it: ours, a pasted command line of another framework, or @FILE."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where the time and the memory of a plan go, beside plain data parallelism and a layout of yours."""
     from planner import show
     from planner.explain import explain as compare
     from planner.explain import sentences
+    from planner.imports import read_layout
     from planner.plan import read_plan
     from planner.remedies import advice
 
     read = read_plan(plan_file)
+    if against is not None:
+        say(read_layout(against, read.job).lines())
     columns = compare(read, against)
     # The plain baseline is there to be compared; nobody wants to make it fit.
     found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
