@@ -144,7 +144,8 @@ def explain(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="LAYOUT", help="Another to put beside it: ours, a pasted command line of another framework, or @FILE."
+            metavar="LAYOUT",
+            help="Another to put beside it: ours, a pasted command line of another framework, or @FILE.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -21,7 +21,9 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
     tp = settings.integer("tensor_parallel.autotp_size", least=0) or 1
     cp = settings.integer("sequence_parallel_size") or 1
     if job.world_size % (tp * cp):
-        raise UserError(f"autotp_size({tp}) * sequence_parallel_size({cp}) must divide the job's {job.world_size} ranks")
+        raise UserError(
+            f"autotp_size({tp}) * sequence_parallel_size({cp}) must divide the job's {job.world_size} ranks"
+        )
     micro, steps, batch = _batch(settings)
     pp = _pipeline(micro, steps, batch, job.world_size // (tp * cp))
     dp = job.world_size // (tp * cp * pp)
@@ -45,7 +47,9 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
         if isinstance(offload, dict) and offload.get("device", "none") != "none":
             notes.append(f"zero_optimization.{part}: a layout keeps everything on the device")
     if (settings.integer("zero_optimization.zero_hpz_partition_size") or 1) > 1:
-        notes.append("zero_optimization.zero_hpz_partition_size: a second copy of the weights inside a node is not modelled")
+        notes.append(
+            "zero_optimization.zero_hpz_partition_size: a second copy of the weights inside a node is not modelled"
+        )
     notes.append("the JSON does not say whether the model recomputes: recompute = none is taken")
     settings.value("zero_optimization.overlap_comm")
     enabled = {name: settings.value(f"{name}.enabled") is True for name in ("bf16", "fp16")}

@@ -57,7 +57,7 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
         notes.append(f"it says {name} = {experts}, the stack {job.stack.name} has {ours}: the stack's holds")
     # How things are done, not where: the stack's business.
     for name in ("cp_comm_type", "overlap_grad_reduce", "overlap_param_gather", "moe_token_dispatcher_type",
-                 "tp_comm_overlap", "ckpt_format", "no_gradient_accumulation_fusion", "outer_dp_sharding_strategy",
+                 "tp_comm_overlap", "comm_overlap", "ckpt_format", "no_gradient_accumulation_fusion", "gradient_accumulation_fusion", "outer_dp_sharding_strategy",
                  "microbatch_group_size_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage",
                  "grad_reduce_in_bf16", "grad_reduce_in_fp32"):  # fmt: skip
         settings.value(name)

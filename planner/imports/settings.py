@@ -22,6 +22,8 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^}]*))?\})")
 _NUMBER = re.compile(r"-?[0-9]+")
 # Longer files than any script or configuration are no such thing.
 _LONGEST = 1_000_000
+# Flags with several values.
+_LISTS = ("recompute-modules", "recompute_modules")
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Settings:
         if value is None:
             return None
         name = next(name for name in names if self.values.get(name) is not None)
+        if variable := _VARIABLE.search(str(value)):
+            raise UserError(
+                f"'{self.shown[name]}': the variable {variable[1] or variable[2]} is not set in the pasted text; write its "
+                "value"
+            )
         if isinstance(value, str) and _NUMBER.fullmatch(value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -105,18 +112,19 @@ def from_command(text: str) -> Settings:
             continue
         name, equals, value = word.partition("=")
         values = [value] if equals else []
-        while not equals and place < len(words) and not words[place].startswith("--") and _is_value(words[place]):
+        while not equals and place < len(words) and _is_value(words[place]):
             values.append(words[place])
             place += 1
-        found.add(name, True if not values else values[0] if len(values) == 1 else " ".join(values))
+        # Behind the one value of most flags stands what the launcher runs.
+        found.add(name, " ".join(values if name.endswith(_LISTS) else values[:1]) if values else True)
     return found
 
 
 def _is_value(word: str) -> bool:
     """A word after a flag is its value, unless it opens or closes an array or begins another command."""
-    return word not in ("(", ")", "&&", "||", ";", "|", "\\") and not word.startswith("-") or bool(
-        _NUMBER.fullmatch(word)
-    )
+    if word.startswith("-"):
+        return bool(_NUMBER.fullmatch(word))
+    return word not in ("(", ")", "&&", "||", ";", "|", "\\")
 
 
 def _words(text: str) -> Iterator[str]:
@@ -134,36 +142,18 @@ def _words(text: str) -> Iterator[str]:
     except ValueError as error:
         raise UserError(f"the pasted command line cannot be read: {str(error).lower()}; is it cut off?") from None
     for word in words:
-        if _ASSIGNMENT.fullmatch(word) and not word.endswith("="):
+        if _ASSIGNMENT.fullmatch(word):
             name, _, value = word.partition("=")
-            variables[name] = _filled(value, variables, strict=False)
-        elif "$" in word and word.lstrip("-") != word:
-            yield _filled(word, variables)
+            variables[name] = _filled(value, variables)
         else:
-            yield _Unfilled(word, variables).text()
+            yield _filled(word, variables)
 
 
-@dataclass
-class _Unfilled:
-    """A word that may be the value of a flag: a variable in it must be known, but arrays of flags (`${ARGS[@]}`) and
-    paths are nobody's value."""
+def _filled(word: str, variables: dict[str, str]) -> str:
+    """A word with the variables that the text sets; others stay, because most are nobody's business here."""
 
-    word: str
-    variables: dict[str, str]
-
-    def text(self) -> str:
-        if not _VARIABLE.search(self.word) or "[" in self.word:
-            return self.word
-        return _filled(self.word, self.variables, strict=False)
-
-
-def _filled(word: str, variables: dict[str, str], strict: bool = True) -> str:
     def value(match: re.Match[str]) -> str:
-        name, default = match[1] or match[2], match[3]
-        known = variables.get(name, default)
-        if known is None and strict:
-            raise UserError(f"'{word}': the variable {name} is not set in the pasted text; write its value")
-        return known if known is not None else match[0]
+        return variables.get(match[1] or match[2]) or match[3] or match[0]
 
     return _VARIABLE.sub(value, word)
 

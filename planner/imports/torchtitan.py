@@ -127,7 +127,9 @@ def _recompute(settings: Settings, notes: list[str]) -> str:
         return "none"
     if mode not in ("none", "selective", "full"):
         if mode == "memory_budget":
-            notes.append("activation_checkpoint.mode = memory_budget: the layout's recompute = selective is the stack's")
+            notes.append(
+                "activation_checkpoint.mode = memory_budget: the layout's recompute = selective is the stack's"
+            )
             return "selective"
         raise UserError(f"'{settings.shown['mode']}' = '{mode}' is not one of none, selective, full")
     option = settings.value("selective_ac_option")
