@@ -1,7 +1,7 @@
 """Constants of a cluster's links, fitted to measured collectives by the simulator's own formula.
 
-Seconds of a collective are piecewise linear in what one fits: its latency, 1 / efficiency and ramp (collectives.py), and
-for an all-reduce over several domains the fabric's latency for every doubling. So a few rounds of least squares of
+Seconds of a collective are piecewise linear in what one fits: its latency, 1 / efficiency and ramp (collectives.py),
+and for an all-reduce over several domains the fabric's latency for every doubling. So a few rounds of least squares of
 relative errors, each on the formula's slopes at the round before, give the best constants; whatever else is in the
 formula (floors, trees, rings, the domain's own links) is as it is there.
 """

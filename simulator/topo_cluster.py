@@ -89,8 +89,8 @@ def _scale_up(matrix: TopoMatrix, key: str, board: dict[str, Any], notes: list[s
     counts = {matrix.nvlinks(a, b) for a in range(matrix.gpus) for b in range(a)}
     if max(counts, default=0) > most:
         raise UserError(
-            f"the matrix has NV{max(counts)}, but {key} has {most} NVLinks: is --gpu right? (bridged PCIe cards and SXM "
-            "modules are different GPUs)"
+            f"the matrix has NV{max(counts)}, but {key} has {most} NVLinks: is --gpu right? (bridged PCIe cards and "
+            "SXM modules are different GPUs)"
         )
     if matrix.gpus == 1 or max(counts) == 0:
         return _over_pcie(matrix, board, notes)
@@ -141,8 +141,8 @@ def _bridged(
         notes.append("NVLinks that only some GPUs have are left out")
         return _over_pcie(matrix, board, notes)
     notes.append(
-        f"NVLinks join groups of {len(islands[0])}; between groups there is PCIe, one slot of which a group is taken to "
-        "use at a time"
+        f"NVLinks join groups of {len(islands[0])}; between groups there is PCIe, one slot of which a group is taken "
+        "to use at a time"
     )
     return {"kind": f"{inside} NVLinks in groups of {len(islands[0])}", "bandwidth": _shown(inside * link),
             "like": board["like"], "topology": "links", "devices_per_root": len(islands[0]),
@@ -165,7 +165,7 @@ def _even(matrix: TopoMatrix, groups: list[list[int]], notes: list[str], what: s
 
 
 def _shares(like: dict[str, Any], mesh: int) -> dict[str, Any]:
-    """Latencies and shares of another cluster's links; in a mesh of n GPUs r of them use (r - 1)/(n - 1) of the links."""
+    """Latencies and shares of another cluster's links; r of a mesh's n GPUs use (r - 1)/(n - 1) of the links."""
     kept = {name: like[name] for name in ("topology", "latency", "ring_hops") if name in like}
     table = {}
     for collective, fits in like["collectives"].items():
@@ -186,8 +186,8 @@ def _scale_out(matrix: TopoMatrix, network: str, found: DescribedCluster) -> dic
     if not network:
         if matrix.cards:
             found.notes.append(
-                f"the matrix has {len(matrix.cards)} network cards, {len(near)} of them beside GPUs, but not their speed: "
-                f'--network "{len(cards) or len(matrix.cards)} x 400 Gb/s" adds them'
+                f"the matrix has {len(matrix.cards)} network cards, {len(near)} of them beside GPUs, but not their "
+                f'speed: --network "{len(cards) or len(matrix.cards)} x 400 Gb/s" adds them'
             )
         return None
     match = _NETWORK.fullmatch(network)

@@ -42,7 +42,7 @@ def cluster(
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks of the tables, where they do not say.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a cluster file: what `nvidia-smi topo -m` shows, or a known cluster calibrated with tables of nccl-tests."""
+    """Write a cluster file: what `nvidia-smi topo -m` shows, or a known cluster calibrated by nccl-tests."""
     from simulator.cluster_file import cluster_toml
     from simulator.files import check_writable, plain, write_text
     from simulator.presets import cluster_from_table
@@ -54,9 +54,9 @@ def cluster(
         spec = cluster_from_table(table, f"cluster '{source}'")
         table, fitted = _calibrated(table, spec, nccl_tests, ranks, output.stem)
     comment = (
-        "Written by `layoutwise cluster`, to be read and corrected. Keys are those of simulator.cluster.ClusterSpec; a "
-        "collective takes latency + x / (efficiency · bandwidth) + ramp · √x seconds, x the bytes on the bus; the entry "
-        "with the most ranks that a group reaches holds."
+        "Written by `layoutwise cluster`, to be read and corrected. Keys are those of simulator.cluster.ClusterSpec; "
+        "a collective takes latency + x / (efficiency · bandwidth) + ramp · √x seconds, x the bytes on the bus; the "
+        "entry with the most ranks that a group reaches holds."
     )
     cluster_from_table(table, f"cluster '{output}'")
     write_text(output, cluster_toml(table, comment))
@@ -163,7 +163,7 @@ def _print_fits(fitted: list[Fitted]) -> None:
         result = "as it was: it predicts sizes not used better" if one.kept else ", ".join(changes)
         rows.append([
             one.collective, f"{one.tier}, {one.ranks} ranks", str(one.samples), result,
-            f"{one.error_before[0]:.1%}, {one.error_before[1]:.0%}", f"{one.error_after[0]:.1%}, {one.error_after[1]:.0%}",
+            *(f"{median:.1%}, {worst:.0%}" for median, worst in (one.error_before, one.error_after)),
         ])  # fmt: skip
     columns = ("collective", "links", "sizes", "constants", "error before: median, worst", "after, on sizes not used")
     show.print_texts("fitted", columns, rows, texts=4)

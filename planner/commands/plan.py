@@ -80,7 +80,7 @@ def simulate(
         str,
         typer.Option(
             metavar="LAYOUT",
-            help='Like "tp=8 pp=4"; ranks left over go to data. Or a command line of Megatron-LM or torchtitan, or @FILE.',
+            help='Like "tp=8 pp=4"; ranks left over go to data. Or Megatron-LM's or torchtitan's flags, or @FILE.',
         ),
     ],
     overrides: Overrides = None,
@@ -145,7 +145,7 @@ def explain(
         str | None,
         typer.Option(
             metavar="LAYOUT",
-            help="Another to put beside it: ours, a pasted command line of another framework, or @FILE.",
+            help="Another to put beside it: ours, the flags of another framework, or @FILE.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON as fields of a Layout, the inverse of planner/export/deepspeed.py.
 
-The JSON has no pipeline (that is code; its batches tell how long it is) and does not say whether the model recomputes. Field names:
-deepspeed/runtime/config.py and runtime/zero/config.py of 0.19.8; `mics_shard_size` is of releases before.
+The JSON has no pipeline (that is code; its batches tell how long it is) and does not say whether the model recomputes.
+Field names: deepspeed/runtime/config.py and runtime/zero/config.py of 0.19.8; `mics_shard_size` is of releases before.
 """
 
 from __future__ import annotations

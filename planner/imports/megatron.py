@@ -29,6 +29,13 @@ MARKS = (
     "context_parallel_size",
 )
 _ZERO = {"no_shard": 0, "optim": 1, **{word: stage for stage, word in written.STRATEGY.items()}}
+# How a layout is run, not what it is.
+_STACK_FLAGS = (
+    "cp_comm_type", "overlap_grad_reduce", "overlap_param_gather", "moe_token_dispatcher_type", "tp_comm_overlap",
+    "comm_overlap", "ckpt_format", "no_gradient_accumulation_fusion", "gradient_accumulation_fusion",
+    "outer_dp_sharding_strategy", "microbatch_group_size_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_vp_stage", "grad_reduce_in_bf16", "grad_reduce_in_fp32",
+)  # fmt: skip
 _ITEM = re.compile(r"[EtmL]|\||\*\d+|\(|\)|,")
 
 
@@ -55,11 +62,7 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
     if experts is not None and job.model.num_experts and experts != ours:
         name = settings.shown["expert_tensor_parallel_size"]
         notes.append(f"it says {name} = {experts}, the stack {job.stack.name} has {ours}: the stack's holds")
-    # How things are done, not where: the stack's business.
-    for name in ("cp_comm_type", "overlap_grad_reduce", "overlap_param_gather", "moe_token_dispatcher_type",
-                 "tp_comm_overlap", "comm_overlap", "ckpt_format", "no_gradient_accumulation_fusion", "gradient_accumulation_fusion", "outer_dp_sharding_strategy",
-                 "microbatch_group_size_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage",
-                 "grad_reduce_in_bf16", "grad_reduce_in_fp32"):  # fmt: skip
+    for name in _STACK_FLAGS:
         settings.value(name)
     said = {
         "ranks": launch.ranks(settings),
@@ -78,7 +81,7 @@ def _data_parallel(settings: Settings, job: Job, fields: dict[str, Any]) -> dict
     inner = fields["tp"] * fields["cp"] * fields["pp"]
     if job.world_size % inner:
         raise UserError(
-            f"tensor({fields['tp']}) * context({fields['cp']}) * pipeline({fields['pp']}) model parallel sizes = {inner} "
+            f"tensor({fields['tp']}) * context({fields['cp']}) * pipeline({fields['pp']}) parallel sizes = {inner} "
             f"must divide the job's {job.world_size} ranks"
         )
     dp = job.world_size // inner

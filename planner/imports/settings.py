@@ -65,8 +65,8 @@ class Settings:
         name = next(name for name in names if self.values.get(name) is not None)
         if variable := _VARIABLE.search(str(value)):
             raise UserError(
-                f"'{self.shown[name]}': the variable {variable[1] or variable[2]} is not set in the pasted text; write its "
-                "value"
+                f"'{self.shown[name]}': the variable {variable[1] or variable[2]} is not set in the pasted text; write "
+                "its value"
             )
         if isinstance(value, str) and _NUMBER.fullmatch(value):
             value = int(value)

@@ -1,4 +1,4 @@
-"""torchtitan's flags, TOML and recipes as fields of a Layout: 0.3.0, its main branch, and the names before [parallelism].
+"""torchtitan's flags, TOML and recipes as fields of a Layout: 0.3.0, main, and the names before [parallelism].
 
 The inverse of planner/export/torchtitan.py and torchtitan_main.py. Where stages lie: torchtitan 0.3.0,
 torchtitan/distributed/pipeline_parallel.py (generate_llm_fqn_per_model_part); when FSDP frees parameters:

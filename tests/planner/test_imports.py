@@ -115,8 +115,8 @@ SAME = {
         "--pipeline-model-parallel-size 2 --account-for-embedding-in-pipeline-split "
         "--account-for-loss-in-pipeline-split", "pp=2 dp_replicate=8 zero_stage=0"),
     "torchtitan": (
-        "torchrun -m torchtitan.train --parallelism.tensor_parallel_degree=4 --parallelism.data_parallel_shard_degree -1 "
-        "--activation_checkpoint.mode full --training.local_batch_size 2 --compile.enable",
+        "torchrun -m torchtitan.train --parallelism.tensor_parallel_degree=4 "
+        "--parallelism.data_parallel_shard_degree -1 --activation_checkpoint.mode full --training.local_batch_size 2 --compile.enable",
         "tp=4 dp_shard=4 zero_stage=3 micro_batch_size=2 recompute=full"),
     "torchtitan pipeline": (
         # 34 layers with embedding and head over 2 stages: 17 each, of which the first and the last have one less.
@@ -131,7 +131,8 @@ SAME = {
         "tp=2 pp=2 virtual_stages=2 dp_shard=4 zero_stage=2 micro_batch_size=2 stage_layers=8,9,8,7"),
     "torchtitan toml": (
         '[parallelism]\ntensor_parallel_degree = 2\nfsdp_reshard_after_forward = "never"\n'
-        '[training]\nlocal_batch_size = 1\nseq_len = 4096\n[activation_checkpoint]\nmode = "none"\n[optimizer]\nlr = 3e-4',
+        '[training]\nlocal_batch_size = 1\nseq_len = 4096\n[activation_checkpoint]\nmode = "none"\n'
+        "[optimizer]\nlr = 3e-4",
         "tp=2 dp_shard=8 zero_stage=2"),
     "deepspeed": (
         '{"train_batch_size": 96, "gradient_accumulation_steps": 3, "zero_optimization": {"stage": 2}, '
@@ -176,7 +177,8 @@ REFUSED = {
     "no number": ("--tensor-model-parallel-size four", "must be an integer of at least 1"),
     "no value": ("--tensor-model-parallel-size --bf16", "= true must be an integer"),
     "too many": ("--tensor-model-parallel-size 3", "must divide the job's 16 ranks"),
-    "layers": ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 5", "must divide the 32 layers"),
+    "layers": (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 5", "must divide the 32 layers"),
     "letters": ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ex*2|tL", "is not like"),
     "quote": ("--tensor-model-parallel-size '4", "cannot be read"),
     "schedule": (

@@ -43,8 +43,8 @@ def table(samples: list[CollectiveSample], redop: str = "sum", head: str = "") -
 
 
 def test_a_table_of_two_nodes_is_read() -> None:
-    """Out of place: 33554432 bytes in 1047.8 us. No operation and a bus factor of 15/16 fit a gather and an exchange, so
-    that the file's name decides; 16 ranks on two hosts stand in the comments."""
+    """Out of place: 33554432 bytes in 1047.8 us. No operation and a bus factor of 15/16 fit a gather and an exchange:
+    the file's name decides; 16 ranks on two hosts stand in the comments."""
     found = parse_nccl_tests(TWO_NODES, "all_gather_2x8.txt")
     assert (found.collective, found.ranks, found.hosts) == ("all_gather", 16, 2)
     assert len(found.seconds) == 9 and found.seconds[0] == (33554432.0, pytest.approx(1047.8e-6))
@@ -108,8 +108,8 @@ def test_constants_that_made_the_samples_are_found_again(latency: float, efficie
 
 
 def test_a_fit_is_better_on_sizes_that_it_has_not_seen_or_is_not_made() -> None:
-    """Eight A100 of another operator than the one whose latency the preset has: 66.8 us instead of 24; the largest error
-    on every other size falls from 31 to 22 %. A rack of GB200, whose constants were fitted to these very points, stays."""
+    """Eight A100 of another operator than the one whose latency the preset has: 66.8 us instead of 24; the largest
+    error on every other size falls from 31 to 22 %. A rack of GB200, whose constants come from these points, stays."""
     spec, (fitted,) = fit_cluster(find_cluster("dgx-a100"), measured("8xA100 SXM (stas00)"))
     assert not fitted.kept and fitted.determined == ("latency", "efficiency", "ramp")
     assert fitted.after["latency"] == pytest.approx(67e-6, rel=0.02)
@@ -147,13 +147,14 @@ def test_what_determines_nothing_is_refused(samples: list[CollectiveSample], wor
 def test_command_calibrates_a_preset_and_keeps_the_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bonded network of these two nodes gathers at 38 GB/s a rank's bus, where the preset's eight cards give 194."""
+    """The bonded network of these two nodes gathers at 38 GB/s, where the preset's eight cards give 194."""
     monkeypatch.chdir(tmp_path)
     Path("all_gather.txt").write_text(TWO_NODES)
     assert call(monkeypatch, "cluster", "dgx-a100", "--nccl-tests", "all_gather.txt", "-o", "mine.toml", "--json") == 0
     (fitted,) = json.loads(capsys.readouterr().out)["fitted"]
     assert (
-        fitted["collective"] == "all_gather" and fitted["tier"] == "scale_out" and "efficiency" in fitted["determined"]
+        fitted["collective"] == "all_gather" and fitted["tier"] == "scale_out"
+    assert "efficiency" in fitted["determined"]
     )
     assert fitted["error_before"][0] > 0.5 and fitted["error_after"][1] < 0.05
     spec = find_cluster("mine.toml")
