@@ -80,7 +80,7 @@ def simulate(
         str,
         typer.Option(
             metavar="LAYOUT",
-            help='Like "tp=8 pp=4"; ranks left over go to data. Or Megatron-LM's or torchtitan's flags, or @FILE.',
+            help='Like "tp=8 pp=4"; ranks left over go to data. Or flags of Megatron-LM or torchtitan, or @FILE.',
         ),
     ],
     overrides: Overrides = None,

@@ -116,7 +116,8 @@ SAME = {
         "--account-for-loss-in-pipeline-split", "pp=2 dp_replicate=8 zero_stage=0"),
     "torchtitan": (
         "torchrun -m torchtitan.train --parallelism.tensor_parallel_degree=4 "
-        "--parallelism.data_parallel_shard_degree -1 --activation_checkpoint.mode full --training.local_batch_size 2 --compile.enable",
+        "--parallelism.data_parallel_shard_degree -1 --activation_checkpoint.mode full "
+        "--training.local_batch_size 2 --compile.enable",
         "tp=4 dp_shard=4 zero_stage=3 micro_batch_size=2 recompute=full"),
     "torchtitan pipeline": (
         # 34 layers with embedding and head over 2 stages: 17 each, of which the first and the last have one less.

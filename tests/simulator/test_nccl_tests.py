@@ -152,10 +152,8 @@ def test_command_calibrates_a_preset_and_keeps_the_samples(
     Path("all_gather.txt").write_text(TWO_NODES)
     assert call(monkeypatch, "cluster", "dgx-a100", "--nccl-tests", "all_gather.txt", "-o", "mine.toml", "--json") == 0
     (fitted,) = json.loads(capsys.readouterr().out)["fitted"]
-    assert (
-        fitted["collective"] == "all_gather" and fitted["tier"] == "scale_out"
+    assert (fitted["collective"], fitted["tier"]) == ("all_gather", "scale_out")
     assert "efficiency" in fitted["determined"]
-    )
     assert fitted["error_before"][0] > 0.5 and fitted["error_after"][1] < 0.05
     spec = find_cluster("mine.toml")
     assert spec.scale_out is not None and len(spec.samples) == 9 and spec.samples[0].source == "all_gather.txt"
