@@ -113,6 +113,7 @@ def _differences(said: dict[str, Any], job: Job) -> list[str]:
         "num_hidden_layers": job.model.num_hidden_layers,
         "hidden_size": job.model.hidden_size,
         "num_attention_heads": job.model.num_attention_heads,
+        "num_experts": job.model.num_experts,
     }
     return [
         f"it says {name} = {value}, the job {ours[name]}: the job's holds"

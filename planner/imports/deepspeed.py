@@ -55,7 +55,9 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
     enabled = {name: settings.value(f"{name}.enabled") is True for name in ("bf16", "fp16")}
     if all(enabled.values()):
         raise UserError("'bf16.enabled' and 'fp16.enabled' contradict each other: leave one out")
-    precision = next((name for name, on in enabled.items() if on), "fp32")
+    precision = next(
+        (name for name, on in enabled.items() if on), "fp32" if settings.has("bf16.enabled", "fp16.enabled") else None
+    )
     fields = {
         "tp": tp, "cp": cp, "pp": pp, "zero_stage": zero, "dp_shard": shards if zero else 1,
         "dp_replicate": dp // shards if zero else dp, "sequence_parallel": False,

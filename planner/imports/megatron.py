@@ -72,6 +72,7 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
         "num_hidden_layers": settings.integer("num_layers"),
         "hidden_size": settings.integer("hidden_size"),
         "num_attention_heads": settings.integer("num_attention_heads"),
+        "num_experts": settings.integer("num_experts"),
     }
     return fields, said, notes
 
