@@ -161,3 +161,5 @@ def test_command_writes_a_cluster_that_a_job_names(
     assert 'cluster = "mine.toml"' in capsys.readouterr().out
     Path("job.toml").write_text('model = "gpt2"\ncluster = "mine.toml"\nnodes = 2\n')
     assert call(monkeypatch, "simulate", "job.toml", "--layout", "") == 0
+    assert call(monkeypatch, "plan", "job.toml", "--set", "cluster=topo.txt") == 2
+    assert "layoutwise cluster topo.txt" in capsys.readouterr().err
