@@ -55,8 +55,8 @@ def cluster_table(name: str, folder: Path | None = None) -> dict[str, Any]:
     """What a cluster's file says, as it says it."""
     if name.endswith((".txt", ".log")):
         raise UserError(
-            f"cluster '{name}' is no .toml; `layoutwise cluster {name} --gpu h100 -o cluster.toml` makes one of the output "
-            "of `nvidia-smi topo -m`"
+            f"cluster '{name}' is no .toml; `layoutwise cluster {name} --gpu h100 -o cluster.toml` makes one of what "
+            "`nvidia-smi topo -m` prints"
         )
     return read_toml(_find("clusters", name, ".toml", folder, "cluster"), "cluster")
 
