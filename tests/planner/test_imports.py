@@ -47,9 +47,9 @@ def job_of(model: str, stack: str) -> Job:
 
 @functools.cache
 def legal_layouts(target: str, model: str, stack: str) -> list[Layout]:
-    """Every seventh candidate that can run the job and that the target can say."""
+    """One candidate in 31, if it can run the job and that the target can say."""
     job = job_of(model, stack)
-    found = (one for one in islice(candidates(job), 0, None, 7) if not one.problems(job))
+    found = (one for one in islice(candidates(job), 0, None, 31) if not one.problems(job))
     return [one for one in found if not TARGETS[target].problems(plan_of(job, one))]
 
 
@@ -60,7 +60,7 @@ def plan_of(job: Job, layout: Layout) -> Plan:
 
 
 @pytest.mark.parametrize(("target", "about"), CASES, ids=[f"{name}-{about[0]}" for name, about in CASES])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_is_exported_is_read_back(target: str, about: tuple[str, dict[str, Any]], data: Any) -> None:
     model, stack = about[0], about[1]["stack"]
