@@ -6,7 +6,6 @@ The law: what an exporter writes is read back as the same layout, for every layo
 from __future__ import annotations
 
 import functools
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from planner.export import TARGETS, export
 from planner.imports import read_layout
 from planner.imports.megatron import stage_counts
 from planner.plan import Certificate, Plan
-from planner.space import candidates
+from planner.space import space
 from simulator.errors import UserError
 from simulator.job import Job, build_job
 from simulator.layout import Layout
@@ -47,9 +46,11 @@ def job_of(model: str, stack: str) -> Job:
 
 @functools.cache
 def legal_layouts(target: str, model: str, stack: str) -> list[Layout]:
-    """One candidate in 31, if it can run the job and that the target can say."""
+    """Of 3,000 candidates from all over the space those that can run the job and that the target can say."""
     job = job_of(model, stack)
-    found = (one for one in islice(candidates(job), 0, None, 31) if not one.problems(job))
+    columns = space(job)
+    rows = range(0, len(columns), max(1, len(columns) // 3000))
+    found = [one for one in map(columns.layout, rows) if not one.problems(job)]
     return [one for one in found if not TARGETS[target].problems(plan_of(job, one))]
 
 
