@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from planner.plan import Plan
-from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, Ratio, error_figures, exam_groups, step_interval
+from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, error_figures, exam_groups, step_interval
 from simulator.job import Job
 from simulator.memory import capacity
 from simulator.results import Measurement, MemoryBreakdown, Prediction
@@ -115,14 +115,14 @@ def loss_chart(measurement: Measurement) -> Chart:
     return {"x": axis("step"), "y": axis("loss"), "series": [series("loss", "line", 0, points)]}
 
 
-def scaling_chart(plans: Sequence[Plan], known: Ratio | None) -> Chart:
+def scaling_chart(plans: Sequence[Plan]) -> Chart:
     """Tokens per second of the best layout over the number of GPUs, and what the smallest would give in proportion."""
     ordered = sorted(plans, key=lambda plan: plan.job.world_size)
     first = ordered[0]
     points = []
     for plan in ordered:
         best, devices = plan.best, plan.job.world_size
-        interval = step_interval(best, known)
+        interval = step_interval(best)
         speeds = [plan.job.tokens_per_step / seconds for seconds in reversed(interval)] if interval else [None, None]
         text = f"{devices} GPUs: {best.tokens_per_second:,.0f} tokens/s, {best.layout.short()}"
         points.append((devices, best.tokens_per_second, *speeds, text))

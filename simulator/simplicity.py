@@ -62,4 +62,6 @@ def recommended(values: Sequence[float], layouts: Sequence[Layout], share: float
         share: how much above the smallest value is a tie.
     """
     places = tied(values, share)
-    return min(places, key=lambda place: (len(complications(layouts[place])), values[place], simplicity(layouts[place])))
+    return min(
+        places, key=lambda place: (len(complications(layouts[place])), values[place], simplicity(layouts[place]))
+    )

@@ -34,10 +34,14 @@ def plan(
     output: Folder = Path("."),
     top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
+    fastest: Annotated[
+        bool, typer.Option("--fastest", help="Take the shortest predicted step, however little it wins by.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Recommend a layout; writes plan.json."""
     from planner import show
+    from planner.order import FASTEST
     from planner.plan import write_plan
     from planner.search import plan as search
     from simulator.files import check_writable
@@ -47,7 +51,8 @@ def plan(
     check_writable(path)
     try:
         with progress("planning", quiet=as_json) as report:
-            found = search(job, top, report, _share(gap))
+            order = FASTEST if fastest else None
+            found = search(job, top, report, _share(gap), order, ties=not fastest)
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
@@ -101,7 +106,7 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        print_json(show.prediction_json(prediction) | show.remedies_json(found))
+        print_json(show.prediction_json(prediction) | show.warnings_json(job, prediction) | show.remedies_json(found))
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)
@@ -137,6 +142,7 @@ def explain(
 ) -> None:
     """Say where the time and the memory of a plan go, beside plain data parallelism and a layout of yours."""
     from planner import show
+    from planner.certainty import choice_lines
     from planner.explain import explain as compare
     from planner.explain import sentences
     from planner.plan import read_plan
@@ -147,13 +153,13 @@ def explain(
     # The plain baseline is there to be compared; nobody wants to make it fit.
     found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
     if as_json:
-        documents = {name: show.prediction_json(p) for name, p in columns}
+        documents = {name: show.prediction_json(p) | show.warnings_json(read.job, p) for name, p in columns}
         for name, one in found.items():
             documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
-        print_json(documents | {"reasons": sentences(columns)})
+        print_json(documents | {"reasons": [*choice_lines(read), *sentences(columns)]})
         return
     show.print_columns(columns, read.job)
-    for sentence in sentences(columns):
+    for sentence in (*choice_lines(read), *sentences(columns)):
         typer.echo(sentence)
     for name, one in found.items():
         show.print_memory(name, dict(columns)[name], read.job)
