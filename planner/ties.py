@@ -1,9 +1,9 @@
 """Of layouts whose difference nobody can tell, the simplest.
 
-The search ends with the best layouts of the whole space, proved. Ties are resolved among fewer: those it returns, plain
-data parallelism, and what becomes of the recommended one when a single complication is taken away, again and again while
-the result still ties with the best. So a simpler layout that differs in more than that may tie as well and not be
-found; a faster one may not, for that is what the search has proved.
+The search ends with the best layouts of the whole space, proved. Ties are resolved among fewer: those it returns,
+plain data parallelism, and what becomes of the recommended one when a single complication is taken away, again and
+again while the result still ties with the best. So a simpler layout that differs in more than that may tie as well and
+not be found; a better one may not, for that is what the search has proved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from planner.order import Order
+from planner.order import Order, Pessimistic
 from planner.plan import Choice
 from simulator.critical_path import critical_path
 from simulator.error_bars import tie_share
@@ -64,7 +64,7 @@ def resolve(
     ties = tuple(p.layout for place, p in enumerate((chosen, *behind)) if place in places and p is not chosen)
     choice = Choice(share, top.layout, top.step_seconds, fastest.layout, fastest.step_seconds, ties, "")
     kept = behind[: max(0, len(best) - 1)]
-    return [chosen, *kept], dataclasses.replace(choice, why=_why(choice, chosen, baseline))
+    return [chosen, *kept], dataclasses.replace(choice, why=_why(order, choice, chosen, baseline))
 
 
 def simpler(layout: Layout) -> list[Layout]:
@@ -134,26 +134,25 @@ def _allowed(job: Job, layout: Layout) -> bool:
     return True
 
 
-def _why(choice: Choice, chosen: Prediction, baseline: Prediction) -> str:
+def _why(order: Order, choice: Choice, chosen: Prediction, baseline: Prediction) -> str:
     """One sentence: why this one is recommended."""
     band = f"{choice.tie:.1%}"
-    if not choice.ties:
-        return (
-            f"it has the shortest step at the high end of its interval, and no layout that was tried is within {band}"
-        )
+    best = "the shortest step at the high end of its interval" if isinstance(order, Pessimistic) else "the best value"
     count = f"{len(choice.ties)} other layout{'s tie' if len(choice.ties) > 1 else ' ties'} with it (within {band})"
-    if chosen.layout == choice.best:
-        said = f"it has the shortest step at the high end of its interval; {count}, none of them simpler"
+    if not choice.ties:
+        said = f"it has {best}, and no other layout that was tried is within {band} of it"
+    elif chosen.layout == choice.best:
+        said = f"it has {best}; {count}, none of them simpler"
     else:
-        slower = chosen.step_seconds / choice.best_step_seconds - 1
         gone = [c for c in complications(choice.best) if c not in complications(chosen.layout)]
         without = f" without {', '.join(gone)}" if gone else ""
         said = (
-            f"it is simpler{without} than {choice.best.short()}, whose step is {_sign(-slower / (1 + slower))} and so no "
-            f"different from it as far as can be told: differences of two layouts are off by {band} in half of the cases"
+            f"it is simpler{without} than {choice.best.short()}, which has {best} but ties with it: that one's step is "
+            f"{_sign(choice.best_step_seconds / chosen.step_seconds - 1)}, and differences of two layouts are off by "
+            f"{band} in half of the cases"
         )
-    if chosen.layout == baseline.layout:
-        said += "; no hybrid beats plain data parallelism by more than that"
+    if chosen.layout == baseline.layout and choice.ties:
+        said += "; no hybrid that was found beats plain data parallelism by more than that"
     return said
 
 

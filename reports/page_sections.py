@@ -12,6 +12,7 @@ from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
 from reports.page_inputs import Exam, Inputs, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
 from reports.tables import Comparison
+from simulator.error_bars import unseen_mfu
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity

@@ -120,7 +120,8 @@ def runs(results: Iterable[Result]) -> list[Run]:
 
 def weights(found: Sequence[Run]) -> Quantiles:
     """Sources count the same, the jobs of a source too, and the layouts of a job too."""
-    layouts, jobs = defaultdict(int), defaultdict(set)
+    layouts: dict[tuple[str, str], int] = defaultdict(int)
+    jobs: dict[str, set[str]] = defaultdict(set)
     for run in found:
         layouts[run.source, run.job] += 1
         jobs[run.source].add(run.job)
@@ -249,8 +250,8 @@ def time_residuals_of(results: Sequence[Result]) -> TimeResiduals:
     stretched = np.array([factors[LEVEL], factors[0.5], factors[0.5], factors[LEVEL]])
 
     def spread(values: Quantiles, group: Sequence[Run]) -> Spread:
-        numbers = (round(float(value), 4) + 0.0 for value in values * stretched)
-        return Spread(*numbers, layouts=len(group), jobs=_jobs(group), sources=len({run.source for run in group}))
+        q10, q25, q75, q90 = (round(float(value), 4) + 0.0 for value in values * stretched)
+        return Spread(q10, q25, q75, q90, len(group), _jobs(group), len({run.source for run in group}))
 
     groups: dict[str, dict[str, Spread]] = {kind: {} for kind in GROUPS}
     for (kind, name), values in known.added.items():
@@ -262,8 +263,11 @@ def time_residuals_of(results: Sequence[Result]) -> TimeResiduals:
         difference=differences(found),
         held_out=tuple(
             HeldOut(
-                level, *(round(coverage(judged, level, by, factors[level]), 3) for by in (False, True)),
-                round(width(judged, level, factors[level]), 3), factors[level],
+                level=level,
+                by_job=round(coverage(judged, level, False, factors[level]), 3),
+                by_source=round(coverage(judged, level, True, factors[level]), 3),
+                width=round(width(judged, level, factors[level]), 3),
+                stretched=factors[level],
             )
             for level in (0.5, LEVEL)
         ),
@@ -307,7 +311,7 @@ def residuals_toml(known: TimeResiduals) -> str:
         f"# {rule}.",
         "", "[pooled]", *_fields(known.pooled), "", "[wide]", *_fields(known.wide),
         "", "# Two layouts of one job: how far ln(step / step) is off.", "[difference]", *_fields(known.difference),
-        "", "# Intervals of sources that nothing was fitted to; `stretched` is what that made both ends be multiplied by.",
+        "", "# Of sources that nothing was fitted to; `stretched`: what both ends were multiplied by to hold there.",
     ]  # fmt: skip
     for held in known.held_out:
         lines += ["[[held_out]]", *_fields(held)]
@@ -345,8 +349,8 @@ def _choice_line(picked: Sequence[Choice], careful: bool, least: int) -> str:
     return (
         f"{'pessimistic, simplest of ties' if careful else 'predicted fastest':30s} {len(picked)} jobs of >= {least} "
         f"layouts: chosen {statistics.mean(c.chosen for c in picked):+.3f}, others "
-        f"{statistics.mean(c.others for c in picked):+.3f}, more {statistics.mean(more):+.3f} +- {error:.3f}, mean regret "
-        f"{statistics.mean(c.regret for c in picked):.2%}"
+        f"{statistics.mean(c.others for c in picked):+.3f}, more {statistics.mean(more):+.3f} +- {error:.3f}, "
+        f"mean regret {statistics.mean(c.regret for c in picked):.2%}"
     )
 
 

@@ -214,5 +214,5 @@ def unseen_mfu(job: Job, mfu: float) -> str:
         return ""
     return (
         f"the predicted MFU of {mfu:.1%} is above the best that was published of {gpu.name} in "
-        f"{gpu.arithmetic(job.training.precision)}, {best.mfu:.1%} ({best.row}): nobody has shown that it can be reached"
+        f"{gpu.arithmetic(job.training.precision)}, {best.mfu:.1%} ({best.row}): nobody has shown that it can be had"
     )

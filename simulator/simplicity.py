@@ -32,8 +32,8 @@ def complications(layout: Layout) -> tuple[str, ...]:
 def simplicity(layout: Layout) -> tuple[int, int, int, int, int, str]:
     """Sorts layouts, the simplest first: a total order.
 
-    By the number of complications, of axes above one among them, by tp x cp x pp x ep, by virtual stages, by ZeRO stage;
-    what is then still equal goes by name.
+    By the number of complications, of axes above one among them, by tp x cp x pp x ep, by virtual stages, by ZeRO
+    stage; what is then still equal goes by name.
     """
     axes = [getattr(layout, axis) for axis in AXES]
     found = complications(layout)
@@ -54,8 +54,8 @@ def tied(values: Sequence[float], share: float) -> list[int]:
 
 
 def recommended(values: Sequence[float], layouts: Sequence[Layout], share: float) -> int:
-    """The place of the simplest layout among those tied with the best: of layouts as complicated as each other (the same
-    number of complications) the best, since then nothing is gained by the slower one.
+    """The place of the simplest layout among those tied with the best: of layouts with the same number of complications
+    the best, since nothing is gained by a slower one.
 
     Args:
         values: what is minimised, of each layout.
