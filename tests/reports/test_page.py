@@ -21,7 +21,7 @@ from planner.plan import Plan
 from reports.page import embedded, page, write_report
 from reports.page_candidates import candidates, pasteable
 from reports.page_charts import dollars, pareto_front, thinned
-from reports.page_inputs import Inputs, find_inputs, ratio, read_exam, step_interval
+from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
 from reports.page_sections import in_words, recommendation
 from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
 from simulator.errors import UserError
@@ -330,17 +330,12 @@ def test_pareto_by_hand() -> None:
     assert pareto_front([(1, 2), (2, 1), (2, 2), (1, 2), (0, 3)]) == [True, True, False, True, True]
 
 
-def test_the_exam_gives_an_interval(plan: Plan, folder: Path) -> None:
-    """Steps took 1 + error of their prediction: 1, 1.25 and 0.8 for all, as three runs of a stack are too few. Their
-    10th percentile lies 0.2 of the way from 0.8 to 1, the 90th 0.8 of the way from 1 to 1.25."""
+def test_an_interval_is_the_predictions_own(plan: Plan, folder: Path) -> None:
     exam = read_exam(folder / "validation.json")
     assert [row.id for row in exam.compared] == ["a", "b", "c"]
-    known = ratio(exam, plan.job)
-    assert known and known.count == 3
-    assert (known.low, known.median, known.high) == pytest.approx((0.84, 1.0, 1.2))
-    step = plan.best.step_seconds
-    assert step_interval(plan.best, known) == pytest.approx((0.84 * step, 1.2 * step))
-    assert ratio(None, plan.job) is None and step_interval(plan.best, None) is None
+    found = plan.best.interval
+    assert found and step_interval(plan.best) == (found.low, found.high)
+    assert step_interval(dataclasses.replace(plan.best, interval=None)) is None
 
 
 def test_bad_files_beside_a_plan_are_one_sentence(plan: Plan, tmp_path: Path) -> None:
