@@ -11,6 +11,7 @@ from pathlib import Path
 from reports.plots import parity
 from reports.published import source_name
 from reports.scores import Errors, errors
+from reports.time_residuals_page import section
 from reports.validation import COUNTED, LEAST_LAYOUTS, Result, Validation
 from simulator.files import write_text
 
@@ -239,6 +240,7 @@ def page(validation: Validation, ours: bool) -> str:
         "no column holds (releases, submitters) tie in the prediction; where all do, there is no tau.",
         f"The {min(MOST_JOBS, len(jobs.rows))} worst of {len(jobs.rows)} jobs:",
         dataclasses.replace(jobs, rows=jobs.rows[:MOST_JOBS]).markdown(),
+        *(section(validation.results) if ours else []),
         "## Does it fit",
         fit_table(validation).markdown(),
         "A row that leaves the micro batch open fits if any choice does. Sources count peak memory in several ways: "
