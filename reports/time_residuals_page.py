@@ -27,21 +27,28 @@ def section(results: Sequence[Result]) -> list[str]:
     d = known.difference
     return [
         "## How sure",
-        f"Every prediction has an interval of {LEVEL:.0%} ([how](cost-model.md#how-far-off-a-step-may-be)). Here each of "
-        f"the {known.pooled.sources} sources ({known.pooled.jobs} jobs, {known.pooled.layouts} layouts) is judged by what "
+        f"Every prediction has an interval of {LEVEL:.0%} ([how](cost-model.md#how-far-off-a-step-may-be)). Here "
+        f"each of "
+        f"the {known.pooled.sources} sources ({known.pooled.jobs} jobs, {known.pooled.layouts} layouts) is judged by "
+        f"what "
         f"is fitted to the others: {held.by_source:.1%} inside with sources counting the same, {held.by_job:.1%} with "
         f"jobs, mean width {held.width:.2f} in ln(step). Of the interval of {half.level:.0%}: {half.by_source:.1%} and "
-        f"{half.by_job:.1%}, width {half.width:.2f}. Both were stretched by {held.stretched:g} and {half.stretched:g} to "
+        f"{half.by_job:.1%}, width {half.width:.2f}. Both were stretched by {held.stretched:g} and "
+        f"{half.stretched:g} to "
         f"hold. By GPU, jobs counting the same:",
         _table(("GPU", "layouts", "jobs", f"inside of {LEVEL:.0%}", "mean width"), rows),
         f"{known.wide.layouts} layouts of {known.wide.jobs} jobs are wide (tp >= {WIDE_TP}): the high end of their "
         f"interval is {math.exp(known.wide.q90) - 1:+.1%} further out.",
-        f"The difference of two layouts of one job is off by {d.half:.1%} at the median and by {d.four_fifths:.1%} in one "
-        f"of five ({d.pairs:,} pairs of {d.jobs} jobs, {d.sources} sources; of sources left out {d.held_out_half:.0%} and "
-        f"{d.held_out_four_fifths:.0%} lay within). As standard deviations with the same middle half: {d.sigma_layout:.3f} "
+        f"The difference of two layouts of one job is off by {d.half:.1%} at the median and by {d.four_fifths:.1%} "
+        f"in one "
+        f"of five ({d.pairs:,} pairs of {d.jobs} jobs, {d.sources} sources; of sources left out "
+        f"{d.held_out_half:.0%} and "
+        f"{d.held_out_four_fifths:.0%} lay within). As standard deviations with the same middle half: "
+        f"{d.sigma_layout:.3f} "
         f"of a layout's own, {d.sigma_job:.3f} that all layouts of a job share.",
         "Who picks the best of many predictions picks errors in its favour. Below, e = ln(measured / predicted step), "
-        "positive where the claim was too fast, of the layout that a rule picks among those measured of a job and of the "
+        "positive where the claim was too fast, of the layout that a rule picks among those measured of a job and of "
+        "the "
         "mean of the others. In sample: the bands are of these rows too.",
         _table(
             ("rule", "jobs", "e of the chosen", "e of the others", "difference", "mean regret"),
@@ -71,7 +78,8 @@ def _claim(picked: Sequence[Choice], known: TimeResiduals) -> str:
     claim = statistics.mean(choice.chosen for choice in picked) - known.pooled.q90
     above = sum(choice.chosen > known.pooled.q90 for choice in picked)
     return (
-        f"With the high end as the claim the recommended layouts of the {len(picked)} jobs are claimed {-claim:.0%} too "
+        f"With the high end as the claim the recommended layouts of the {len(picked)} jobs are claimed {-claim:.0%} "
+        f"too "
         f"slow on average; {above} took longer than that."
     )
 
