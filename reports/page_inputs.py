@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from planner.plan import Plan, read_plan
+from planner.scaling import Scaling, read_scaling
 from reports.scores import quantile
 from reports.tables import Comparison
 from simulator.errors import UserError
@@ -72,14 +74,14 @@ class Exam:
 class Inputs:
     """Everything besides the plan; a part that is not there leaves its section of the page out.
 
-    `reasons` are sentences why the plan wins; `plans` are plans of the same job on other numbers of nodes; `notes`
-    say what lay beside the plan and was left out.
+    `reasons` are sentences why the plan wins; `scaling` is the same job on several numbers of nodes; `notes` say what
+    lay beside the plan and was left out.
     """
 
     comparisons: tuple[Comparison, ...] = ()
     measured: MeasuredTimeline | None = None
     exam: Exam | None = None
-    plans: tuple[Plan, ...] = ()
+    scaling: Scaling | None = None
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -99,8 +101,8 @@ def find_plan(given: Path) -> Path:
 
 
 def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inputs:
-    """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json and
-    validation.json, or another file with the output of `validate published --json`.
+    """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json,
+    scaling.json and validation.json, or another file with the output of `validate published --json`.
 
     Raises UserError if one of them is not what its name says.
     """
@@ -114,7 +116,20 @@ def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inp
             measured = None
     exam_file = validation or folder / "validation.json"
     exam = read_exam(exam_file) if validation or exam_file.is_file() else None
-    return Inputs(tuple(comparisons), measured, exam, notes=tuple(notes))
+    scaling = None
+    if (path := folder / "scaling.json").is_file():
+        scaling = read_scaling(path)
+        if not _of_the_same_job(scaling, plan):
+            notes.append("scaling.json is of another job and is not shown.")
+            scaling = None
+    return Inputs(tuple(comparisons), measured, exam, scaling, notes=tuple(notes))
+
+
+def _of_the_same_job(scaling: Scaling, plan: Plan) -> bool:
+    """Whether a scaling is that of a plan's job but for nodes, and the batch that goes with them."""
+    training = dataclasses.replace(scaling.job.training, global_batch_size=plan.job.training.global_batch_size)
+    batch = scaling.scale_batch or training == scaling.job.training
+    return batch and dataclasses.replace(scaling.job, nodes=plan.job.nodes, training=training) == plan.job
 
 
 def read_exam(path: Path) -> Exam:

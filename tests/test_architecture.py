@@ -19,7 +19,7 @@ ALLOWED = {
     "simulator": ("simulator",),
     "planner": ("simulator", "planner"),
     "runtime": ("simulator", "planner.plan", "runtime"),
-    "reports": ("simulator", "planner.plan", "reports"),
+    "reports": ("simulator", "planner.plan", "planner.scaling", "reports"),
 }
 HEAVY = {"torch": "runtime", "matplotlib": "reports"}
 DRAWERS = {"utils", "util", "common", "core", "helpers", "helper", "base", "manager", "misc"}
