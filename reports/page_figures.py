@@ -70,7 +70,7 @@ def _stacked(
 
 
 def write_both(figure: Any, path: Path) -> list[Path]:
-    """Both formats; the SVG is the same whenever it is made."""
+    """A figure as `path`.png and `path`.svg; closes it. The SVG is the same whenever it is made."""
     from matplotlib import pyplot as plt
 
     written = []

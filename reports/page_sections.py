@@ -224,7 +224,8 @@ def measured_section(inputs: Inputs) -> str:
         "", "layout", "ranks", "step predicted", "measured", "p10 to p90", "error", "memory predicted", "measured",
         "error", "loss",
     ]  # fmt: skip
-    return table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
+    said = "".join(f"<p>{esc(sentence)}</p>" for sentence in inputs.validated)
+    return said + table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
 
 
 def _comparison_cells(one: Comparison) -> list[str]:
