@@ -370,7 +370,7 @@ def test_the_scaling_of_the_same_job_is_shown(plan: Plan, tmp_path: Path) -> Non
     write_scaling(scaling, tmp_path / "scaling.json")
     inputs = find_inputs(plan, tmp_path)
     assert inputs.scaling == scaling and inputs.notes == ()
-    chart = scaling_chart(scaling, None)
+    chart = scaling_chart(scaling)
     assert [point[0] for point in chart["series"][1]["points"]] == [16, 32]
     assert [point[1] for point in chart["series"][1]["points"]] == pytest.approx(
         2 * [plan.best.tokens_per_second], rel=1e-5
