@@ -20,8 +20,9 @@ HOSTS = 2
 # timestamps are its own (RFC 9293, RFC 7323), and the link's limit counts the frame.
 PAYLOAD = 1448 / 1514
 # How often the wire is crossed one way until a small collective over two hosts is done, from what torch 2.13's gloo
-# took over a link with 1 ms each way: an all-reduce 4.7 to 5.3 ms, a gather or an all-to-all 2.4 to 2.8 ms, a message
-# of 1 KB 1.3 ms. gloo's reduce-scatter moved an all-reduce's bytes, counted at the interface, so it is taken for one.
+# took over a link with 1 ms each way: an all-reduce 4.7 to 5.3 ms, a gather or an all-to-all 2.4 to 2.8 ms, a
+# message of 1 KB 1.3 ms. gloo's reduce-scatter moved an all-reduce's bytes, counted at the interface: it is
+# taken for one.
 _CROSSINGS = {"all_reduce": 4, "reduce_scatter": 4, "all_gather": 2, "all_to_all": 2, "send_recv": 1}
 # Bytes on the wire over those that a ring of the collective would need.
 _EXCESS = {"reduce_scatter": 2.0}
