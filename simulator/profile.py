@@ -53,8 +53,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A constant that measured runs changed, and the standard deviation of its logarithm that they leave."""
+
+    name: str
+    before: float
+    after: float
+    spread: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What measured runs changed in a profile (calibrate.py): when, how many runs, and the median error of the step
+    time of runs that the fit did not use, before and after."""
+
+    created: str
+    runs: int
+    changed: tuple[Changed, ...]
+    error_before: float
+    error_after: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Constants of one machine with their samples, the date and the library versions they come from."""
+    """Constants of one machine with their samples, the date and the library versions they come from. Constants that
+    `calibrations` name are no longer those that the samples give."""
 
     name: str
     created: str
@@ -72,6 +99,7 @@ class Profile:
     collectives: dict[str, tuple[CollectiveFit, ...]]
     concurrency: tuple[float, ...]
     samples: tuple[Sample, ...]
+    calibrations: tuple[Calibration, ...] = ()
     version: int = VERSION
 
     __pydantic_config__ = STRICT
