@@ -315,12 +315,13 @@ def recalibrate(
         fitted = scaled(profile, problem.fit(problem.rows(frozenset(group))).factors())
         for index in group:
             run = runs[index]
-            after = problem._predicted(fitted, run)[""]
-            before = problem.base[index][""]
+            after = float(problem._predicted(fitted, run)[""])
+            before = float(problem.base[index][""])
             checked.append(
                 Checked(run.name, run.layout, run.seconds, before / run.seconds - 1, after / run.seconds - 1)
             )
-    before, after = (float(np.median([abs(getattr(c, which)) for c in checked])) for which in ("before", "after"))
+    before = float(np.median([abs(one.before) for one in checked]))
+    after = float(np.median([abs(one.after) for one in checked]))
     worse = after > before
     fitted = scaled(profile, factors)
     known, new, spreads = constants(profile), constants(fitted), dict(zip(found.names, found.spreads, strict=True))
@@ -378,9 +379,11 @@ def _unseen(name: str, most: float) -> str:
     if name == "host.dtensor":
         return "no measured layout has tensor parallelism"
     if path[0] == "collectives":
-        kind = "message between pipeline stages" if path[1] == "send_recv" else path[1].replace("_", "-")
+        spelt = path[1].replace("_", "-")
+        article = "an" if spelt[0] in "aeiou" else "a"
+        kind = "a message between pipeline stages" if path[1] == "send_recv" else f"{article} {spelt}"
         if most == 0:
-            return f"no measured layout waits for a {kind} among {path[2]} ranks"
+            return f"no measured layout waits for {kind} among {path[2]} ranks"
     if path[0] == "concurrency" and most == 0:
         return f"in no measured layout {path[1]} ranks compute at once"
     if path[0] == "attention" and most == 0:
