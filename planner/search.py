@@ -10,7 +10,8 @@ when no layout has a smaller bound:
     5  the exact bytes of its ranks, which dismiss it, or simulate
 
 So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
-every level against the next, and the answer against brute force).
+every level against the next, and the answer against brute force). What is optimal says an Order (order.py): bounds are
+of seconds, and what the search compares is their value.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from importlib import metadata
 
 import numpy as np
 
+from planner.order import FASTEST, Order, gap_left
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
 from simulator.columns import Columns, distinct, legal
@@ -48,13 +50,14 @@ Progress = Callable[[str, float], None]
 ROUNDING = 1 - 1e-9
 
 
-def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0) -> Plan:
-    """Choose the fastest layout that is unlikely to run out of memory; if there is none, the fastest that fits.
+def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0, order: Order = FASTEST) -> Plan:
+    """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits.
 
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
-        gap: how much faster than what is found a layout may be that is not looked at, as a fraction of the step.
+        gap: how much better than what is found a layout may be that is not looked at, as a fraction of its value.
+        order: what is best; by default the shortest step.
 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
@@ -62,7 +65,7 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
     report("listing layouts", 0.0)
-    search = _Search(job, job.search, report)
+    search = _Search(job, job.search, report, order)
     best = search.run(top, gap)
     if not best:
         misses = search.misses(3)
@@ -73,18 +76,18 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
         out_of_memory=search.out_of_memory,
         bounded=len(search.rows) - search.out_of_memory - search.simulated,
         simulated=search.simulated,
-        lower_bound_gap=max(0.0, 1 - search.least / best[0].step_seconds) if search.least < math.inf else 0.0,
+        lower_bound_gap=gap_left(order, best[0], search.least),
         seconds=time.perf_counter() - started,
     )
     riskier = None
     if best[0].out_of_memory_probability > HIGH_RISK and (safe := search.run(top, gap, safe=True)):
         riskier, best = best[0], safe
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job), certificate, _provenance(job), riskier)
+    return Plan(job, best[0], tuple(best[1:]), _baseline(job, order), certificate, _provenance(job), riskier)
 
 
 @dataclass(order=True)
 class _Entry:
-    """A layout with a lower bound of its step; `level` says which, see above."""
+    """A layout with a lower bound of its value; `level` says which, see above."""
 
     bound: float
     row: int
@@ -96,14 +99,15 @@ class _Entry:
 class _Search:
     """A space, screened, and walks through it. After one `least` is the bound of the best layout that it left."""
 
-    def __init__(self, job: Job, limits: Search, report: Progress) -> None:
-        self.job, self.report = job, report
+    def __init__(self, job: Job, limits: Search, report: Progress, order: Order) -> None:
+        self.job, self.report, self.order = job, report, order
         self.columns = space(job, limits)
         report(f"screening {len(self.columns):,} layouts", 0.0)
         self.rows = np.flatnonzero(legal(job, self.columns))
         self.legal = self.columns.take(self.rows)
         screened = screen(job, self.legal)
         self.seconds, self.memory = _with_stragglers(job, self.legal, screened) * ROUNDING, screened.memory * ROUNDING
+        self.values = order.at_least(self.legal, self.seconds)
         if job.cluster.gpu.kind != "gpu":
             # Ranks that share a machine's memory run out together: one of them says nothing.
             self.memory[:] = 0.0
@@ -122,11 +126,11 @@ class _Search:
         self.top, self.gap, self.safe, self.found = top, gap, safe, []
         self.out_of_memory, self.simulated, self.missed = int(np.count_nonzero(~self.fits)), 0, []
         fitting = np.flatnonzero(self.fits)
-        order = fitting[np.argsort(self.seconds[fitting], kind="stable")]
+        order = fitting[np.argsort(self.values[fitting], kind="stable")]
         queue: list[_Entry] = []
         at = 0
         while at < len(order) or queue:
-            screened = float(self.seconds[order[at]]) if at < len(order) else math.inf
+            screened = float(self.values[order[at]]) if at < len(order) else math.inf
             bound = min(screened, queue[0].bound if queue else math.inf)
             if bound >= self._enough():
                 self.least = bound
@@ -143,7 +147,7 @@ class _Search:
             if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
                 entry.level += 1
                 bound_of = self._alone if entry.level == 3 else self._critical
-                entry.bound = max(entry.bound, bound_of(entry) * ROUNDING)
+                entry.bound = max(entry.bound, self.order.value(entry.layout, bound_of(entry) * ROUNDING))
                 heapq.heappush(queue, entry)
             elif self._holds(entry):
                 self._simulate(entry.layout)
@@ -154,14 +158,15 @@ class _Search:
         """The bound from which on no layout can enter the best."""
         if len(self.found) < self.top:
             return math.inf
-        return self.found[-1].step_seconds * (1 - self.gap)
+        return self.order.key(self.found[-1])[0] * (1 - self.gap)
 
     def _costed(self, row: int) -> _Entry:
         """The second level, or what an earlier walk has found."""
         if row not in self.entries:
             layout = self.legal.layout(row)
             stages = stage_costs(self.job, layout)
-            bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
+            costed = self.order.value(layout, lower_bound(self.job, layout, stages) * ROUNDING)
+            bound = max(float(self.values[row]), costed)
             self.entries[row] = _Entry(bound, row, 2, layout, stages)
         return self.entries[row]
 
@@ -198,7 +203,7 @@ class _Search:
             self.predictions[layout] = simulate(self.job, layout)
         self.found.append(self.predictions[layout])
         self.simulated += 1
-        self.found.sort(key=lambda p: (p.step_seconds, p.layout.short()))
+        self.found.sort(key=self.order.key)
         del self.found[self.top :]
 
     def misses(self, count: int) -> list[tuple[float, Layout]]:
@@ -255,9 +260,9 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     return best * job.stragglers.least_factor(layout)
 
 
-def _baseline(job: Job) -> Prediction:
-    """The fastest plain data-parallel layout that fits; if none does, the one that comes nearest."""
-    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None)
+def _baseline(job: Job, order: Order) -> Prediction:
+    """The best plain data-parallel layout that fits; if none does, the one that comes nearest."""
+    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
     found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
     return found[0] if found else _impossible_baseline(job)
 

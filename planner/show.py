@@ -30,6 +30,7 @@ from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
+from simulator.price import dollars, gpu_hours, hours_name
 from simulator.profile import Profile
 from simulator.program import build_program, own_seconds
 from simulator.results import Alone, Measurement, Prediction
@@ -148,8 +149,11 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     table.add_row("tokens/s/GPU", "", *(f"{p.tokens_per_second_per_gpu:,.0f}" for _, p in columns))
     peak = "data-sheet peak" if job.cluster.gpu.kind == "gpu" else "the matmul rate measured here"
     table.add_row("MFU", f"model FLOPs over {peak}", *(f"{p.mfu:.1%}" for _, p in columns))
+    table.add_row(f"{hours_name(job)} per 1e9 tokens", "", *(f"{gpu_hours(p, job):,.3g}" for _, p in columns))
+    prices = [dollars(p, job) for _, p in columns]
     if job.cluster.price_per_gpu_hour is not None:
-        table.add_row("$ per 1e9 tokens", "", *(f"{_dollars(p, job):,.0f}" for _, p in columns))
+        at = f"at {job.cluster.price_per_gpu_hour:,.2f} USD per GPU-hour"
+        table.add_row("$ per 1e9 tokens", at, *(f"{price:,.0f}" for price in prices))
     console.print(table)
     memory = _table("bytes of the fullest rank", "", *(name for name, _ in columns))
     for item, meaning, values in memory_rows(columns):
@@ -324,21 +328,18 @@ def print_profile(profile: Profile) -> None:
     console.print(table)
 
 
-def print_texts(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """A table of texts as they are; all columns but the first `texts` are numbers."""
+def print_texts(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1, last: bool = False
+) -> None:
+    """A table of texts as they are; all columns but the first `texts`, and the last if so, are numbers."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE)
     for place, name in enumerate(columns):
         # A reason or a layout may be longer than a terminal is wide.
-        table.add_column(escape(name), justify="left" if place < texts else "right", overflow="fold")
+        left = place < texts or (last and place == len(columns) - 1)
+        table.add_column(escape(name), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     _console().print(table)
-
-
-def _dollars(prediction: Prediction, job: Job) -> float:
-    """Price of a billion tokens on the whole cluster."""
-    assert job.cluster.price_per_gpu_hour is not None
-    return 1e9 / prediction.tokens_per_second / 3600 * job.world_size * job.cluster.price_per_gpu_hour
 
 
 def _ranks(job: Job) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from planner.plan import Plan
+from planner.scaling import Scaling
 from reports.page_candidates import candidates, pasteable
-from reports.page_charts import GIB, MEMORY, Table, dollars, pareto_rows
+from reports.page_charts import GIB, MEMORY, Table
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
 from reports.page_inputs import Exam, Inputs, Ratio, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
@@ -15,8 +16,9 @@ from reports.tables import Comparison
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
+from simulator.price import dollars, hours_name
 from simulator.results import Breakdown, MeasuredTimeline, Prediction
-from simulator.units import show_bytes, show_seconds
+from simulator.units import show_bytes, show_duration, show_seconds, show_tokens
 
 MOST_BARS = 16
 TIME = tuple(field.name for field in dataclasses.fields(Breakdown))
@@ -213,7 +215,8 @@ def measured_section(inputs: Inputs) -> str:
         "", "layout", "ranks", "step predicted", "measured", "p10 to p90", "error", "memory predicted", "measured",
         "error", "loss",
     ]  # fmt: skip
-    return table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
+    said = "".join(f"<p>{esc(sentence)}</p>" for sentence in inputs.validated)
+    return said + table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
 
 
 def _comparison_cells(one: Comparison) -> list[str]:
@@ -269,30 +272,36 @@ def timeline_section(
     )
 
 
-def scaling_section(plans: Sequence[Plan], scaling: str, pareto: str) -> str:
-    """The best layout for each number of nodes, and the front of time, cost and GPUs."""
-    rows = []
-    for plan in sorted(plans, key=lambda plan: plan.job.world_size):
-        best, cost = plan.best, dollars(plan.best, plan.job)
-        rows.append([
-            str(plan.job.nodes), str(plan.job.world_size), show_seconds(best.step_seconds),
-            f"{best.tokens_per_second:,.0f}", f"{best.mfu:.1%}", "–" if cost is None else f"${cost:,.0f}",
-            best.layout.short(),
-        ])  # fmt: skip
-    front = [
+def scaling_section(scaling: Scaling, curve: str, front: str) -> str:
+    """The best layout for each number of nodes, where the curve bends, and the front of time, cost and GPUs."""
+    job, tokens = scaling.job, show_tokens(scaling.tokens)
+    priced = job.cluster.price_per_gpu_hour is not None
+    rows = [
         [
-            str(plan.job.world_size), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
-            "–" if (cost := dollars(p, plan.job)) is None else f"${cost:,.0f}", p.layout.short(),
+            str(row.nodes), str(row.gpus), *([str(row.global_batch_size)] if scaling.scale_batch else []),
+            show_seconds(row.prediction.step_seconds), f"{row.prediction.tokens_per_second:,.0f}",
+            f"{row.prediction.mfu:.1%}", f"{row.efficiency:.1%}", show_duration(row.seconds),
+            f"${row.dollars:,.0f}" if row.dollars is not None else f"{row.gpu_hours:,.0f}",
+            f"{row.prediction.out_of_memory_probability:.1%}",
+            "time, cost" if row.on_time_cost_front else "GPUs" if row.on_front else "",
+            "yes" if row.nodes == scaling.chosen else "", row.prediction.layout.short(),
         ]
-        for plan, p, on_front in pareto_rows(plans)
-        if on_front
+        for row in scaling.rows
     ]  # fmt: skip
-    head = ["nodes", "GPUs", "step", "tokens/s", "MFU", "10⁹ tokens", "layout"]
+    head = [
+        "nodes", "GPUs", *(["batch"] if scaling.scale_batch else []), "step", "tokens/s", "MFU", "efficiency",
+        f"{tokens} tokens", "cost" if priced else hours_name(job), "runs out of memory", "best in", "chosen", "layout",
+    ]  # fmt: skip
+    said = [scaling.bend, *([f"By the objective, {scaling.reason}."] if scaling.reason else [])]
+    said += [f"{one.nodes} nodes: {one.reason}." for one in scaling.missing]
+    price = f"${job.cluster.price_per_gpu_hour:.2f} per GPU-hour" if priced else f"{hours_name(job)}, no price is known"
+    allowed = f"{job.objective.goodput:.0%} of the time" if job.objective.goodput else "all of the time"
+    batch = "grows with the GPUs" if scaling.scale_batch else "stays the same"
     return (
-        f"<p>The global batch stays the same.</p>{scaling}"
+        f"<p>The global batch {batch}. Cost: {esc(price)}; steps that count are made in {allowed}.</p>{curve}"
+        + "".join(f"<p>{esc(sentence)}</p>" for sentence in said if sentence)
         + table(head, rows, 0)
-        + f"<h3>Time, cost and GPUs</h3>{pareto}"
-        + folded("The front as a table", table(["GPUs", "hours for 10⁹ tokens", "cost", "layout"], front, 0))
+        + f"<h3>Time, cost and GPUs</h3>{front}"
     )
 
 

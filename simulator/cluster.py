@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from simulator.files import STRICT
-from simulator.units import BANDWIDTH, BYTES, FLOPS, SECONDS
+from simulator.units import BANDWIDTH, BYTES, DOLLARS, FLOPS, SECONDS
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -173,7 +173,7 @@ class ClusterSpec:
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
     send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
     1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
-    every rank has its own device.
+    every rank has its own device. price_per_gpu_hour is in US dollars, of one GPU with its share of the node.
     """
 
     name: str
@@ -189,7 +189,7 @@ class ClusterSpec:
     spine_oversubscription: float = 1.0
     oversubscribe: float = 1.0
     concurrency: tuple[float, ...] = ()
-    price_per_gpu_hour: float | None = None
+    price_per_gpu_hour: Annotated[float | None, DOLLARS] = None
 
     __pydantic_config__ = STRICT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,6 +13,9 @@ from planner.commands import app
 from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile
 from planner.commands.terminal import print_json, progress
 from simulator.errors import NothingFitsError, UserError
+
+# Layouts that a plan ranks where nobody says how many.
+RANKED = 5
 
 
 def _share(text: str) -> float:
@@ -32,22 +36,44 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
-    top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
+    top: Annotated[int | None, typer.Option(min=1, help="How many layouts to rank; 5.")] = None,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Plan for these numbers of nodes: the scaling curve.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(metavar="GOAL", help="fastest, cheapest (tokens) or deadline: which of them is best.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of the whole training, like 1.5T.")] = None,
+    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="When they are trained, like 30 days.")] = None,
+    scale_batch: Annotated[
+        bool, typer.Option("--scale-batch", help="As many tokens a step for each GPU, not the same batch for all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend a layout; writes plan.json."""
+    """Recommend a layout; writes plan.json. Over several numbers of nodes, also scaling.json and a plan for each."""
     from planner import show
+    from planner.commands.scaling import plan_over_nodes
     from planner.plan import write_plan
+    from planner.scaling_table import cost_sentence
     from planner.search import plan as search
     from simulator.files import check_writable
     from simulator.job import read_job
 
-    job, path = read_job(job_file, overrides), output / "plan.json"
+    # In quotes, so that a number without a unit is not taken for seconds.
+    quoted = None if deadline is None else json.dumps(deadline)
+    given = {"goal": objective, "tokens": tokens, "deadline": quoted}
+    options = [f"objective.{key}={value}" for key, value in given.items() if value is not None]
+    job, path = read_job(job_file, [*(overrides or []), *options]), output / "plan.json"
     check_writable(path)
+    if nodes is not None or job.objective.nodes or job.objective.goal != "fastest":
+        plan_over_nodes(job, nodes, scale_batch, output, (top or 1, top or RANKED), _share(gap), as_json)
+        return
+    if scale_batch:
+        raise UserError("--scale-batch says nothing for one number of nodes; add --nodes, like --nodes 4,8,16")
     try:
         with progress("planning", quiet=as_json) as report:
-            found = search(job, top, report, _share(gap))
+            found = search(job, top or RANKED, report, _share(gap))
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
@@ -55,6 +81,7 @@ def plan(
         print_json(show.plan_json(found))
         return
     show.print_plan(found)
+    typer.echo(cost_sentence(found))
     typer.echo(f"written to {path}")
 
 

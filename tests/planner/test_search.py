@@ -96,6 +96,29 @@ def test_a_gap_stops_the_search_earlier_and_is_kept() -> None:
     assert exact.best.step_seconds >= rough.best.step_seconds * (1 - rough.certificate.lower_bound_gap)
 
 
+class _ShortPipelines:
+    """A step counts once more for every pipeline rank: an order that is not that of seconds."""
+
+    def value(self, layout: Layout, seconds: float) -> float:
+        return seconds * (1 + layout.pp)
+
+    def at_least(self, columns: Any, seconds: Any) -> Any:
+        return seconds * (1 + columns["pp"])
+
+    def key(self, prediction: Any) -> tuple[float, str]:
+        return self.value(prediction.layout, prediction.step_seconds), prediction.layout.short()
+
+
+def test_another_order_has_its_own_optimum() -> None:
+    """The best by any monotone value of a step's seconds is found as the fastest is."""
+    task, order = job("llama-3.1-8b", global_batch_size=32, search=SMALL), _ShortPipelines()
+    everything = [simulate(task, layout) for layout in candidates(task) if not layout.problems(task)]
+    fitting = sorted((p for p in everything if p.fits), key=order.key)
+    found = plan(task, top=3, order=order)
+    assert [order.key(p)[0] for p in (found.best, *found.runners_up)] == [order.key(p)[0] for p in fitting[:3]]
+    assert found.best.layout.pp < plan(task, top=1).best.layout.pp or found.best == plan(task, top=1).best
+
+
 def test_certificate_accounts_for_every_layout() -> None:
     task = job(global_batch_size=64)
     c = plan(task).certificate
