@@ -20,17 +20,19 @@ COLUMNS = {
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of measurement files, or of all that lie in folders. The plan of each lies beside it as plan.json, a
-    profiled step as profile/timeline.json.
+    """The runs of measurement files, or of all in folders that have a plan.json beside them. A profiled step lies
+    there as profile/timeline.json.
 
     Raises:
         UserError: a folder without any, no plan beside one, or one of another layout.
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.rglob("measurement.json")) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("measurement.json")) if (file.parent / "plan.json").exists()]
         if not found:
-            raise UserError(f"folder '{path}' holds no measurement.json; `layoutwise run` writes one")
+            raise UserError(f"folder '{path}' holds no measurement.json with a plan.json beside it; `run` writes them")
         files += [file for file in found if file not in files]
     return [_read_run(file) for file in files]
 
@@ -53,7 +55,7 @@ def _read_run(path: Path) -> Run:
     if profiled.exists():
         timeline = to_dataclass(MeasuredTimeline, read_json(profiled, "timeline"), f"timeline '{profiled}'")
         timeline = timeline if timeline.layout == measured.layout else None
-    return run_of(str(path), plan.job, measured, timeline)
+    return run_of(path.resolve().parent.name, plan.job, measured, timeline)
 
 
 def changed_cells(one: Changed) -> tuple[str, ...]:
