@@ -24,6 +24,8 @@ class Recorder:
         self.grad_norms: list[float] = []
         self.updates: Updates | None = None
         self.sharding: Sharding | None = None
+        # Steps in which freed memory leaves the process, and the bytes that it held in them at most.
+        self.counted_steps = 0
         self.needed: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

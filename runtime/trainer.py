@@ -69,12 +69,14 @@ def train(
         hf_config(plan.job.model)
     device = find_device()
     asynchronous = plan.layout.sync == "parameter_server" and plan.layout.staleness != 0
-    if device.type == "cpu" and not asynchronous and counted_steps(settings.warmup):
-        give_back_freed()
+    counted = 0 if device.type == "cuda" or asynchronous else counted_steps(settings.warmup)
+    if counted and not give_back_freed():
+        counted = 0
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
     run, sync = build_synchronised(plan.job, plan.layout, device, link)
     run.slowdown = settings.slowdowns.get(dist.get_rank(), 1.0)
     recorder = Recorder(device)
+    recorder.counted_steps = counted
     if isinstance(sync, ServerClient):
         if settings.weights is not None:
             load_safetensors(run.stages, settings.weights)
@@ -161,7 +163,7 @@ def _run_steps(
                 step + 1, settings.steps, lambda: recorder.measurement(plan, settings.warmup)
             ):
                 break
-            if step + 1 - begin == counted_steps(settings.warmup) and run.device.type == "cpu":
+            if step + 1 - begin == recorder.counted_steps:
                 recorder.count_memory()
                 keeps = keep_freed()
             if keeps and short_of_memory():
