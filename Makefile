@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation residuals parity communication memory-oracle golden clean
+.PHONY: demo test test-all check bench validation residuals parity layouts communication memory-oracle golden clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -32,6 +32,9 @@ validation: $(READY)  ## predict all published runs anew: docs/validation.md and
 
 parity: $(READY)  ## train every layout of the parity cases, on up to 8 ranks: docs/parity.md, in about five minutes
 	$(BIN)/python tests/runtime/parity_table.py
+
+layouts: $(READY)  ## plan the jobs of well-known published runs: docs/published_layouts.md, in about five minutes
+	$(BIN)/python tests/planner/published_layouts.py
 
 communication: $(READY)  ## count what a rank of many layouts sends, beside the prediction: docs/communication.md, in about three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/communication_table.py

@@ -264,14 +264,17 @@ def _baseline(job: Job, order: Order) -> Prediction:
     """The best plain data-parallel layout that fits; if none does, the one that comes nearest."""
     search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
     found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
-    return found[0] if found else _impossible_baseline(job)
+    return found[0] if found else _impossible_baseline(job, order)
 
 
-def _impossible_baseline(job: Job) -> Prediction:
-    """Where the batch cannot be divided over all ranks: data parallelism over as many as it can, the others idle."""
-    batch = job.training.global_batch_size
-    ranks = math.gcd(batch, job.world_size)
-    used = simulate(job, Layout(dp_replicate=ranks))
+def _impossible_baseline(job: Job, order: Order) -> Prediction:
+    """Where the batch cannot be divided over all ranks: the best plain layout on as many nodes as it can be divided
+    over, or on as many ranks of one, the others idle."""
+    batch, per_node = job.training.global_batch_size, job.cluster.gpus_per_node
+    nodes = max((n for n in range(1, job.nodes) if batch % (n * per_node) == 0), default=0)
+    ranks = nodes * per_node or math.gcd(batch, job.world_size)
+    fewer = dataclasses.replace(job, nodes=nodes)
+    used = _baseline(fewer, order) if nodes else simulate(job, Layout(dp_replicate=ranks))
     idle = ranks / job.world_size
     reason = f"global_batch_size = {batch} cannot be divided over {job.world_size} ranks; {ranks} would work"
     return dataclasses.replace(

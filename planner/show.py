@@ -342,6 +342,12 @@ def print_texts(
     _console().print(table)
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences as they are, a line each."""
+    for line in lines:
+        _console().print(escape(line))
+
+
 def _ranks(job: Job) -> str:
     if job.cluster.gpu.kind == "cpu":
         return f"{job.cluster.name} ({job.world_size} processors)"

@@ -17,23 +17,11 @@ from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
 from simulator.price import dollars, hours_name
-from simulator.results import Breakdown, MeasuredTimeline, Prediction
+from simulator.results import TIME_MEANING, Breakdown, MeasuredTimeline, Prediction
 from simulator.units import show_bytes, show_duration, show_seconds, show_tokens
 
 MOST_BARS = 16
 TIME = tuple(field.name for field in dataclasses.fields(Breakdown))
-MEANING = {
-    "compute": "kernels",
-    "recompute": "forward again, to save memory",
-    "tp": "tensor-parallel collectives that nothing hides",
-    "cp": "context-parallel exchange that nothing hides",
-    "ep": "expert exchange that nothing hides",
-    "pp": "waiting for a tensor on a link",
-    "dp": "gradients and parameters that nothing hides",
-    "bubble": "waiting for another stage",
-    "optimizer": "update and gradient norm",
-    "host": "launching kernels that the device outruns",
-}
 
 CONTROLS = (
     ("in", "+", "Zoom in"),
@@ -158,7 +146,7 @@ def time_section(plan: Plan, inputs: Inputs, known: Ratio | None) -> str:
             )
     kinds = [name for name in TIME if any(bar.parts.get(name, 0.0) > 0 for bar in found)]
     rows = [
-        [name, MEANING[name], *(_share(getattr(one.prediction.breakdown, name), one.prediction) for one in named)]
+        [name, TIME_MEANING[name], *(_share(getattr(one.prediction.breakdown, name), one.prediction) for one in named)]
         for name in kinds
     ]
     rows.append(["step", "", *(show_seconds(one.prediction.step_seconds) for one in named)])

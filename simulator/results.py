@@ -9,6 +9,28 @@ from typing import NamedTuple
 from simulator.files import STRICT
 from simulator.layout import Layout
 
+# What the fields of Breakdown and of MemoryBreakdown mean, for whoever reads them in a table.
+TIME_MEANING = {
+    "compute": "kernels",
+    "recompute": "forward again, to save memory",
+    "tp": "tensor-parallel collectives that nothing hides",
+    "cp": "context-parallel exchange that nothing hides",
+    "ep": "expert exchange that nothing hides",
+    "pp": "waiting for a tensor on a link",
+    "dp": "gradients and parameters that nothing hides",
+    "bubble": "waiting for another stage or replica",
+    "optimizer": "update and gradient norm",
+    "host": "launching kernels that the device outruns",
+}
+MEMORY_MEANING = {
+    "parameters": "weights",
+    "gradients": "summed over the microbatches",
+    "optimizer": "moments, and fp32 weights where the others are narrower",
+    "activations": "kept for the backward, times the microbatches alive",
+    "buffers": "gathered weights, tensors on the way",
+    "overhead": "device context, communicators, fragmentation",
+}
+
 
 @dataclass(frozen=True)
 class Breakdown:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from planner.commands import app
-from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile
+from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile, WhatIf, WithOptionalWhatIf
 from planner.commands.terminal import print_json, progress
 from simulator.errors import NothingFitsError, UserError
 
@@ -156,32 +156,24 @@ def compare(
     show.print_comparison(found, job)
 
 
-@app.command()
+@app.command(cls=WithOptionalWhatIf)
 def explain(
     plan_file: PlanFile,
     against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
+    what_if: WhatIf = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where the time and the memory of a plan go, beside plain data parallelism and a layout of yours."""
-    from planner import show
-    from planner.explain import explain as compare
-    from planner.explain import sentences
+    """Say where time and memory of a plan go, what binds it, what would change it, and why another layout loses."""
+    from planner.explain import explain as put_together
+    from planner.explain_report import explanation_json, look_further, print_explanation
     from planner.plan import read_plan
-    from planner.remedies import advice
+    from simulator.layout_text import parse_layout
 
     read = read_plan(plan_file)
-    columns = compare(read, against)
-    # The plain baseline is there to be compared; nobody wants to make it fit.
-    found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
+    found = put_together(read, None if against is None else parse_layout(against, read.job))
+    with progress("planning", quiet=as_json) as report:
+        further = look_further(read, what_if, report)
     if as_json:
-        documents = {name: show.prediction_json(p) for name, p in columns}
-        for name, one in found.items():
-            documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
-        print_json(documents | {"reasons": sentences(columns)})
+        print_json(explanation_json(read, found, further))
         return
-    show.print_columns(columns, read.job)
-    for sentence in sentences(columns):
-        typer.echo(sentence)
-    for name, one in found.items():
-        show.print_memory(name, dict(columns)[name], read.job)
-        show.print_advice(dict(columns)[name], read.job, one, name)
+    print_explanation(read, found, further)

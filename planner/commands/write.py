@@ -115,7 +115,8 @@ def report(
     """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
     import dataclasses
 
-    from planner.explain import explain, sentences
+    from planner.explain import explain
+    from planner.explain_report import reasons
     from planner.other_nodes import for_report
     from planner.plan import read_plan
     from reports.page import write_report
@@ -128,8 +129,8 @@ def report(
     inputs = find_inputs(read, path.parent, validation)
     with progress("planning", quiet=as_json) as report_progress:
         scaling = for_report(read, nodes, inputs.scaling, report_progress)
-    reasons = tuple(sentences(explain(read)))
-    written = write_report(read, dataclasses.replace(inputs, scaling=scaling, reasons=reasons), folder)
+    why = tuple(reasons(read, explain(read)))
+    written = write_report(read, dataclasses.replace(inputs, scaling=scaling, reasons=why), folder)
     if as_json:
         print_json({"page": str(written[0]), "files": [str(one) for one in written]})
         return

@@ -84,10 +84,10 @@ def test_examples_are_planned_and_explained(
     assert call(monkeypatch, "plan", EXAMPLES / example) == 0
     shown = capsys.readouterr().out
     assert "recommended:" in shown and "OOM risk" in shown
-    assert call(monkeypatch, "explain", "plan.json") == 0
+    assert call(monkeypatch, "explain", "plan.json", "--what-if", "none") == 0
     shown = capsys.readouterr().out
     assert "pipeline rank" in shown and "over the step" in shown and "are free" in shown
-    assert call(monkeypatch, "explain", "plan.json", "--json") == 0
+    assert call(monkeypatch, "explain", "plan.json", "--what-if", "none", "--json") == 0
     document = json.loads(capsys.readouterr().out)["recommended"]
     peaks = [sample["memory"]["peak"] for sample in document["memory_timeline"]]
     assert max(peaks) == document["memory"]["peak"] == document["binding"]["peak"]

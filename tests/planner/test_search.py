@@ -171,6 +171,27 @@ def test_baseline_of_a_batch_that_is_too_small() -> None:
     assert found.baseline.tokens_per_second_per_gpu == pytest.approx(whole)
 
 
+def test_baseline_is_the_best_plain_layout() -> None:
+    """Replicas and ZeRO 1 to 3 over every number of shards, with every micro-batch and recomputation: the fastest that
+    fits is the baseline, by brute force."""
+    task = job("llama-3.1-8b", nodes=2, global_batch_size=64, seq_len=2048, stack="torchtitan")
+    found = plan(task).baseline
+    plain = dataclasses.replace(task, search=dict(without_model_parallelism(task)))
+    legal = [layout for layout in candidates(plain) if not layout.problems(task)]
+    assert {layout.zero_stage for layout in legal} == {0, *task.stack.zero_stages}
+    fitting = [p for p in (simulate(task, layout) for layout in legal) if p.fits]
+    assert found.fits and found.step_seconds == pytest.approx(min(p.step_seconds for p in fitting))
+
+
+def test_baseline_that_is_impossible_is_the_best_on_as_many_nodes_as_the_batch_divides_over() -> None:
+    """24 sequences over 2 nodes are 16 ranks, which do not divide them; 8 do. Half of the GPUs are idle."""
+    task = job("gpt2", nodes=2, global_batch_size=24, seq_len=512, search={"micro_batch_size": [1, 3]})
+    found, one = plan(task).baseline, plan(dataclasses.replace(task, nodes=1)).baseline
+    assert found.problems[0] == "global_batch_size = 24 cannot be divided over 16 ranks; 8 would work"
+    assert not found.fits and found.layout == one.layout and found.step_seconds == one.step_seconds
+    assert found.tokens_per_second_per_gpu == pytest.approx(one.tokens_per_second_per_gpu / 2)
+
+
 def test_nothing_fits_names_the_nearest_misses() -> None:
     with pytest.raises(NothingFitsError, match=r"nearest miss it: .* by .* GiB") as caught:
         plan(job("llama-3.1-405b", global_batch_size=8, seq_len=4096))
