@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench validation residuals parity layouts communication memory-oracle golden clean
+.PHONY: demo test test-all check bench validation residuals parity layouts communication memory-oracle golden examples \
+	export-check clean
 
 demo: $(READY)  ## the whole story on this machine, in minutes; results in out/demo
 	$(BIN)/layoutwise demo -o out/demo
@@ -49,6 +50,21 @@ golden: $(READY)  ## write the golden files of export and launch anew, to be rea
 	LAYOUTWISE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/planner/test_export.py
 	PYTHONPATH=tests $(BIN)/python tests/runtime/test_launchers.py
 
+examples: $(READY)  ## plan every example anew: examples/README.md, in about three minutes
+	PYTHONPATH=. $(BIN)/python tests/planner/examples_table.py
+
+# The frameworks that export writes for, in a venv of their own, so that their pins and ours stay apart.
+TARGETS := .venv-targets
+export-check: $(READY) $(TARGETS)/.ready  ## load exported files with accelerate, transformers, DeepSpeed, torchtitan, megatron-core
+	LAYOUTWISE_TARGETS_PYTHON=$(CURDIR)/$(TARGETS)/bin/python $(BIN)/python -m pytest -m slow -rs tests/planner/test_export.py
+
+$(TARGETS)/.ready: Makefile
+	$(PYTHON) -m venv $(TARGETS)
+	$(TARGETS)/bin/pip install --quiet "torch>=2.11,<2.14" accelerate==1.15.0 transformers==5.23.0 megatron-core setuptools wheel
+	$(TARGETS)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	$(TARGETS)/bin/pip install --quiet --no-deps torchtitan==0.3.0 tyro spmd_types torchdata docstring_parser typeguard shtab
+	touch $@
+
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -56,4 +72,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(TARGETS) out

@@ -166,6 +166,20 @@ class Link:
 
 
 @dataclass(frozen=True)
+class CollectiveSample:
+    """One measured collective, alone on its links: `ranks` spread evenly over `domains`, bytes of the whole buffer."""
+
+    collective: str
+    ranks: int
+    domains: int
+    bytes: float
+    seconds: float
+    source: str = ""
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class ClusterSpec:
     """Everything a cluster file says. One kind of node, repeated.
 
@@ -173,7 +187,9 @@ class ClusterSpec:
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
     send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
     1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
-    every rank has its own device. price_per_gpu_hour is in US dollars, of one GPU with its share of the node.
+    every rank has its own device. price_per_gpu_hour is in US dollars, of one GPU with its share of the node. samples
+    are what constants of this file were fitted to (fabric_fit.py): kept to be read and fitted again, not used
+    otherwise.
     """
 
     name: str
@@ -190,6 +206,7 @@ class ClusterSpec:
     oversubscribe: float = 1.0
     concurrency: tuple[float, ...] = ()
     price_per_gpu_hour: Annotated[float | None, DOLLARS] = None
+    samples: tuple[CollectiveSample, ...] = ()
 
     __pydantic_config__ = STRICT
 

@@ -11,7 +11,7 @@ import typer
 
 from planner.commands import app
 from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile, WhatIf, WithOptionalWhatIf
-from planner.commands.terminal import print_json, progress
+from planner.commands.terminal import print_json, progress, say
 from simulator.errors import NothingFitsError, UserError
 
 # Layouts that a plan ranks where nobody says how many.
@@ -103,24 +103,33 @@ def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoR
 @app.command()
 def simulate(
     job_file: JobFile,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help='Like "tp=8 pp=4"; ranks left over go to data.')],
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT",
+            help='Like "tp=8 pp=4"; ranks left over go to data. Or flags of Megatron-LM or torchtitan, or @FILE.',
+        ),
+    ],
     overrides: Overrides = None,
     trace: Annotated[Path | None, typer.Option(metavar="T.json", help="Write a Chrome / Perfetto trace.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.imports import read_layout
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
-    from simulator.layout_text import parse_layout
     from simulator.simulate import simulate as predict
 
     job = read_job(job_file, overrides)
-    chosen = parse_layout(layout, job)
+    given = read_layout(layout, job)
+    chosen = given.layout
+    say(given.lines())
     problems = chosen.problems(job)
     if problems:
-        raise UserError(f"layout '{layout}' cannot run this job: {'; '.join(problems)}")
+        shown = chosen.short() if given.framework else layout
+        raise UserError(f"layout '{shown}' cannot run this job: {'; '.join(problems)}")
     prediction = predict(job, chosen, trace=trace is not None)
     if trace is not None:
         from reports.trace import chrome_trace
@@ -159,18 +168,23 @@ def compare(
 @app.command(cls=WithOptionalWhatIf)
 def explain(
     plan_file: PlanFile,
-    against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="LAYOUT", help="Another to put beside it: ours, flags of another framework, or @FILE."),
+    ] = None,
     what_if: WhatIf = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where time and memory of a plan go, what binds it, what would change it, and why another layout loses."""
     from planner.explain import explain as put_together
     from planner.explain_report import explanation_json, look_further, print_explanation
+    from planner.imports import read_layout
     from planner.plan import read_plan
-    from simulator.layout_text import parse_layout
 
     read = read_plan(plan_file)
-    found = put_together(read, None if against is None else parse_layout(against, read.job))
+    other = None if against is None else read_layout(against, read.job)
+    say(other.lines() if other else ())
+    found = put_together(read, other.layout if other else None)
     with progress("planning", quiet=as_json) as report:
         further = look_further(read, what_if, report)
     if as_json:
