@@ -119,7 +119,14 @@ def check_gpu(gpu: Gpu, where: str) -> None:
         "sustained",
     ):
         _above_zero(where, name, [getattr(gpu, name)])
-    for name in ("memory_overhead", "context_memory", "communicator_memory", "fragmentation", "overlap_slowdown"):
+    for name in (
+        "memory_overhead",
+        "context_memory",
+        "communicator_memory",
+        "fragmentation",
+        "overlap_slowdown",
+        "timing_spread",
+    ):
         _at_least(where, name, getattr(gpu, name), 0)
     if not gpu.matmul:
         raise UserError(f"{where}: matmul is empty; it needs the rate of at least one precision")
