@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from planner.differences import term_lines, terms
-from planner.plan import Plan
 from planner.order import FASTEST
+from planner.plan import Plan
 from planner.search import plan
 from planner.space import space
 from reports.cases import Case, SkippedError, interpret
