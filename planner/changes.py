@@ -55,6 +55,7 @@ def _all_changes(job: Job, layout: Layout) -> Iterator[tuple[str, Layout]]:
     replace = dataclasses.replace
     for kind in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :]:
         yield "recompute", replace(layout, recompute=kind)
+    yield "offload", replace(layout, offload="optimizer")
     for size in _divisors(layout.micro_batch_size)[:-1]:
         yield "micro_batch_size", replace(layout, micro_batch_size=size)
     for changed in _sharded(job, layout):

@@ -46,7 +46,7 @@ def space(job: Job, search: Search | None = None) -> Columns:
     MOST_PARTS parts, long ones until a part has LONG_PART tokens; ep is tried for models with experts. A pipeline is
     cut as evenly as its blocks allow and, where that is something else, such that the slowest rank has least to do
     beside embedding and head. Fields that change nothing for a layout (sequence_parallel without tp, virtual stages
-    without pp) are not varied.
+    without pp) are not varied. The optimizer stays on the device unless `search` names offload.
     """
     return _Space(job, job.search if search is None else search).columns()
 
@@ -75,7 +75,7 @@ class _Space:
     def columns(self) -> Columns:
         grid = ("tp", "pp", "cp", "ep", "dp_replicate", "dp_shard", "zero_stage")
         recipe = (
-            "micro_batch_size", "recompute", "sequence_parallel", "stage_layers", "rank_order", "schedule",
+            "micro_batch_size", "recompute", "sequence_parallel", "stage_layers", "rank_order", "offload", "schedule",
             "virtual_stages",
         )  # fmt: skip
         blocks = list(self.blocks())
@@ -202,10 +202,11 @@ class _Space:
                 self.codes("sequence_parallel", sequence) if tensor else [0],
                 self.codes("stage_layers", [None]),
                 self.codes("rank_order", orders),
+                self.codes("offload", ["none"]),
                 list(self.schedules(pp)),
             )
             rows = [(*some, *schedule) for *some, schedule in itertools.product(*fields)]
-            self.recipes[key] = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+            self.recipes[key] = np.array(rows, dtype=np.int64).reshape(-1, 8).T
         return self.recipes[key]
 
     def recomputes(self) -> list[str]:

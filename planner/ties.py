@@ -76,6 +76,7 @@ def simpler(layout: Layout) -> list[Layout]:
         "schedule": lambda: dataclasses.replace(layout, **flat),
         "stage split": lambda: dataclasses.replace(layout, stage_layers=None),
         "recompute": lambda: dataclasses.replace(layout, recompute="none"),
+        "offload": lambda: dataclasses.replace(layout, offload="none"),
         "replicas of shards": lambda: dataclasses.replace(
             layout, dp_replicate=1, dp_shard=layout.dp_replicate * layout.dp_shard
         ),

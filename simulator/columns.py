@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.layout import RANK_ORDER, SCHEDULES, Layout
+from simulator.offload import offload_problems
 from simulator.sync_rules import sync_problems
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ NAMED: dict[str, list[Any]] = {
     "stage_layers": [None],
     "rank_order": [RANK_ORDER],
     "sequence_parallel": [False, True],
+    "offload": ["none", "optimizer"],
 }
 
 
@@ -140,12 +142,15 @@ RULES: dict[str, tuple[str, ...]] = {
         "shards",
     ),
     "sync_problems": ("replicates", "ep", "zero_stage", "world"),
+    "offload_problems": ("offload", "zero_stage"),
 }  # fmt: skip
 
 
 def _problems(rule: str, layout: Layout, job: Job) -> list[str]:
     if rule == "sync_problems":
         return sync_problems(layout, job)
+    if rule == "offload_problems":
+        return offload_problems(layout, job)
     if rule == "_order_problems":
         return layout._order_problems()
     found: list[str] = getattr(layout, rule)(job)

@@ -90,7 +90,9 @@ def rank_update(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: i
     """Seconds of the update of a pipeline rank's share of its parameters."""
     held = [stages[s] for s in layout.stages_of(rank)]
     share = per_shard(layout, job.stack, sum(s.parameters for s in held), sum(s.experts for s in held))
-    seconds: float = update_seconds(job, share, min(job.cluster.gpus_per_node, layout.world_size))
+    seconds: float = update_seconds(
+        job, share, min(job.cluster.gpus_per_node, layout.world_size), layout.offload == "optimizer"
+    )
     return seconds
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from simulator.errors import nearest
 from simulator.expert_parallel import expert_tp
 from simulator.files import STRICT
+from simulator.offload import Offload, offload_problems
 from simulator.sync_rules import OuterOptimizer, Sync, sync_problems
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Layout:
     ahead of the slowest: 0 waits for all (synchronous), None for nobody (asynchronous). With "local_sgd" parameters
     are averaged every sync_interval steps, and outer_optimizer "nesterov" takes the average as a gradient (DiLoCo,
     arXiv 2311.08105).
+
+    offload "optimizer" keeps the optimizer's state in host memory, where the host updates it (offload.py).
     """
 
     dp_replicate: int = 1
@@ -67,6 +70,7 @@ class Layout:
     staleness: int | None = 0
     sync_interval: int = 1
     outer_optimizer: OuterOptimizer = "none"
+    offload: Offload = "none"
 
     __pydantic_config__ = STRICT
 
@@ -202,6 +206,7 @@ class Layout:
             *self._pipeline_problems(job),
             *self._stack_problems(job),
             *sync_problems(self, job),
+            *offload_problems(self, job),
         ]
 
     def _sizes(self) -> dict[str, int]:

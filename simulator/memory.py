@@ -154,7 +154,8 @@ def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float,
     that are there all through a step: gradients only where they have their memory from the start.
 
     Sharded over dp_shard and cp from zero_stage 3, 2 and 1 on, routed experts over the ranks that hold the same ones.
-    Under a pipeline torch reduces gradients at the end of the step, so until then they are whole.
+    Under a pipeline torch reduces gradients at the end of the step, so until then they are whole. Offloaded, moments
+    and main weights are the host's.
     """
     recipe, zero = job.stack.recipes[job.training.precision], layout.zero_stage
 
@@ -167,6 +168,8 @@ def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float,
         # Frozen weights in the width of the kernels; or the host has the rest, and gradients leave as they come.
         return {"parameters": held(sharding.compute, zero >= 2), "gradients": 0.0, "optimizer": 0.0}
     optimizer = held(recipe.optimizer[job.training.optimizer], zero > 0)
+    if layout.offload == "optimizer":
+        optimizer = 0.0
     if layout.sync == "parameter_server":
         # The servers update, in the memory of their hosts.
         optimizer = 0.0
@@ -187,7 +190,8 @@ def update_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float
     """Bytes that the optimizer's step holds besides its state, of a stack that keeps gradients in narrow memory of
     their own: Megatron's fp16 recipe has them in fp32 beside, 20 bytes per parameter in all
     (NVIDIA/Megatron-LM@d98e8a64, dist_optimizer.md)."""
-    if not sharding.trains or not sharding.whole:
+    if not sharding.trains or not sharding.whole or layout.offload == "optimizer":
+        # To the host gradients go in their own width.
         return 0.0
     width = job.stack.recipes[job.training.precision].update
     if layout.zero_stage:

@@ -68,7 +68,7 @@ class _Screening:
         self.units = UnitTable(job, columns)
         self.count = columns.microbatches(job.training.global_batch_size).astype(np.float64)
         self.split = columns.is_named("schedule", *SPLIT_BACKWARD)
-        sizes = [columns[name] for name in (*AXES, "ep", "zero_stage")]
+        sizes = [columns[name] for name in (*AXES, "ep", "zero_stage", "offload")]
         grids, self.grid = distinct(columns["rank_order"], *sizes)
         self.grids = columns.layouts(grids)
         self.shards, self.expert_shards = self._shards()
@@ -174,7 +174,9 @@ class _Screening:
             own = ranks.own[ranks.code, place]
             held, routed = _dot(own, parameters), _dot(own, experts)
             most = np.maximum(most, (held - routed) / self.shards + routed / self.expert_shards)
-        seconds: Floats = update_seconds(self.job, most, np.minimum(self.job.cluster.gpus_per_node, self._world()))
+        offloaded = self.columns.is_named("offload", "optimizer")
+        ranks_per_node = np.minimum(self.job.cluster.gpus_per_node, self._world())
+        seconds: Floats = update_seconds(self.job, most, ranks_per_node, offloaded)
         return seconds
 
     def _world(self) -> Column:

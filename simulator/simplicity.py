@@ -14,7 +14,7 @@ def complications(layout: Layout) -> tuple[str, ...]:
     """What a layout has that plain data parallelism has not, each of which is more to set up, to debug and to save:
     every axis of tp, cp, pp and ep above one, several virtual stages per rank, a schedule other than 1F1B and its
     interleaved form, stages of a split of their own, recomputation, replicas of shards (HSDP), ZeRO 3, an order of
-    ranks or a way to synchronise other than the default."""
+    ranks or a way to synchronise other than the default, the optimizer in host memory."""
     found = [axis for axis in AXES if getattr(layout, axis) > 1]
     checks = {
         "virtual stages": layout.virtual_stages > 1,
@@ -25,6 +25,7 @@ def complications(layout: Layout) -> tuple[str, ...]:
         "ZeRO 3": layout.zero_stage == 3,
         "rank order": layout.rank_order != Layout.rank_order,
         "synchronisation": layout.sync != "all_reduce",
+        "offload": layout.offload != "none",
     }
     return (*found, *(name for name, there in checks.items() if there))
 

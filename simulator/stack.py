@@ -83,6 +83,9 @@ class Stack:
     host_optimizer_bandwidth: where the optimizer's state lies in host memory, what its update moves there per second
     and node.
 
+    offload_bandwidth: the same where a layout chooses that (Layout.offload), as it may with offload_zero_stages; None
+    where the software cannot move the optimizer alone.
+
     recompute_stops_early: a recomputed block ends where everything that its backward needs is there, so before its last
     matmul (torch's non-reentrant checkpoint).
 
@@ -174,6 +177,8 @@ class Stack:
     fused_accumulation: bool
     gathers_per_unit: int = 1
     host_optimizer_bandwidth: Annotated[float, BANDWIDTH] | None = None
+    offload_bandwidth: Annotated[float, BANDWIDTH] | None = None
+    offload_zero_stages: tuple[int, ...] = ()
     reduces_every_projection: bool = False
     recompute_stops_early: bool = False
     overlaps_in_pair: tuple[Literal["tp", "cp", "ep", "dp"], ...] = ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from simulator.cluster import group_shape
 from simulator.collectives import collective_seconds
 from simulator.compute import host_optimizer_seconds, optimizer_seconds
@@ -14,13 +16,21 @@ if TYPE_CHECKING:
     from simulator.job import Job
 
 
-def update_seconds(job: Job, parameters: Any, ranks_per_node: Any) -> Any:
-    """Seconds of the update of a rank's share of the parameters, numbers or arrays; frozen weights have none."""
+def update_seconds(job: Job, parameters: Any, ranks_per_node: Any, offloaded: Any) -> Any:
+    """Seconds of the update of a rank's share of the parameters, numbers or arrays; frozen weights have none.
+
+    Args:
+        offloaded: whether the layout keeps the optimizer in host memory, where the ranks of a node share its bandwidth.
+    """
     if job.training.peft != "none":
         return 0.0 * parameters
     if job.stack.host_optimizer_bandwidth:
         return host_optimizer_seconds(job.stack.host_optimizer_bandwidth, parameters * ranks_per_node)
-    return optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, parameters)
+    device = optimizer_seconds(job.cluster.gpu, job.stack, job.training.optimizer, parameters)
+    if not job.stack.offload_bandwidth or not np.any(offloaded):
+        return device
+    host = host_optimizer_seconds(job.stack.offload_bandwidth, parameters * ranks_per_node)
+    return np.where(offloaded, host, device) if np.ndim(offloaded) else host
 
 
 def norm_seconds(job: Job, layout: Layout) -> float:

@@ -40,6 +40,7 @@ def problems(plan: Plan) -> list[str]:
         found.append("fsdp_activation_checkpointing recomputes whole layers: no selective recompute")
     if layout.recompute == "full" and not layout.zero_stage:
         found.append("fsdp_activation_checkpointing needs FSDP: no full recompute with zero_stage 0")
+    found += rules.offload(layout, "fsdp_offload_params moves parameters and gradients to the host as well")
     found += rules.rank_order(layout, "[dp_replicate, dp_shard, cp, sp, tp]")
     return found + rules.precision(plan, _PRECISIONS, "mixed_precision")
 

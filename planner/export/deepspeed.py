@@ -59,6 +59,8 @@ def problems(plan: Plan) -> list[str]:
         )
     if layout.recompute == "selective":
         found.append("activation_checkpointing recomputes whole layers: no selective recompute")
+    if layout.offload != "none" and not layout.zero_stage:
+        found.append(f"zero_optimization.offload_optimizer needs a stage of at least 1, not {layout.zero_stage}")
     found += rules.rank_order(layout, "[pipe, data, model]")
     return found + rules.precision(plan, ("bf16", "fp16", "fp32"), "bf16.enabled or fp16.enabled")
 
@@ -87,6 +89,8 @@ def files(plan: Plan) -> dict[str, str]:
         "fp16": {"enabled": training.precision == "fp16"},
         "zero_optimization": {"stage": layout.zero_stage, "overlap_comm": layout.zero_stage > 0},
     }
+    if layout.offload == "optimizer":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if layout.tp > 1:
         config["tensor_parallel"] = {"autotp_size": layout.tp}
     if layout.cp > 1:

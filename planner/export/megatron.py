@@ -42,6 +42,11 @@ def shared_problems(plan: Plan) -> list[str]:
     layout, training, found = plan.layout, plan.job.training, []
     if layout.pp > 1:
         found += _pipeline_problems(plan)
+    if layout.offload != "none" and layout.zero_stage != 1:
+        found.append(
+            f"optimizer-cpu-offload needs the distributed optimizer, and is not known to run with Megatron-FSDP: "
+            f"zero_stage = {layout.zero_stage} must be 1"
+        )
     if layout.zero_stage >= 2 and layout.pp > 1:
         found.append(
             f"data-parallel-sharding-strategy = {STRATEGY[layout.zero_stage]} is Megatron-FSDP's, which runs beside "
@@ -78,7 +83,7 @@ def _pipeline_problems(plan: Plan) -> list[str]:
 
 def files(plan: Plan) -> dict[str, str]:
     """A script that sets LAYOUT, for `source` before one's own torchrun line."""
-    flags = {**parallel(plan), **data_parallel(plan), **batch(plan), **_precision(plan)}
+    flags = {**parallel(plan), **data_parallel(plan), **offload(plan), **batch(plan), **_precision(plan)}
     if plan.job.stack.overlap_tp and plan.layout.sequence_parallel:
         flags["tp_comm_overlap"] = True
     launch = (
@@ -153,6 +158,19 @@ def data_parallel(plan: Plan) -> dict[str, Any]:
         fields["overlap_grad_reduce"] = True
         fields["overlap_param_gather"] = layout.zero_stage > 0
     return fields
+
+
+def offload(plan: Plan) -> dict[str, Any]:
+    """The optimizer in host memory, by the fields of megatron-core's OptimizerConfig: it reuses the code path of the
+    precision-aware optimizer, which keeps fp32 if nothing else is said. Copies run beside the host's update."""
+    if plan.layout.offload == "none":
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 1.0,
+        "use_precision_aware_optimizer": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def batch(plan: Plan) -> dict[str, Any]:

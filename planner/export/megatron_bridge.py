@@ -93,6 +93,7 @@ def _body(plan: Plan) -> list[str]:
     lines += [f"cfg.model.gradient_accumulation_fusion = {fused}"] if not fused else []
     lines += [f"cfg.ddp.{name} = {_shown(value)}" for name, value in ddp.items()]
     lines += [f"cfg.optimizer.use_distributed_optimizer = {sharded}"]
+    lines += [f"cfg.optimizer.{name} = {_shown(value)}" for name, value in megatron.offload(plan).items()]
     lines += [f'cfg.checkpoint.ckpt_format = "{checkpoint}"'] if checkpoint else []
     lines += [
         f"cfg.dist.use_tp_pp_dp_mapping = {mapping}",

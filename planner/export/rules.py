@@ -27,6 +27,12 @@ def synchronisation(layout: Layout) -> list[str]:
     return [f"sync = '{layout.sync}': its replicas all-reduce their gradients in every step"]
 
 
+def offload(layout: Layout, instead: str) -> list[str]:
+    """A problem if the optimizer lies in host memory and the target cannot put it there alone; `instead` is what it
+    says of its own."""
+    return [] if layout.offload == "none" else [f"offload = '{layout.offload}': {instead}"]
+
+
 def missing(layout: Layout, knobs: dict[str, str]) -> list[str]:
     """Axes that the target does not have at all: {"pp": "what it says instead"}."""
     return [f"{axis} = {getattr(layout, axis)}: {why}" for axis, why in knobs.items() if getattr(layout, axis) > 1]

@@ -60,6 +60,7 @@ def shared_problems(plan: Plan) -> list[str]:
         found.append(f"peft = '{plan.job.training.peft}' is a converter of the model_spec, not a field of a recipe")
     return [
         *found,
+        *rules.offload(layout, "training.enable_cpu_offload moves parameters and gradients to the host as well"),
         *rules.rank_order(layout, "[pp, dp_replicate, dp_shard, cp, tp]"),
         *rules.precision(plan, _PRECISIONS, "training.mixed_precision_param"),
         *rules.decoder_stages(plan, "pipeline_parallel_degree"),

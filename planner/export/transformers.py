@@ -58,6 +58,7 @@ def problems(plan: Plan) -> list[str]:
         found.append(f"ep_size = {layout.ep} must divide fsdp_size({layout.dp_shard}) * tp_size({layout.tp})")
     if layout.recompute == "selective":
         found.append("gradient_checkpointing recomputes whole layers: no selective recompute")
+    found += rules.offload(layout, "fsdp_cpu_offload moves parameters and gradients to the host as well")
     found += rules.rank_order(layout, "(pp, dp_replicate, fsdp, tp)")
     return found + rules.precision(plan, ("bf16", "fp32"), "fsdp_mixed_precision")
 

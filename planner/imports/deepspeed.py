@@ -42,10 +42,10 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
         zero = 0
     if micro is None and batch and steps and batch % (steps * dp) == 0:
         micro = batch // (steps * dp)
+    offloads = zero > 0 and _device(settings, "offload_optimizer") == "cpu" and job.stack.offload_bandwidth is not None
     for part in ("offload_param", "offload_optimizer"):
-        offload = settings.value(f"zero_optimization.{part}")
-        if isinstance(offload, dict) and offload.get("device", "none") != "none":
-            notes.append(f"zero_optimization.{part}: a layout keeps everything on the device")
+        if _device(settings, part) != "none" and not (offloads and part == "offload_optimizer"):
+            notes.append(f"zero_optimization.{part}: a layout keeps this on the device")
     if (settings.integer("zero_optimization.zero_hpz_partition_size") or 1) > 1:
         notes.append(
             "zero_optimization.zero_hpz_partition_size: a second copy of the weights inside a node is not modelled"
@@ -61,10 +61,16 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
     fields = {
         "tp": tp, "cp": cp, "pp": pp, "zero_stage": zero, "dp_shard": shards if zero else 1,
         "dp_replicate": dp // shards if zero else dp, "sequence_parallel": False,
-        **({"micro_batch_size": micro} if micro else {}),
+        "offload": "optimizer" if offloads else "none", **({"micro_batch_size": micro} if micro else {}),
     }  # fmt: skip
     said = {"global_batch_size": batch if steps is None or micro is None else micro * steps * dp}
     return fields, said | {"precision": precision}, notes
+
+
+def _device(settings: Settings, part: str) -> str:
+    """Where a part of the state lies: "none" is on the GPU."""
+    offload = settings.value(f"zero_optimization.{part}")
+    return str(offload.get("device", "none")) if isinstance(offload, dict) else "none"
 
 
 def _batch(settings: Settings) -> tuple[int | None, int | None, int | None]:

@@ -34,7 +34,8 @@ _STACK_FLAGS = (
     "cp_comm_type", "overlap_grad_reduce", "overlap_param_gather", "moe_token_dispatcher_type", "tp_comm_overlap",
     "comm_overlap", "ckpt_format", "no_gradient_accumulation_fusion", "gradient_accumulation_fusion",
     "outer_dp_sharding_strategy", "microbatch_group_size_per_virtual_pipeline_stage",
-    "microbatch_group_size_per_vp_stage", "grad_reduce_in_bf16", "grad_reduce_in_fp32",
+    "microbatch_group_size_per_vp_stage", "grad_reduce_in_bf16", "grad_reduce_in_fp32", "overlap_cpu_optimizer_d2h_h2d",
+    "use_precision_aware_optimizer",
 )  # fmt: skip
 _ITEM = re.compile(r"[EtmL]|\||\*\d+|\(|\)|,")
 
@@ -57,6 +58,7 @@ def read(settings: Settings, job: Job) -> tuple[dict[str, Any], dict[str, Any], 
     fields |= _data_parallel(settings, job, fields)
     fields |= _stages(settings, job, fields["pp"])
     fields["recompute"] = _recompute(settings, notes)
+    fields["offload"] = _offload(settings, job, notes)
     experts = settings.integer("expert_tensor_parallel_size")
     ours = expert_tp(Layout(tp=tp, ep=fields["ep"]), job.stack)
     if experts is not None and job.model.num_experts and experts != ours:
@@ -229,6 +231,24 @@ def _recompute(settings: Settings, notes: list[str]) -> str:
             notes.append(f"recompute-modules {' '.join(words)}: the layout's recompute = selective is the stack's own")
         return "selective"
     return "none"
+
+
+def _offload(settings: Settings, job: Job, notes: list[str]) -> str:
+    """All of the optimizer in host memory, or nothing; the flag's fraction is 1 if it is not said."""
+    on, said = settings.flag("optimizer_cpu_offload"), settings.value("optimizer_offload_fraction")
+    if not on:
+        return "none"
+    try:
+        fraction = 1.0 if said is None else float(said)
+    except ValueError:
+        raise UserError(f"optimizer-offload-fraction = '{said}' must be a number from 0 to 1") from None
+    if fraction != 1.0:
+        notes.append(f"optimizer-offload-fraction = {fraction:g}: a layout offloads all of it or nothing, here nothing")
+        return "none"
+    if job.stack.offload_bandwidth is None:
+        notes.append(f"optimizer-cpu-offload: the stack {job.stack.name} cannot, so the optimizer stays here")
+        return "none"
+    return "optimizer"
 
 
 def _precision(settings: Settings) -> str | None:
