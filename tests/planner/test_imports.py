@@ -6,6 +6,7 @@ The law: what an exporter writes is read back as the same layout, for every layo
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ def job_of(model: str, stack: str) -> Job:
 
 @functools.cache
 def legal_layouts(target: str, model: str, stack: str) -> list[Layout]:
-    """Of 3,000 candidates from all over the space those that can run the job and that the target can say."""
+    """Of 3,000 candidates from all over the space, with and without offload, those that can run the job and that the
+    target can say."""
     job = job_of(model, stack)
     columns = space(job)
     rows = range(0, len(columns), max(1, len(columns) // 3000))
-    found = [one for one in map(columns.layout, rows) if not one.problems(job)]
+    drawn = map(columns.layout, rows)
+    both = (replace(one, offload=offload) for one in drawn for offload in ("none", "optimizer"))
+    found = [one for one in both if not one.problems(job)]
     return [one for one in found if not TARGETS[target].problems(plan_of(job, one))]
 
 
