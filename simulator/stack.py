@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,7 +15,8 @@ from simulator.units import BANDWIDTH
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read.
+    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read; `update` what the
+    optimizer's step holds besides, such as gradients in fp32 where others are narrower.
 
     kept_wide is the share of the matmuls that the recipe leaves in 16 bits.
 
@@ -30,6 +32,7 @@ class Recipe:
     kept_wide: float = 0.0
     dispatch: float | None = None
     matmul_inputs: float | None = None
+    update: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -130,6 +133,17 @@ class Stack:
     single_stage_schedules: schedules of several stages per rank that also run with one.
 
     copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
+
+    buckets_apart: replicas reduce gradients in buckets that are there all the time, in the width of matmuls, beside
+    the gradients (DistributedDataParallel without gradient_as_bucket_view).
+
+    adds_after_backward: gradients come in the width of matmuls and are added to those of other microbatches when the
+    whole backward of a microbatch has ended.
+
+    gather_buffers: buffers, there all the time, for the whole of a tensor that sequence parallelism gathers.
+
+    bare_ends: with several stages per rank the first stage may be the embedding alone, and the last the head.
+
     syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
     server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
@@ -171,6 +185,10 @@ class Stack:
     logits_bytes: float = 8.0
     gathers_logits: bool = False
     copies_gate_input: bool = False
+    buckets_apart: bool = False
+    adds_after_backward: bool = False
+    gather_buffers: int = 0
+    bare_ends: bool = False
     parallel_logits_bytes: float | None = None
     fragmentation: float | None = None
     reduce_buffer_bytes: float = 0.0
@@ -205,6 +223,26 @@ class Stack:
     server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
+
+    def without_limits(self) -> Stack:
+        """The same software as if it could run every layout: its costs, without what it refuses."""
+        # layout.py needs this module.
+        from simulator.layout import SCHEDULES
+
+        return dataclasses.replace(
+            self,
+            zero_stages=(1, 2, 3),
+            pipeline_zero_stages=(1, 2, 3),
+            schedules=SCHEDULES,
+            sequence_parallel="optional",
+            hybrid_shard=True,
+            recompute=("none", "selective", "full"),
+            context_parallel=self.context_parallel or "ring",
+            expert_dispatch=self.expert_dispatch or "all_to_all",
+            model_families=(),
+            pads_vocabulary=True,
+            ties_across_stages=True,
+        )
 
     def missing(self, model: ModelSpec, expert_tp: int) -> list[str]:
         """Parts of a model that this stack has no modules for, with what asks for them; experts are cut over expert_tp
