@@ -395,7 +395,7 @@ def _layout_cells(layout: Layout, extra: list[str]) -> list[str]:
         str(layout.zero_stage),
         str(layout.micro_batch_size),
         layout.schedule if layout.pp > 1 else "-",
-        layout.recompute,
+        layout.recompute + "+offload" * (layout.offload != "none"),
     ]
 
 
