@@ -34,6 +34,7 @@ from planner.space import Search, candidates, space, without_model_parallelism
 from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
+from simulator.garbage import uncollected
 from simulator.job import Job
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 from simulator.memory import capacity, memory_per_rank
@@ -62,8 +63,12 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
+    with uncollected():
+        return _plan(job, top, progress or (lambda what, fraction: None), gap, order)
+
+
+def _plan(job: Job, top: int, report: Progress, gap: float, order: Order) -> Plan:
     started = time.perf_counter()
-    report = progress or (lambda what, fraction: None)
     report("listing layouts", 0.0)
     search = _Search(job, job.search, report, order)
     best = search.run(top, gap)

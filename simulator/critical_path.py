@@ -11,8 +11,9 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, Layout
-from simulator.messages import message_cost
+from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.messages import message_bytes, message_cost
+from simulator.placement import known_to
 from simulator.stage import StageCost, Work
 from simulator.step_end import norm_seconds, update_seconds
 from simulator.topological_order import KINDS, Edge, topological_order
@@ -96,6 +97,17 @@ def rank_update(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: i
 
 def message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
     """(latency, seconds on the link) of a message by the stages that it goes from and to, where they have two ranks."""
+    kept = known_to(job, "ways")
+    # A message depends on its size and on where the two ranks lie; layouts that differ otherwise share the answer.
+    lies = layout.rank(pp=1), layout.world_size if layout.pp > 1 else 1, layout.axes[-1] == "pp"
+    key = (*lies, layout.pp, layout.virtual_stages, layout.schedule in V_PLACEMENT, message_bytes(job, layout))
+    if key not in kept:
+        kept[key] = _message_ways(job, layout)
+    found: dict[tuple[int, int], tuple[float, float]] = kept[key]
+    return found
+
+
+def _message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
     ranks = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
     known: dict[tuple[int, int], tuple[float, float]] = {}
     found = {}

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from simpy.core import EmptySchedule
 
 from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
+from simulator.garbage import uncollected
 from simulator.layout import Layout
 from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
@@ -93,21 +93,20 @@ def run_program(
             raise UserError(f"slowdown names rank {rank}, but the layout has ranks 0 to {layout.world_size - 1}")
         if not 0 < factor < math.inf:
             raise UserError(f"slowdown of rank {rank} = {factor:g} must be above zero and finite")
-    with _uncollected():
+    with uncollected():
         return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's cycle collector: it would search the many objects of a run again and again, a third of its
-    time, and events leave no cycles behind that could not wait for its end."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _last_gradients(order: tuple[Op, ...], stages: tuple[int, ...]) -> dict[int | None, Op]:
+    """Of each of these stages of a rank the op that finishes its gradients: found from the end, where they are."""
+    found: dict[int | None, Op] = {}
+    for op in reversed(order):
+        for leaf in reversed(op.parts or (op,)):
+            if leaf.kind in GRADIENT:
+                found.setdefault(leaf.stage, leaf)
+        if len(found) == len(stages):
+            break
+    return found
 
 
 class _Engine:
@@ -137,9 +136,11 @@ class _Engine:
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
-        self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
-        leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
-        self.final = {leaf.stage: leaf for leaf in leaves if leaf.kind in GRADIENT}
+        self.stages_of = [layout.stages_of(rank) for rank in range(layout.pp)]
+        self.rank_of = {stage: rank for rank, stages in enumerate(self.stages_of) for stage in stages}
+        self.final: dict[int | None, Op] = {}
+        for order, stages in zip(program.orders, self.stages_of, strict=True):
+            self.final |= _last_gradients(order, stages)
         self.work = {kind: [getattr(cost, work) for cost in program.stages] for kind, work in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
@@ -197,20 +198,25 @@ class _Engine:
             return [(self.handlers[op.kind], op) for op in ops]
         steps: list[Step] = []
         booked: dict[tuple[str, int], int] = {}
-        seconds, gathered = 0.0, set()
+        seconds, gathered, handlers = 0.0, set[int | None](), self.handlers
+        stages = self.stages_of[rank.index]
+        total = {(kind, stage): work[stage].total for kind, work in self.work.items() for stage in stages}
+        final, reducing = self.final, {stage for stage in stages if self.program.stages[stage].reduce > 0}
         for op in ops:
-            kind, stage = op.kind, op.stage
-            if kind in COMPUTE and stage not in gathered and not self._reduces(op):
-                assert stage is not None
-                seconds += self.work[kind][stage].total
-                booked[kind, stage] = booked.get((kind, stage), 0) + 1
+            kind, stage, _, parts = op
+            key = kind, stage
+            if key in total and stage not in gathered and (stage not in reducing or final[stage] != op):
+                seconds += total[key]  # type: ignore[index]
+                booked[key] = booked.get(key, 0) + 1  # type: ignore[index, arg-type]
                 continue
-            steps += [(self._busy, seconds), (self.handlers[kind], op)] if seconds else [(self.handlers[kind], op)]
-            seconds = 0.0
+            if seconds:
+                steps.append((self._busy, seconds))
+                seconds = 0.0
+            steps.append((handlers[kind], op))
             if kind == "UNSHARD":
                 gathered.add(stage)
-            else:
-                gathered -= {leaf.stage for leaf in op.leaves if leaf.kind in COMPUTE}
+            elif gathered:
+                gathered -= {leaf.stage for leaf in parts or (op,) if leaf.kind in COMPUTE}
         steps += [(self._busy, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
             rank.spend_work(vars(self.work[kind][stage]), count)
