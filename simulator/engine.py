@@ -206,8 +206,8 @@ class _Engine:
             kind, stage, _, parts = op
             key = kind, stage
             if key in total and stage not in gathered and (stage not in reducing or final[stage] != op):
-                seconds += total[key]  # type: ignore[index]
-                booked[key] = booked.get(key, 0) + 1  # type: ignore[index, arg-type]
+                seconds += total[key]
+                booked[key] = booked.get(key, 0) + 1
                 continue
             if seconds:
                 steps.append((self._busy, seconds))
@@ -370,13 +370,16 @@ class _Engine:
             assert callbacks is not None
             callbacks.append(lambda _: end())
 
-        return Channel(self.env, latency, occupy)
+        begin = functools.partial(self.network.begin, route, seconds * route.alone) if route is not None else None
+        return Channel(self.env, latency, occupy, begin)
 
     def _receive(self, rank: Rank, op: Op) -> Process | None:
         """Wait for a neighbour's tensor, if it is not there yet."""
         assert op.stage is not None
         message = self._message(rank.number, op, op.stage)
         if message.arrival <= self.env.now and not self.trace:
+            # Nothing is left that could delay it.
+            message.flow = None
             return None
         return self._await(rank, message, op)
 
