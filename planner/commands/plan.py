@@ -13,6 +13,9 @@ from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFil
 from planner.commands.terminal import print_json, progress
 from simulator.errors import NothingFitsError, UserError
 
+# Each of them is simulated: on large jobs half a second.
+MOST_RANKED = 100
+
 
 def _share(text: str) -> float:
     """A share of the step: 1% or 0.01."""
@@ -32,7 +35,7 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
-    top: Annotated[int, typer.Option(min=1, help="How many layouts to rank.")] = 5,
+    top: Annotated[int, typer.Option(help="How many layouts to rank; each one is simulated.")] = 5,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +46,8 @@ def plan(
     from simulator.files import check_writable
     from simulator.job import read_job
 
+    if not 1 <= top <= MOST_RANKED:
+        raise UserError(f"--top {top} must be from 1 to {MOST_RANKED}: every layout that is ranked is simulated")
     job, path = read_job(job_file, overrides), output / "plan.json"
     check_writable(path)
     try:
