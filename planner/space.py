@@ -6,6 +6,7 @@ Nothing is judged here but arithmetic: `Layout.problems` says which candidates a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -110,9 +111,13 @@ class _Space:
                 data = np.array(list(self.data_parallel(ranks, cp)), dtype=np.int64).reshape(-1, 3).T
                 grid = np.array([(tp, pp, cp, ep) for ep in sizes["ep"]], dtype=np.int64).reshape(-1, 4).T
                 count += grid.shape[1] * data.shape[1] * recipes.shape[1] * len(list(self.syncs()))
-                if count > MOST_LAYOUTS:
-                    raise UserError(f"[search] names more than {MOST_LAYOUTS:,} layouts; name fewer values")
+                self.check(count)
                 yield _product(grid, data, recipes)
+
+    @staticmethod
+    def check(count: int) -> None:
+        if count > MOST_LAYOUTS:
+            raise UserError(f"[search] names more than {MOST_LAYOUTS:,} layouts; name fewer values")
 
     def with_syncs(self, columns: Columns) -> Columns:
         """Every row with every way to keep replicas together: an all-reduce, or what [search] names, because most
@@ -214,6 +219,7 @@ class _Space:
                 self.codes("rank_order", orders),
                 list(self.schedules(pp)),
             )
+            self.check(math.prod(len(values) for values in fields))
             rows = [(*some, *schedule) for *some, schedule in itertools.product(*fields)]
             self.recipes[key] = np.array(rows, dtype=np.int64).reshape(-1, 7).T
         return self.recipes[key]

@@ -8,6 +8,7 @@ ep is no axis of its own: it regroups the ranks of dp_shard, cp and tp.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -30,6 +31,13 @@ SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 MOST_MICROBATCHES = 8192
 AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
 RANK_ORDER = "tp-cp-ep-dp-pp"
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes_in(rank_order: str) -> tuple[str, ...]:
+    spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
+    named = [axis for name in rank_order.split("-") for axis in spelt.get(name, (name,))]
+    return (*named, *(axis for axis in AXES if axis not in named))
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,7 @@ class Layout:
         >>> Layout(rank_order="ep-dp-tp-cp-pp").axes
         ('dp_shard', 'dp_replicate', 'tp', 'cp', 'pp')
         """
-        spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
-        named = [axis for name in self.rank_order.split("-") for axis in spelt.get(name, (name,))]
-        return (*named, *(axis for axis in AXES if axis not in named))
+        return _axes_in(self.rank_order)
 
     @property
     def dp(self) -> int:
