@@ -169,7 +169,7 @@ def test_search_of_too_many_values_is_refused() -> None:
 
 def test_search_pins_every_kind_of_field() -> None:
     search = {"sync": ["local_sgd"], "sync_interval": [4], "zero_stage": [0], "micro_batch_size": [2]}
-    task = job("gpt2", search=search, global_batch_size=32, stack="layoutwise-cpu")
+    task = job("gpt2", search=search, global_batch_size=32, stack="layoutwise-cuda")
     found = plan(task, top=2)
     for p in (found.best, *found.runners_up):
         assert (p.layout.sync, p.layout.sync_interval, p.layout.zero_stage) == ("local_sgd", 4, 0)
