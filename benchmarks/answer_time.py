@@ -27,6 +27,8 @@ JOBS = {
     "llama-3.1-70b, 256 H100": ("llama-3.1-70b", "dgx-h100", 32, 512, 8192),
     "gpt3-175b, 1024 A100": ("gpt3-175b", "dgx-a100", 128, 1536, 2048),
 }
+# The scaling curve of the second of them.
+COUNTS = "4,8,16,32,64"
 
 
 def seconds(command: list[str]) -> float:
@@ -47,6 +49,10 @@ def main() -> None:
             text = JOB.format(model=model, cluster=cluster, nodes=nodes, batch=batch, seq_len=seq_len)
             path.write_text(text, encoding="utf-8")
             commands[f"layoutwise plan: {name}"] = [*layoutwise, "plan", str(path), "-o", folder]
+        curve = Path(folder) / "llama-3.1-70b,-256-H100.toml"
+        commands[f"layoutwise plan --nodes {COUNTS}: 70B"] = [
+            *layoutwise, "plan", str(curve), "--nodes", COUNTS, "-o", folder,
+        ]  # fmt: skip
         for name, command in commands.items():
             taken = [seconds(command) for _ in range(runs)]
             print(f"{name:45} median {statistics.median(taken):6.2f} s  (min {min(taken):.2f}, max {max(taken):.2f})")

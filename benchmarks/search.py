@@ -78,9 +78,8 @@ def main() -> None:
     print(f"{'':30} {'space':>9} {'legal':>9} {'listed':>9} {'screened/s':>11} {'again/s':>11}")
     for name, task in JOBS.items():
         print(f"{name:30} {screening(job(*task))}")
-    print(
-        f"\n{'':30} {'wall':>7} {'cpu':>7} {'memory':>7} {'illegal':>9} {'too big':>9} {'bounded':>9} {'simulated':>9} {'gap':>5}"
-    )
+    counted = f"{'illegal':>9} {'too big':>9} {'bounded':>9} {'simulated':>9} {'gap':>5}"
+    print(f"\n{'':30} {'wall':>7} {'cpu':>7} {'memory':>7} {counted}")
     for name, task in list(JOBS.items())[: 1 if quick else None]:
         c, (wall, cpu, held) = plan(job(*task)).certificate, answer(task)
         counts = f"{c.illegal:9,} {c.out_of_memory:9,} {c.bounded:9,} {c.simulated:9}"

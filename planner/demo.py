@@ -13,7 +13,9 @@ from typing import Any
 import typer
 
 from planner import show
+from planner.here_trial import SMALL, Contest, Course, run_contests
 from planner.plan import Plan, write_plan
+from planner.rivals import Search, pinned, planned, with_recommended
 from planner.search import plan
 from simulator.files import write_text
 from simulator.job import Job, build_job
@@ -26,19 +28,13 @@ LARGE_JOB = {
     "nodes": 32,
     "training": {"global_batch_size": 512, "seq_len": 8192, "stack": "megatron-core"},
 }
-SMALL_JOB = {
-    "model": "llama-bytes-12m",
-    "cluster": "this-machine",
-    "nodes": 1,
-    "training": {"global_batch_size": 8, "seq_len": 128, "learning_rate": 1e-3},
-}
 # The reference first. Each pins the axes; the planner chooses the rest (micro-batch, recompute, schedule).
-RIVALS: dict[str, dict[str, list[Any]]] = {
-    "one process": {"dp_replicate": [1], "dp_shard": [1], "tp": [1], "pp": [1]},
-    "data parallel 2": {"dp_replicate": [2], "dp_shard": [1], "tp": [1], "pp": [1]},
-    "tensor parallel 2": {"dp_replicate": [1], "dp_shard": [1], "tp": [2], "pp": [1]},
-    "pipeline 2": {"dp_replicate": [1], "dp_shard": [1], "tp": [1], "pp": [2]},
-    "pipeline 2 + data 2": {"dp_replicate": [2], "dp_shard": [1], "tp": [1], "pp": [2]},
+RIVALS: dict[str, Search] = {
+    "one process": pinned(),
+    "data parallel 2": pinned(dp_replicate=2),
+    "tensor parallel 2": pinned(tp=2),
+    "pipeline 2": pinned(pp=2),
+    "pipeline 2 + data 2": pinned(dp_replicate=2, pp=2),
 }
 STEPS, WARMUP = 20, 5
 
@@ -53,16 +49,18 @@ def run_demo(output: Path, report: Progress) -> None:
     show.print_plan(large)
 
     profile = _measure(output, report)
-    small = plan(build_job(SMALL_JOB | {"profile": str(profile)}, "the demo's small job"))
+    small = plan(build_job(SMALL | {"profile": str(profile)}, "the demo's small job"))
     write_plan(small, output / "plan.json")
     show.print_plan(small)
 
-    comparisons = _run_all(small, output, report)
+    trials = _run_all(small, output, report)
+    comparisons = [trial.comparison for trial in trials]
     report("drawing", 0.98)
     machine = f"{small.job.model.name} on this machine ({small.job.world_size} processors, gloo)"
     figure = predicted_vs_measured(comparisons, output / "predicted_vs_measured.png", machine)
     text = write_text(output / "report.md", _report(large, small, comparisons, figure.name))
-    for path in (output / "plan.json", figure, text):
+    page = _page(small, output)
+    for path in (output / "plan.json", figure, text, page):
         typer.echo(f"written to {path}")
 
 
@@ -76,27 +74,32 @@ def _measure(output: Path, report: Progress) -> Path:
 
 def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     """Run the rivals, and the recommendation where it is none of them, and put each beside its prediction."""
-    from reports.tables import Comparison
-    from runtime.here import run_here
-    from runtime.settings import Settings
+    plans, missing = planned(small.job, RIVALS)
+    plans, name = with_recommended(plans, small)
+    course = Course(rounds=1, steps=STEPS, warmup=WARMUP)
+    (trials,), failed = run_contests(
+        [Contest(small.job, plans, name, missing)], course, output, lambda what, done: report(what, 0.3 + 0.65 * done)
+    )
+    if failed:
+        raise RuntimeError(failed[0])
+    for trial in trials:
+        show.print_measurement(trial.measured, trial.prediction)
+    return [
+        dataclasses.replace(trial, label=f"{trial.name} (recommended)")
+        if trial.name == name != "recommended"
+        else trial
+        for trial in trials
+    ]
 
-    plans = {name: plan(dataclasses.replace(small.job, search=pinned), top=1) for name, pinned in RIVALS.items()}
-    if small.layout not in [rival.layout for rival in plans.values()]:
-        plans["recommended"] = small
-    comparisons = []
-    for place, (name, rival) in enumerate(plans.items()):
-        folder = output / "runs" / name.replace(" + ", "-").replace(" ", "-")
-        path = write_plan(rival, folder / "plan.json")
 
-        def progress(step: int, steps: int, name: str = name, place: int = place) -> None:
-            report(f"training {name}, step {step}", 0.3 + 0.65 * (place + step / steps) / len(plans))
+def _page(small: Plan, output: Path) -> Path:
+    """report.html, as `layoutwise report` writes it of this folder."""
+    from planner.explain import explain, sentences
+    from reports.page import write_report
+    from reports.page_inputs import find_inputs
 
-        progress(0, STEPS)
-        measured = run_here(path, folder / "measurement.json", Settings(STEPS, WARMUP), progress=progress)
-        mark = " (recommended)" if rival.layout == small.layout and name != "recommended" else ""
-        comparisons.append(Comparison(name + mark, rival.best, measured))
-        show.print_measurement(measured, rival.best)
-    return comparisons
+    reasons = tuple(sentences(explain(small)))
+    return write_report(small, dataclasses.replace(find_inputs(small, output), reasons=reasons), output)[0]
 
 
 def _report(large: Plan, small: Plan, comparisons: list[Any], figure: str) -> str:

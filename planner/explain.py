@@ -1,73 +1,78 @@
-"""Where the time and the memory of a plan go, and where those of other layouts go instead."""
+"""Where the time and the memory of a plan go, and why other layouts lose."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
+from planner.differences import Term, summary, term_lines, terms
+from planner.other_layout import comparable
 from planner.plan import Plan
-from simulator.errors import UserError
-from simulator.layout_text import parse_layout
-from simulator.results import Breakdown, MemoryBreakdown, Prediction
+from planner.remedies import show_risk
+from simulator.job import Job
+from simulator.layout import Layout
+from simulator.layout_text import difference
+from simulator.results import MEMORY_MEANING, TIME_MEANING, Breakdown, MemoryBreakdown, Prediction
 from simulator.simulate import simulate
 from simulator.sync_rules import changes_mathematics
 
-_MEANING = {
-    "compute": "kernels",
-    "recompute": "forward again, to save memory",
-    "tp": "tensor-parallel collectives that nothing hides",
-    "cp": "context-parallel exchange that nothing hides",
-    "ep": "expert exchange that nothing hides",
-    "pp": "waiting for a tensor on a link",
-    "dp": "gradients and parameters that nothing hides",
-    "bubble": "waiting for another stage or replica",
-    "optimizer": "update and gradient norm",
-    "host": "launching kernels that the device outruns",
-    "parameters": "weights",
-    "gradients": "summed over the microbatches",
-    "optimizer state": "moments, and fp32 weights where the others are narrower",
-    "activations": "kept for the backward, times the microbatches alive",
-    "buffers": "gathered weights, tensors on the way",
-    "overhead": "device context, communicators, fragmentation",
-}
+Columns = list[tuple[str, Prediction]]
 
 
-def explain(plan: Plan, against: str | None = None) -> list[tuple[str, Prediction]]:
-    """The predictions to put side by side: the winner, the plain data-parallel baseline, and a layout of the user's.
-    The winner's and the user's are made now, with their timelines.
+@dataclass(frozen=True)
+class Explanation:
+    """Predictions to put side by side, the recommended one first, and for each of the others why it is slower. What the
+    user named and what is wrong with it is in `against` and `problems`; where it cannot run at all the nearest layout
+    that can stands for it."""
 
-    Raises:
-        UserError: `against` is no layout, or one that cannot run this job; the reasons are its `problems`.
-    """
-    columns = [("recommended", simulate(plan.job, plan.best.layout, trace=True))]
+    columns: Columns
+    differences: dict[str, list[Term]]
+    against: Layout | None = None
+    problems: tuple[str, ...] = ()
+
+
+def explain(plan: Plan, against: Layout | None = None) -> Explanation:
+    """The winner beside the plain data-parallel baseline and a layout of the user's. The winner's and the user's are
+    predicted now, with their timelines."""
+    job = plan.job
+    columns = [("recommended", simulate(job, plan.best.layout, trace=True))]
     if plan.baseline.layout != plan.best.layout:
         columns.append(("data parallel", plan.baseline))
+    problems: tuple[str, ...] = ()
     if against is not None:
-        layout = parse_layout(against, plan.job)
-        problems = layout.problems(plan.job)
-        if problems:
-            raise UserError(f"layout '{against}' cannot run this job: {'; '.join(problems)}")
-        columns.append(("yours", simulate(plan.job, layout, trace=True)))
-    return columns
+        other = comparable(job, against, trace=True)
+        problems = other.problems
+        if other.prediction is not None:
+            columns.append(("nearest to yours" if other.nearest else "yours", other.prediction))
+    (_, best), *others = columns
+    differences = {name: terms(job, best, p) for name, p in others if _same_work(job, p)}
+    return Explanation(columns, differences, against, problems)
 
 
-def time_rows(columns: list[tuple[str, Prediction]]) -> list[tuple[str, str, list[float]]]:
+def _same_work(job: Job, prediction: Prediction) -> bool:
+    """Whether a prediction is of all the job's ranks; plain data parallelism may leave some idle."""
+    spread = job.cluster.oversubscribe > 1
+    return spread or prediction.layout.world_size == job.world_size
+
+
+def time_rows(columns: Columns) -> list[tuple[str, str, list[float]]]:
     """(item, meaning, seconds per column) for every item of the step that any column spends time on."""
     rows = []
     for field in fields(Breakdown):
         values = [float(getattr(p.breakdown, field.name)) for _, p in columns]
         if any(values):
-            rows.append((field.name, _MEANING[field.name], values))
+            rows.append((field.name, TIME_MEANING[field.name], values))
     return rows
 
 
-def memory_rows(columns: list[tuple[str, Prediction]]) -> list[tuple[str, str, list[float]]]:
+def memory_rows(columns: Columns) -> list[tuple[str, str, list[float]]]:
     """(item, meaning, bytes per column) on the fullest rank of each column."""
     rows = []
     for field in fields(MemoryBreakdown):
         if field.name == "peak":
             continue
         name = "optimizer state" if field.name == "optimizer" else field.name
-        rows.append((name, _MEANING[name], [float(getattr(p.memory, field.name)) for _, p in columns]))
+        values = [float(getattr(p.memory, field.name)) for _, p in columns]
+        rows.append((name, MEMORY_MEANING[field.name], values))
     return rows
 
 
@@ -88,22 +93,45 @@ def mathematics(prediction: Prediction) -> str:
     )
 
 
-def sentences(columns: list[tuple[str, Prediction]]) -> list[str]:
-    """For every column after the first: how much slower it is, and the item that costs it most."""
+def sentences(found: Explanation) -> list[str]:
+    """For every column after the first: why it cannot run, how much slower it is, and the items that cost it most."""
+    (_, best), *others = found.columns
+    return remarks(found) + [
+        f"{summary(found.differences[name], name, best, other)}."
+        for name, other in others
+        if other.layout != best.layout and name in found.differences
+    ]
+
+
+def remarks(found: Explanation) -> list[str]:
+    """What is to be said of layouts besides their seconds."""
+    columns = found.columns
+    said = [f"{name}: {words}" for name, p in columns if (words := mathematics(p))]
+    if found.problems and found.against is not None:
+        said.append(f"yours ({found.against.short()}) cannot run this job: {'; '.join(found.problems)}.")
     (_, best), *others = columns
-    found = [f"{name}: {words}" for name, p in columns if (words := mathematics(p))]
     for name, other in others:
-        if not other.fits:
-            found.append(f"{name} ({other.layout.short()}) does not fit: {other.problems[0]}.")
-            continue
         if other.layout == best.layout:
-            found.append(f"{name} is the recommended layout.")
+            said.append(f"{name} is the recommended layout.")
             continue
-        gaps = {row[0]: row[2][1] - row[2][0] for row in time_rows([("", best), ("", other)])}
-        worst = max(gaps, key=lambda item: gaps[item])
-        slower = other.step_seconds / best.step_seconds - 1
-        found.append(
-            f"{name} ({other.layout.short()}) is {slower:+.1%} in step time; "
-            f"most of it is {worst} ({gaps[worst]:+.3g} s: {_MEANING[worst]})."
-        )
-    return found
+        if not other.fits and other.problems[0] not in found.problems:
+            what = "does not fit" if "too much" in other.problems[0] else "is impossible"
+            said.append(f"{name} ({other.layout.short()}) {what}: {'; '.join(other.problems)}.")
+    return said
+
+
+def why_lines(found: Explanation) -> list[str]:
+    """For every other layout: its terms, a line each, which add up to the difference of the steps."""
+    (_, best), *others = found.columns
+    lines = []
+    for name, other in others:
+        if other.layout == best.layout or name not in found.differences:
+            continue
+        title = name
+        if name == "nearest to yours" and found.against is not None:
+            title = f"nearest to yours with {difference(found.against, other.layout)}"
+        lines.append(f"{summary(found.differences[name], title, best, other, most=0)}:")
+        lines += [f"  {line}" for line in term_lines(found.differences[name], best)]
+        if other.fits and other.out_of_memory_probability > best.out_of_memory_probability + 0.01:
+            lines.append(f"  and its risk of running out of memory is {show_risk(other.out_of_memory_probability)}")
+    return lines

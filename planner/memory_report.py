@@ -81,7 +81,8 @@ def chart(
     samples: Sequence[MemorySample], seconds: float, limit: float, width: int = WIDTH, blocks: str = BLOCKS
 ) -> list[str]:
     """The memory of one rank over a step as lines of text: the largest of each stretch of time, over what is there all
-    the time; a dashed line is the memory there is. Below it the items that change, each from its least to its most.
+    the time; a dashed line is the memory there is. An axis that does not begin at zero says so. Below it the items that
+    change, each from its least to its most.
 
     Args:
         samples: of one rank, in the order of time.
@@ -104,6 +105,8 @@ def chart(
         lines.append(f"{label} |{cells}")
     lines.append(f"{floor / 2**30:6.1f} +{'-' * width}")
     lines.append(f"{'GiB':>6}  0 s{show_seconds(seconds).rjust(width - 3)}")
+    if floor > 0:
+        lines.append(f"        the axis begins at {floor / 2**30:.1f} GiB, not at zero")
     for item in ITEMS:
         values = _heights(samples, seconds, width, item)
         low = min(float(getattr(sample.memory, item)) for sample in samples)

@@ -28,9 +28,10 @@ from importlib import metadata
 
 import numpy as np
 
-from planner.order import FASTEST, Order, gap_left
+from planner.order import FASTEST, Order, Pessimistic, gap_left
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
+from planner.ties import resolve
 from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
@@ -51,23 +52,33 @@ Progress = Callable[[str, float], None]
 ROUNDING = 1 - 1e-9
 
 
-def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0, order: Order = FASTEST) -> Plan:
-    """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits.
+def plan(
+    job: Job,
+    top: int = 5,
+    progress: Progress | None = None,
+    gap: float = 0.0,
+    order: Order | None = None,
+    ties: bool = True,
+) -> Plan:
+    """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits. Of layouts
+    that nobody can tell from the best one it is the simplest.
 
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
         gap: how much better than what is found a layout may be that is not looked at, as a fraction of its value.
-        order: what is best; by default the shortest step.
+        order: what is best; by default the shortest step at the high end of its interval.
+        ties: prefer the simplest of what ties with the best; without, the best itself is recommended.
 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
     with uncollected():
-        return _plan(job, top, progress or (lambda what, fraction: None), gap, order)
+        report = progress or (lambda what, fraction: None)
+        return _plan(job, top, report, gap, order or Pessimistic(job), ties)
 
 
-def _plan(job: Job, top: int, report: Progress, gap: float, order: Order) -> Plan:
+def _plan(job: Job, top: int, report: Progress, gap: float, order: Order, ties: bool) -> Plan:
     started = time.perf_counter()
     report("listing layouts", 0.0)
     search = _Search(job, job.search, report, order)
@@ -87,7 +98,11 @@ def _plan(job: Job, top: int, report: Progress, gap: float, order: Order) -> Pla
     riskier = None
     if best[0].out_of_memory_probability > HIGH_RISK and (safe := search.run(top, gap, safe=True)):
         riskier, best = best[0], safe
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job, order), certificate, _provenance(job), riskier)
+    baseline, choice = _baseline(job, order), None
+    if ties:
+        report("looking for simpler layouts that are as fast", 1.0)
+        best, choice = resolve(job, order, best, baseline, search.fastest(best[0]))
+    return Plan(job, best[0], tuple(best[1:]), baseline, certificate, _provenance(job), riskier, choice)
 
 
 @dataclass(order=True)
@@ -211,6 +226,13 @@ class _Search:
         self.found.sort(key=self.order.key)
         del self.found[self.top :]
 
+    def fastest(self, best: Prediction) -> Prediction:
+        """The shortest step of all that were simulated; if the best is unlikely to run out of memory, of those that
+        are."""
+        most = HIGH_RISK if best.out_of_memory_probability <= HIGH_RISK else 1.0
+        known = (p for p in self.predictions.values() if p.fits and p.out_of_memory_probability <= most)
+        return min(known, key=FASTEST.key)
+
     def misses(self, count: int) -> list[tuple[float, Layout]]:
         """The layouts that need least more than there is, with how many bytes that is."""
         found = heapq.nsmallest(count, self.missed, key=lambda miss: miss[0])
@@ -269,14 +291,17 @@ def _baseline(job: Job, order: Order) -> Prediction:
     """The best plain data-parallel layout that fits; if none does, the one that comes nearest."""
     search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
     found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
-    return found[0] if found else _impossible_baseline(job)
+    return found[0] if found else _impossible_baseline(job, order)
 
 
-def _impossible_baseline(job: Job) -> Prediction:
-    """Where the batch cannot be divided over all ranks: data parallelism over as many as it can, the others idle."""
-    batch = job.training.global_batch_size
-    ranks = math.gcd(batch, job.world_size)
-    used = simulate(job, Layout(dp_replicate=ranks))
+def _impossible_baseline(job: Job, order: Order) -> Prediction:
+    """Where the batch cannot be divided over all ranks: the best plain layout on as many nodes as it can be divided
+    over, or on as many ranks of one, the others idle."""
+    batch, per_node = job.training.global_batch_size, job.cluster.gpus_per_node
+    nodes = max((n for n in range(1, job.nodes) if batch % (n * per_node) == 0), default=0)
+    ranks = nodes * per_node or math.gcd(batch, job.world_size)
+    fewer = dataclasses.replace(job, nodes=nodes)
+    used = _baseline(fewer, order) if nodes else simulate(job, Layout(dp_replicate=ranks))
     idle = ranks / job.world_size
     reason = f"global_batch_size = {batch} cannot be divided over {job.world_size} ranks; {ranks} would work"
     return dataclasses.replace(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from planner.certainty import choice_lines, interval_cell, interval_sentence, interval_title, warnings
 from planner.compare import Comparison
 from planner.explain import mathematics, memory_rows, time_rows
 from planner.memory_report import (
@@ -30,6 +31,7 @@ from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
+from simulator.price import dollars, gpu_hours, hours_name
 from simulator.profile import Profile
 from simulator.program import build_program, own_seconds
 from simulator.results import Alone, Measurement, Prediction
@@ -45,6 +47,11 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
     if prediction.synchronisation is None:
         document.pop("synchronisation")
     return document
+
+
+def warnings_json(job: Job, prediction: Prediction) -> dict[str, Any]:
+    """Claims of a prediction that nobody has reached, in the documents of `--json`."""
+    return {"warnings": warnings(job, prediction)}
 
 
 def remedies_json(found: Remedies) -> dict[str, Any]:
@@ -75,6 +82,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "baseline": prediction_json(plan.baseline),
         "certificate": plain(plan.certificate),
         "riskier": prediction_json(plan.riskier) if plan.riskier else None,
+        "choice": plain(plan.choice) if plan.choice else None,
+        "warnings": warnings(plan.job, plan.best),
     }
 
 
@@ -93,7 +102,7 @@ def print_plan(plan: Plan) -> None:
     synced = any(p.layout.sync != "all_reduce" for _, p in shown)
     table = _table(
         "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
-        *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB", "OOM risk",
+        *(["sync"] if synced else []), "step", interval_title(best), "tok/s/GPU", "MFU", "GiB", "OOM risk",
     )  # fmt: skip
     if plan.riskier:
         shown.append(("riskier", plan.riskier))
@@ -113,6 +122,9 @@ def print_plan(plan: Plan) -> None:
             escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
         )
     console.print(f"recommended: {best.layout.short()}")
+    for line in (*choice_lines(plan), interval_sentence(best), *(f"warning: {w}" for w in warnings(job, best))):
+        if line:
+            console.print(escape(line))
     console.print(escape(risk_sentence(best, job, None)))
     if plan.riskier:
         faster, risk = best.step_seconds / plan.riskier.step_seconds - 1, plan.riskier.out_of_memory_probability
@@ -124,10 +136,18 @@ def print_plan(plan: Plan) -> None:
     c = plan.certificate
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
-        f"{c.simulated} simulated, in {c.seconds:.1f} s; none of these is faster"
-        + (" than the riskier one" if plan.riskier else "")
+        f"{c.simulated} simulated, in {c.seconds:.1f} s; "
+        + _nothing_better(plan)
         + (f" by more than {c.lower_bound_gap:.2%}" if c.lower_bound_gap else "")
     )
+
+
+def _nothing_better(plan: Plan) -> str:
+    """What the search has proved, of the layout with the best value of all."""
+    if plan.riskier:
+        return "none of these is better than the riskier one"
+    best = plan.choice.best if plan.choice else plan.layout
+    return "none of these is better" + ("" if best == plan.layout else f" than {best.short()}")
 
 
 def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
@@ -140,6 +160,7 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
         table.add_row(item, meaning, *(_share(v, p.step_seconds) for v, (_, p) in zip(values, columns, strict=True)))
     table.add_section()
     table.add_row("step", "", *(show_seconds(p.step_seconds) for _, p in columns))
+    table.add_row(interval_title(columns[0][1]), "of the step", *(interval_cell(p) for _, p in columns))
     simulated = [p.synchronisation for _, p in columns]
     if any(simulated):
         shown = [(show_seconds(s.p95), f"{s.mean_staleness:.1f}") if s else ("", "") for s in simulated]
@@ -148,8 +169,11 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     table.add_row("tokens/s/GPU", "", *(f"{p.tokens_per_second_per_gpu:,.0f}" for _, p in columns))
     peak = "data-sheet peak" if job.cluster.gpu.kind == "gpu" else "the matmul rate measured here"
     table.add_row("MFU", f"model FLOPs over {peak}", *(f"{p.mfu:.1%}" for _, p in columns))
+    table.add_row(f"{hours_name(job)} per 1e9 tokens", "", *(f"{gpu_hours(p, job):,.3g}" for _, p in columns))
+    prices = [dollars(p, job) for _, p in columns]
     if job.cluster.price_per_gpu_hour is not None:
-        table.add_row("$ per 1e9 tokens", "", *(f"{_dollars(p, job):,.0f}" for _, p in columns))
+        at = f"at {job.cluster.price_per_gpu_hour:,.2f} USD per GPU-hour"
+        table.add_row("$ per 1e9 tokens", at, *(f"{price:,.0f}" for price in prices))
     console.print(table)
     memory = _table("bytes of the fullest rank", "", *(name for name, _ in columns))
     for item, meaning, values in memory_rows(columns):
@@ -162,6 +186,9 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     risk = f"of running out: predicted peaks err by {spread:.0%}"
     memory.add_row("OOM risk", risk, *(show_risk(p.out_of_memory_probability) for _, p in columns))
     console.print(memory)
+    for name, p in columns:
+        for line in (interval_sentence(p), *(f"warning: {warning}" for warning in warnings(job, p))):
+            console.print(escape(f"{name}: {line}"))
 
 
 def print_comparison(found: Comparison, job: Job) -> None:
@@ -324,21 +351,24 @@ def print_profile(profile: Profile) -> None:
     console.print(table)
 
 
-def print_texts(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """A table of texts as they are; all columns but the first `texts` are numbers."""
+def print_texts(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1, last: bool = False
+) -> None:
+    """A table of texts as they are; all columns but the first `texts`, and the last if so, are numbers."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE)
     for place, name in enumerate(columns):
         # A reason or a layout may be longer than a terminal is wide.
-        table.add_column(escape(name), justify="left" if place < texts else "right", overflow="fold")
+        left = place < texts or (last and place == len(columns) - 1)
+        table.add_column(escape(name), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     _console().print(table)
 
 
-def _dollars(prediction: Prediction, job: Job) -> float:
-    """Price of a billion tokens on the whole cluster."""
-    assert job.cluster.price_per_gpu_hour is not None
-    return 1e9 / prediction.tokens_per_second / 3600 * job.world_size * job.cluster.price_per_gpu_hour
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences as they are, a line each."""
+    for line in lines:
+        _console().print(escape(line))
 
 
 def _ranks(job: Job) -> str:
@@ -376,6 +406,7 @@ def _number_cells(p: Prediction) -> list[str]:
     fits = "" if p.fits else " (does not fit)" if "too much" in p.problems[0] else " (impossible)"
     return [
         show_seconds(p.step_seconds),
+        interval_cell(p),
         f"{p.tokens_per_second_per_gpu:,.0f}",
         f"{p.mfu:.1%}",
         f"{p.memory.peak / 2**30:.1f}{fits}",

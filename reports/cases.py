@@ -203,21 +203,10 @@ class _Interpreter:
         wanted = _ATTENTION.get(attention, ())
         # The run is there: what the stack is able to do is no question.
         return dataclasses.replace(
-            stack,
+            stack.without_limits(),
             attention=wanted or stack.attention,
-            zero_stages=(1, 2, 3),
-            pipeline_zero_stages=(1, 2, 3),
-            schedules=SCHEDULES,
-            sequence_parallel="optional",
-            hybrid_shard=True,
-            recompute=("none", "selective", "full"),
             selective_recompute=self._selective(stack),
             offloaded_blocks=self._offloaded(),
-            context_parallel=stack.context_parallel or "ring",
-            expert_dispatch=stack.expert_dispatch or "all_to_all",
-            model_families=(),
-            pads_vocabulary=True,
-            ties_across_stages=True,
         )
 
     def _selective(self, stack: Stack) -> dict[str, float]:

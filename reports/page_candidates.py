@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.plan import Plan
-from reports.page_charts import GIB, dollars
+from reports.page_charts import GIB
 from reports.page_html import copy_box, esc
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.layout_text import parse_layout
+from simulator.price import dollars
 from simulator.results import Prediction
 from simulator.units import show_seconds
 

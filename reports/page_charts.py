@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from planner.plan import Plan
-from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, Ratio, error_figures, exam_groups, step_interval
+from planner.scaling import Scaling
+from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, error_figures, exam_groups, step_interval
 from simulator.job import Job
 from simulator.memory import capacity
+from simulator.price import hours_name
 from simulator.results import Measurement, MemoryBreakdown, Prediction
+from simulator.units import duration_unit, show_duration, show_tokens
 
 GIB = 2**30
 MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if field.name != "peak")
@@ -29,17 +31,6 @@ LEAST_RUNS = 5
 
 Chart = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
-
-
-def dollars(prediction: Prediction, job: Job, tokens: float = 1e9) -> float | None:
-    """Price of so many tokens on all GPUs of the job; None where the cluster file has no price."""
-    price = job.cluster.price_per_gpu_hour
-    return None if price is None else gpu_hours(prediction, job, tokens) * price
-
-
-def gpu_hours(prediction: Prediction, job: Job, tokens: float = 1e9) -> float:
-    """Hours of all GPUs of the job for so many tokens."""
-    return tokens / prediction.tokens_per_second / 3600 * job.world_size
 
 
 def axis(label: str, log: bool = False, zero: bool = False) -> dict[str, Any]:
@@ -115,19 +106,19 @@ def loss_chart(measurement: Measurement) -> Chart:
     return {"x": axis("step"), "y": axis("loss"), "series": [series("loss", "line", 0, points)]}
 
 
-def scaling_chart(plans: Sequence[Plan], known: Ratio | None) -> Chart:
+def scaling_chart(scaling: Scaling) -> Chart:
     """Tokens per second of the best layout over the number of GPUs, and what the smallest would give in proportion."""
-    ordered = sorted(plans, key=lambda plan: plan.job.world_size)
-    first = ordered[0]
-    points = []
-    for plan in ordered:
-        best, devices = plan.best, plan.job.world_size
-        interval = step_interval(best, known)
-        speeds = [plan.job.tokens_per_step / seconds for seconds in reversed(interval)] if interval else [None, None]
-        text = f"{devices} GPUs: {best.tokens_per_second:,.0f} tokens/s, {best.layout.short()}"
-        points.append((devices, best.tokens_per_second, *speeds, text))
-    per_gpu = first.best.tokens_per_second / first.job.world_size
-    ideal = [(plan.job.world_size, per_gpu * plan.job.world_size) for plan in ordered]
+    rows, points = scaling.rows, []
+    for row in rows:
+        p = row.prediction
+        interval = step_interval(p)
+        tokens = p.tokens_per_second * p.step_seconds
+        speeds = [tokens / seconds for seconds in reversed(interval)] if interval else [None, None]
+        text = (
+            f"{row.gpus} GPUs: {p.tokens_per_second:,.0f} tokens/s, {row.efficiency:.1%} efficient, {p.layout.short()}"
+        )
+        points.append((row.gpus, p.tokens_per_second, *speeds, text))
+    ideal = [(row.gpus, row.prediction.tokens_per_second / row.efficiency) for row in rows]
     return {
         "x": axis("GPUs", log=True),
         "y": axis("tokens/s", log=True),
@@ -138,36 +129,21 @@ def scaling_chart(plans: Sequence[Plan], known: Ratio | None) -> Chart:
     }
 
 
-def pareto_front(points: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Which points no other beats: none is at most as large in everything and smaller in something."""
-    return [
-        not any(all(a <= b for a, b in zip(other, point, strict=True)) and other != point for other in points)
-        for point in points
-    ]
-
-
-def pareto_rows(plans: Sequence[Plan]) -> list[tuple[Plan, Prediction, bool]]:
-    """The layouts of all plans that fit, and whether they are on the front of time, cost and GPUs."""
-    rows = [(plan, p) for plan in plans for p in (plan.best, *plan.runners_up) if p.fits]
-    figures = [(1 / p.tokens_per_second, gpu_hours(p, plan.job), plan.job.world_size) for plan, p in rows]
-    return [(plan, p, front) for (plan, p), front in zip(rows, pareto_front(figures), strict=True)]
-
-
-def pareto_chart(plans: Sequence[Plan]) -> Chart:
-    """Hours against dollars (or GPU hours, without a price) for a billion tokens."""
-    priced = plans[0].job.cluster.price_per_gpu_hour is not None
+def pareto_chart(scaling: Scaling) -> Chart:
+    """Time against dollars (or GPU-hours, without a price) for the tokens of the scaling."""
+    job, tokens = scaling.job, show_tokens(scaling.tokens)
+    unit = "$" if job.cluster.price_per_gpu_hour is not None else hours_name(job)
+    name, size = duration_unit(max(row.seconds for row in scaling.rows))
     groups: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
-    for plan, p, front in pareto_rows(plans):
-        hours, cost = 1e9 / p.tokens_per_second / 3600, dollars(p, plan.job)
-        spent = gpu_hours(p, plan.job) if cost is None else cost
-        unit = f"{spent:,.0f} GPU hours" if cost is None else f"${spent:,.0f}"
-        groups[front].append((spent, hours, f"{plan.job.world_size} GPUs: {hours:.3g} h, {unit}, {p.layout.short()}"))
+    for row in scaling.rows:
+        text = f"{row.gpus} GPUs: {show_duration(row.seconds)}, {row.cost:,.0f} {unit}, {row.prediction.layout.short()}"
+        groups[row.on_time_cost_front].append((row.cost, row.seconds / size, text))
     return {
-        "x": axis("$ for 10⁹ tokens" if priced else "GPU hours for 10⁹ tokens"),
-        "y": axis("hours for 10⁹ tokens", log=True),
+        "x": axis(f"{unit} for {tokens} tokens"),
+        "y": axis(f"{name} for {tokens} tokens", log=True),
         "series": [
-            series("other layouts", "points", 7, sorted(groups[False])),
-            series("on the front of time, cost and GPUs", "points", 0, sorted(groups[True])) | {"named": True},
+            series("slower and dearer than a larger one", "points", 7, sorted(groups[False])) | {"named": True},
+            series("on the front of time and cost", "points", 0, sorted(groups[True])) | {"named": True},
         ],
     }
 

@@ -66,11 +66,11 @@ def _stacked(
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
-    return _write(figure, path)
+    return write_both(figure, path)
 
 
-def _write(figure: Any, path: Path) -> list[Path]:
-    """Both formats; the SVG is the same whenever it is made."""
+def write_both(figure: Any, path: Path) -> list[Path]:
+    """A figure as `path`.png and `path`.svg; closes it. The SVG is the same whenever it is made."""
     from matplotlib import pyplot as plt
 
     written = []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from planner.plan import Plan, read_plan
+from planner.scaling import Scaling, read_scaling
+from reports.here import read_sentences
 from reports.scores import quantile
 from reports.tables import Comparison
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass
-from simulator.job import Job
 from simulator.layout import Layout
 from simulator.results import MeasuredTimeline, Measurement, Prediction
 from simulator.simulate import simulate
@@ -70,30 +72,20 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Measured over predicted step time: the 10th, 50th and 90th percentile over `count` runs, in words `runs`."""
-
-    low: float
-    median: float
-    high: float
-    count: int
-    runs: str
-
-
-@dataclass(frozen=True)
 class Inputs:
     """Everything besides the plan; a part that is not there leaves its section of the page out.
 
-    `reasons` are sentences why the plan wins; `plans` are plans of the same job on other numbers of nodes; `notes`
-    say what lay beside the plan and was left out.
+    `reasons` are sentences why the plan wins; `scaling` is the same job on several numbers of nodes; `notes` say what
+    lay beside the plan and was left out; `validated` are sentences about how far all runs of the folder are off.
     """
 
     comparisons: tuple[Comparison, ...] = ()
     measured: MeasuredTimeline | None = None
     exam: Exam | None = None
-    plans: tuple[Plan, ...] = ()
+    scaling: Scaling | None = None
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    validated: tuple[str, ...] = ()
 
     def run_of(self, layout: Layout) -> Measurement | None:
         """The measurement of a layout, if it was run."""
@@ -111,8 +103,8 @@ def find_plan(given: Path) -> Path:
 
 
 def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inputs:
-    """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json and
-    validation.json, or another file with the output of `validate published --json`.
+    """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json,
+    here.json, scaling.json and validation.json, or another file with the output of `validate published --json`.
 
     Raises UserError if one of them is not what its name says.
     """
@@ -126,7 +118,22 @@ def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inp
             measured = None
     exam_file = validation or folder / "validation.json"
     exam = read_exam(exam_file) if validation or exam_file.is_file() else None
-    return Inputs(tuple(comparisons), measured, exam, notes=tuple(notes))
+    here = folder / "here.json"
+    validated = read_sentences(here) if here.is_file() else []
+    scaling = None
+    if (path := folder / "scaling.json").is_file():
+        scaling = read_scaling(path)
+        if not _of_the_same_job(scaling, plan):
+            notes.append("scaling.json is of another job and is not shown.")
+            scaling = None
+    return Inputs(tuple(comparisons), measured, exam, scaling, notes=tuple(notes), validated=tuple(validated))
+
+
+def _of_the_same_job(scaling: Scaling, plan: Plan) -> bool:
+    """Whether a scaling is that of a plan's job but for nodes, and the batch that goes with them."""
+    training = dataclasses.replace(scaling.job.training, global_batch_size=plan.job.training.global_batch_size)
+    batch = scaling.scale_batch or training == scaling.job.training
+    return batch and dataclasses.replace(scaling.job, nodes=plan.job.nodes, training=training) == plan.job
 
 
 def read_exam(path: Path) -> Exam:
@@ -138,15 +145,17 @@ def read_exam(path: Path) -> Exam:
 
 
 def _comparisons(plan: Plan, folder: Path) -> list[Comparison]:
-    """The run of this plan, then those in runs/, the fewest ranks first."""
+    """The run of this plan, then those in runs/, those of its model first and the fewest ranks first of these."""
     found: list[Comparison] = []
     if (path := folder / "measurement.json").is_file():
         found.append(_compare("this plan", plan, path))
-    others = []
+    others: list[tuple[bool, Comparison]] = []
     for path in sorted(folder.glob("runs/*/measurement.json")):
         if (path.parent / "plan.json").is_file():
-            others.append(_compare(path.parent.name.replace("-", " "), read_plan(path.parent / "plan.json"), path))
-    return found + sorted(others, key=lambda c: c.measurement.world_size)
+            own = read_plan(path.parent / "plan.json")
+            others.append((own.job.model != plan.job.model, _compare(path.parent.name.replace("-", " "), own, path)))
+    others.sort(key=lambda one: (one[0], one[1].measurement.world_size))
+    return found + [one for _, one in others]
 
 
 def _compare(name: str, plan: Plan, path: Path) -> Comparison:
@@ -161,29 +170,9 @@ def _compare(name: str, plan: Plan, path: Path) -> Comparison:
     return Comparison(name, prediction, measurement)
 
 
-def ratio(exam: Exam | None, job: Job) -> Ratio | None:
-    """How long runs took relative to their prediction: those on the job's stack where there are enough, else all.
-
-    Throughput off by e (predicted / measured - 1) is a step that took 1 + e of its prediction. None for processors:
-    all published runs are on GPUs.
-    """
-    if exam is None or not exam.compared or job.cluster.gpu.kind == "cpu":
-        return None
-    same = [row for row in exam.compared if row.stack == job.stack.name]
-    enough = len(same) >= ENOUGH_RUNS
-    chosen, runs = (same, f"published runs with {job.stack.name}") if enough else (exam.compared, "published runs")
-    low, median, high = (quantile([1 + _error(row) for row in chosen], q) for q in (0.1, 0.5, 0.9))
-    assert low is not None and median is not None and high is not None
-    return Ratio(low, median, high, len(chosen), runs)
-
-
-def step_interval(prediction: Prediction, known: Ratio | None) -> tuple[float, float] | None:
-    """Seconds between which four of five such steps are expected, None where nothing is known about it.
-
-    The one place that knows where an interval comes from: today from published runs. A prediction that carries an
-    interval of its own would be asked first.
-    """
-    return (prediction.step_seconds * known.low, prediction.step_seconds * known.high) if known else None
+def step_interval(prediction: Prediction) -> tuple[float, float] | None:
+    """The ends of the prediction's interval; None where it carries none."""
+    return (prediction.interval.low, prediction.interval.high) if prediction.interval else None
 
 
 def exam_groups(rows: Sequence[ExamRow]) -> list[tuple[str, list[ExamRow]]]:

@@ -6,32 +6,23 @@ import dataclasses
 from collections.abc import Sequence
 
 from planner.plan import Plan
+from planner.scaling import Scaling
 from reports.page_candidates import candidates, pasteable
-from reports.page_charts import GIB, MEMORY, Table, dollars, pareto_rows
+from reports.page_charts import GIB, MEMORY, Table
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
-from reports.page_inputs import Exam, Inputs, Ratio, error_figures, exam_groups, step_interval
+from reports.page_inputs import Exam, Inputs, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
 from reports.tables import Comparison
+from simulator.error_bars import unseen_mfu
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
-from simulator.results import Breakdown, MeasuredTimeline, Prediction
-from simulator.units import show_bytes, show_seconds
+from simulator.price import dollars, hours_name
+from simulator.results import TIME_MEANING, Breakdown, MeasuredTimeline, Prediction
+from simulator.units import show_bytes, show_duration, show_seconds, show_tokens
 
 MOST_BARS = 16
 TIME = tuple(field.name for field in dataclasses.fields(Breakdown))
-MEANING = {
-    "compute": "kernels",
-    "recompute": "forward again, to save memory",
-    "tp": "tensor-parallel collectives that nothing hides",
-    "cp": "context-parallel exchange that nothing hides",
-    "ep": "expert exchange that nothing hides",
-    "pp": "waiting for a tensor on a link",
-    "dp": "gradients and parameters that nothing hides",
-    "bubble": "waiting for another stage",
-    "optimizer": "update and gradient norm",
-    "host": "launching kernels that the device outruns",
-}
 
 CONTROLS = (
     ("in", "+", "Zoom in"),
@@ -104,12 +95,12 @@ def _against_baseline(plan: Plan) -> str:
     return f"{gain:.3g} times as fast as plain data parallelism"
 
 
-def answer(plan: Plan, known: Ratio | None) -> str:
+def answer(plan: Plan) -> str:
     """The sentence, the figures, the layout to copy."""
     best, job = plan.best, plan.job
     device = "processor" if job.cluster.gpu.kind == "cpu" else "GPU"
     limit, cost = capacity(job, best.layout), dollars(best, job)
-    interval = step_interval(best, known)
+    interval = step_interval(best)
     spread = f"four of five: {show_seconds(interval[0])} to {show_seconds(interval[1])}" if interval else "predicted"
     tiles = [
         ("step", show_seconds(best.step_seconds), spread),
@@ -130,18 +121,26 @@ def answer(plan: Plan, known: Ratio | None) -> str:
         f"<div><dt>{esc(name)}</dt><dd>{esc(value)}<small>{esc(note)}</small></dd></div>" for name, value, note in tiles
     )
     return (
-        f'<p class="lead">{esc(recommendation(plan))}</p>'
+        f'<p class="lead">{esc(recommendation(plan))}</p>{_choice(plan)}'
         f'<dl class="tiles">{boxes}</dl>{copy_box(pasteable(best.layout, job), "layout")}'
     )
 
 
-def time_section(plan: Plan, inputs: Inputs, known: Ratio | None) -> str:
+def _choice(plan: Plan) -> str:
+    """Why this layout is recommended, and a claim that nobody has reached."""
+    said = [f"Recommended because {plan.choice.why}."] if plan.choice else []
+    if claim := unseen_mfu(plan.job, plan.best.mfu):
+        said.append(f"Warning: {claim}.")
+    return f'<p class="hint">{esc(" ".join(said))}</p>' if said else ""
+
+
+def time_section(plan: Plan, inputs: Inputs) -> str:
     """Where a step's time goes, the best beside the others, and measured where it was run."""
     found, named = [], candidates(plan)
     for one in named:
         p = one.prediction
         parts = {name: max(0.0, float(getattr(p.breakdown, name))) for name in TIME}
-        interval = step_interval(p, known)
+        interval = step_interval(p)
         found.append(Bar(one.name, p.layout.short(), parts, show_seconds(p.step_seconds), interval))
         if run := inputs.run_of(p.layout):
             step = run.step_seconds
@@ -156,15 +155,15 @@ def time_section(plan: Plan, inputs: Inputs, known: Ratio | None) -> str:
             )
     kinds = [name for name in TIME if any(bar.parts.get(name, 0.0) > 0 for bar in found)]
     rows = [
-        [name, MEANING[name], *(_share(getattr(one.prediction.breakdown, name), one.prediction) for one in named)]
+        [name, TIME_MEANING[name], *(_share(getattr(one.prediction.breakdown, name), one.prediction) for one in named)]
         for name in kinds
     ]
     rows.append(["step", "", *(show_seconds(one.prediction.step_seconds) for one in named)])
     whiskers = ""
-    if known:
+    if known := plan.best.interval:
         whiskers = (
-            f'<p class="hint">Lines at the ends of bars: four of five of {known.count} {esc(known.runs)} took '
-            f"{known.low:.2f} to {known.high:.2f} times their predicted step.</p>"
+            f'<p class="hint">Lines at the ends of bars: the step is between them with a probability of '
+            f"{known.level:.0%}. Known from {esc(known.source)}.</p>"
         )
     reasons = "".join(f"<li>{esc(reason)}</li>" for reason in inputs.reasons)
     return (
@@ -213,7 +212,8 @@ def measured_section(inputs: Inputs) -> str:
         "", "layout", "ranks", "step predicted", "measured", "p10 to p90", "error", "memory predicted", "measured",
         "error", "loss",
     ]  # fmt: skip
-    return table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
+    said = "".join(f"<p>{esc(sentence)}</p>" for sentence in inputs.validated)
+    return said + table(head, rows, 2) + '<p class="hint">Errors are predicted / measured − 1.</p>'
 
 
 def _comparison_cells(one: Comparison) -> list[str]:
@@ -269,30 +269,36 @@ def timeline_section(
     )
 
 
-def scaling_section(plans: Sequence[Plan], scaling: str, pareto: str) -> str:
-    """The best layout for each number of nodes, and the front of time, cost and GPUs."""
-    rows = []
-    for plan in sorted(plans, key=lambda plan: plan.job.world_size):
-        best, cost = plan.best, dollars(plan.best, plan.job)
-        rows.append([
-            str(plan.job.nodes), str(plan.job.world_size), show_seconds(best.step_seconds),
-            f"{best.tokens_per_second:,.0f}", f"{best.mfu:.1%}", "–" if cost is None else f"${cost:,.0f}",
-            best.layout.short(),
-        ])  # fmt: skip
-    front = [
+def scaling_section(scaling: Scaling, curve: str, front: str) -> str:
+    """The best layout for each number of nodes, where the curve bends, and the front of time, cost and GPUs."""
+    job, tokens = scaling.job, show_tokens(scaling.tokens)
+    priced = job.cluster.price_per_gpu_hour is not None
+    rows = [
         [
-            str(plan.job.world_size), f"{1e9 / p.tokens_per_second / 3600:,.3g}",
-            "–" if (cost := dollars(p, plan.job)) is None else f"${cost:,.0f}", p.layout.short(),
+            str(row.nodes), str(row.gpus), *([str(row.global_batch_size)] if scaling.scale_batch else []),
+            show_seconds(row.prediction.step_seconds), f"{row.prediction.tokens_per_second:,.0f}",
+            f"{row.prediction.mfu:.1%}", f"{row.efficiency:.1%}", show_duration(row.seconds),
+            f"${row.dollars:,.0f}" if row.dollars is not None else f"{row.gpu_hours:,.0f}",
+            f"{row.prediction.out_of_memory_probability:.1%}",
+            "time, cost" if row.on_time_cost_front else "GPUs" if row.on_front else "",
+            "yes" if row.nodes == scaling.chosen else "", row.prediction.layout.short(),
         ]
-        for plan, p, on_front in pareto_rows(plans)
-        if on_front
+        for row in scaling.rows
     ]  # fmt: skip
-    head = ["nodes", "GPUs", "step", "tokens/s", "MFU", "10⁹ tokens", "layout"]
+    head = [
+        "nodes", "GPUs", *(["batch"] if scaling.scale_batch else []), "step", "tokens/s", "MFU", "efficiency",
+        f"{tokens} tokens", "cost" if priced else hours_name(job), "runs out of memory", "best in", "chosen", "layout",
+    ]  # fmt: skip
+    said = [scaling.bend, *([f"By the objective, {scaling.reason}."] if scaling.reason else [])]
+    said += [f"{one.nodes} nodes: {one.reason}." for one in scaling.missing]
+    price = f"${job.cluster.price_per_gpu_hour:.2f} per GPU-hour" if priced else f"{hours_name(job)}, no price is known"
+    allowed = f"{job.objective.goodput:.0%} of the time" if job.objective.goodput else "all of the time"
+    batch = "grows with the GPUs" if scaling.scale_batch else "stays the same"
     return (
-        f"<p>The global batch stays the same.</p>{scaling}"
+        f"<p>The global batch {batch}. Cost: {esc(price)}; steps that count are made in {allowed}.</p>{curve}"
+        + "".join(f"<p>{esc(sentence)}</p>" for sentence in said if sentence)
         + table(head, rows, 0)
-        + f"<h3>Time, cost and GPUs</h3>{pareto}"
-        + folded("The front as a table", table(["GPUs", "hours for 10⁹ tokens", "cost", "layout"], front, 0))
+        + f"<h3>Time, cost and GPUs</h3>{front}"
     )
 
 

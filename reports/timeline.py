@@ -68,14 +68,29 @@ def kind_of(name: str) -> str:
 def join(prediction: Prediction, measured: MeasuredTimeline) -> list[OpTime]:
     """Every op of a known kind, rank by rank in the order in which it ran; one that a side does not have takes it no
     time. Spans of one name on one rank count together. A measured rank stands beside its pipeline rank, which is
-    predicted for all that do the same."""
+    predicted for all that do the same. Where no rank has an op for its reduction, as DDP and FSDP without a pipeline,
+    it happened inside of the last backward, which is predicted to take as much longer."""
     predicted, found = _seconds(prediction.timeline.spans), _seconds(measured.spans)
+    within = not any(kind_of(name) == "REDUCE_GRAD" for taken in found.values() for name in taken)
     rows = []
     for rank in range(measured.layout.world_size):
         expected = predicted.get(measured.layout.coordinates(rank)["pp"], {})
         taken = found.get(rank, {})
+        expected = _reduced_within(expected) if within else expected
         rows += [OpTime(rank, n, expected.get(n, 0.0), taken.get(n, 0.0)) for n in dict.fromkeys([*taken, *expected])]
     return rows
+
+
+def _reduced_within(expected: dict[str, float]) -> dict[str, float]:
+    """Seconds by op, those of a reduction added to the backward before it."""
+    found, last = dict[str, float](), ""
+    for name, seconds in expected.items():
+        if kind_of(name) == "REDUCE_GRAD" and last:
+            found[last] += seconds
+            continue
+        found[name] = seconds
+        last = name if kind_of(name) in ("B", "W") else last
+    return found
 
 
 def _seconds(spans: Iterable[Span]) -> dict[int, dict[str, float]]:

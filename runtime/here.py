@@ -24,10 +24,12 @@ from planner.plan import Plan, read_plan
 from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
 from runtime.hf_config import check_exchanged, hf_config
+from runtime.hosts import on_two_hosts
 from runtime.machine import CPU_RANK_ENVIRONMENT, processors
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
+from simulator.hosts import HOSTS, Wire
 from simulator.layout import Layout
 from simulator.results import Alone, Measurement
 
@@ -119,6 +121,7 @@ def run_here(
     max_restarts: int = 0,
     progress: Callable[[int, int], None] | None = None,
     timeout: float = 3600.0,
+    wire: Wire | None = None,
 ) -> Measurement:
     """Train a plan with torchrun on this machine and return what was measured, which is also written to `output`.
 
@@ -127,6 +130,7 @@ def run_here(
         right. max_restarts: how often torchrun may start all ranks again when one has died.
         progress: called with (steps done, steps) as the ranks report them.
         timeout: seconds until the run is given up.
+        wire: run on two hosts made of this machine with this link between them (runtime/hosts.py).
 
     Raises:
         UserError: the plan cannot run, or the ranks found that out.
@@ -141,8 +145,11 @@ def run_here(
     _check_folders(plan, settings)
     if max_restarts and settings.checkpoint is None:
         raise UserError(f"max-restarts = {max_restarts} needs --checkpoint DIR: there is nothing else to go on from")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += [f"--max-restarts={max_restarts}", "-m", "runtime", str(plan_path), *settings.arguments()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    program = [f"--max-restarts={max_restarts}", "-m", "runtime", str(plan_path), *settings.arguments()]
+    command = [*torchrun, "--standalone", f"--nproc-per-node={nproc}", *program]
+    if wire is not None:
+        command = on_two_hosts(wire, [*torchrun, f"--nproc-per-node={nproc // HOSTS}", *program])
     # The environment in which the profile was measured, also when there is one rank, so that layouts compare.
     environment = os.environ | CPU_RANK_ENVIRONMENT | (RESTART_ENVIRONMENT if max_restarts else {})
     code, tail = _run(command, environment, progress, timeout)

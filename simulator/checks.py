@@ -13,6 +13,7 @@ from simulator.cluster import ClusterSpec, Gpu
 from simulator.collectives import Collective
 from simulator.errors import UserError, nearest
 from simulator.model import ModelSpec
+from simulator.objective import Objective
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -75,7 +76,8 @@ def check_cluster(spec: ClusterSpec) -> None:
         raise UserError(f"{where}: oversubscribe = {spec.oversubscribe} must be from 1 to 64")
     if any(not 0 < speed <= 1 for speed in spec.concurrency):
         raise UserError(f"{where}: concurrency = {list(spec.concurrency)} must hold speeds above 0 and up to 1")
-    _at_least(where, "price_per_gpu_hour", spec.price_per_gpu_hour or 0.0, 0)
+    if spec.price_per_gpu_hour is not None:
+        _above_zero(where, "price_per_gpu_hour", [spec.price_per_gpu_hour])
     _check_links(spec, where)
 
 
@@ -117,7 +119,14 @@ def check_gpu(gpu: Gpu, where: str) -> None:
         "sustained",
     ):
         _above_zero(where, name, [getattr(gpu, name)])
-    for name in ("memory_overhead", "context_memory", "communicator_memory", "fragmentation", "overlap_slowdown"):
+    for name in (
+        "memory_overhead",
+        "context_memory",
+        "communicator_memory",
+        "fragmentation",
+        "overlap_slowdown",
+        "timing_spread",
+    ):
         _at_least(where, name, getattr(gpu, name), 0)
     if not gpu.matmul:
         raise UserError(f"{where}: matmul is empty; it needs the rate of at least one precision")
@@ -163,7 +172,32 @@ def check_job(job: Job, where: str) -> None:
             f"that {job.model.name} has"
         )
     _check_precision(job, where)
+    check_objective(job.objective, where)
     job.stragglers.check(int(job.world_size * job.cluster.oversubscribe), where)
+
+
+def check_objective(objective: Objective, where: str) -> None:
+    """A goal that has what it needs, and nothing that says nothing with it."""
+    for key in ("tokens", "deadline"):
+        value = getattr(objective, key)
+        if value is not None:
+            _above_zero(where, f"objective.{key}", [value])
+        elif objective.goal == "deadline":
+            example = 'tokens = "1T"' if key == "tokens" else 'deadline = "30 days"'
+            raise UserError(f"{where}: objective.goal = 'deadline' needs objective.{key}, like {example}")
+    if objective.deadline is not None and objective.goal != "deadline":
+        raise UserError(
+            f"{where}: objective.deadline says nothing with objective.goal = '{objective.goal}'; did you mean "
+            "'deadline'?"
+        )
+    if objective.goodput is not None and not 0 < objective.goodput <= 1:
+        raise UserError(
+            f"{where}: objective.goodput = {objective.goodput:g} must be above 0 and at most 1: the share of the time "
+            "in which steps are made that count"
+        )
+    for count in objective.nodes:
+        if count < 1:
+            raise UserError(f"{where}: objective.nodes = {list(objective.nodes)} must hold numbers of at least 1")
 
 
 def _check_precision(job: Job, where: str) -> None:

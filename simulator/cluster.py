@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from simulator.files import STRICT
-from simulator.units import BANDWIDTH, BYTES, FLOPS, SECONDS
+from simulator.units import BANDWIDTH, BYTES, DOLLARS, FLOPS, SECONDS
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -92,7 +92,8 @@ class Gpu:
 
     `peak` is the data sheet's (the denominator of MFU), `matmul` what large products reach. `host` is measured on
     the machine; without it the stack's own value holds. `sustained` is the clock under a training load relative
-    to a single kernel's.
+    to a single kernel's. `timing_spread` is ln(90th / 10th percentile) of the machine's own timings, 0 where nobody
+    measured it.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Gpu:
     communicator_memory: Annotated[float, BYTES] = 0.0
     fragmentation: float = 0.0
     overlap_slowdown: float = 0.0
+    timing_spread: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -166,6 +168,20 @@ class Link:
 
 
 @dataclass(frozen=True)
+class CollectiveSample:
+    """One measured collective, alone on its links: `ranks` spread evenly over `domains`, bytes of the whole buffer."""
+
+    collective: str
+    ranks: int
+    domains: int
+    bytes: float
+    seconds: float
+    source: str = ""
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class ClusterSpec:
     """Everything a cluster file says. One kind of node, repeated.
 
@@ -173,7 +189,9 @@ class ClusterSpec:
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
     send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
     1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
-    every rank has its own device.
+    every rank has its own device. price_per_gpu_hour is in US dollars, of one GPU with its share of the node. samples
+    are what constants of this file were fitted to (fabric_fit.py): kept to be read and fitted again, not used
+    otherwise.
     """
 
     name: str
@@ -189,7 +207,8 @@ class ClusterSpec:
     spine_oversubscription: float = 1.0
     oversubscribe: float = 1.0
     concurrency: tuple[float, ...] = ()
-    price_per_gpu_hour: float | None = None
+    price_per_gpu_hour: Annotated[float | None, DOLLARS] = None
+    samples: tuple[CollectiveSample, ...] = ()
 
     __pydantic_config__ = STRICT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -111,8 +112,14 @@ def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: C
 
 
 def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
-    """Over several domains: a tree or rings on the cards, as fast as the slower of cards and domain."""
+    """Over several domains: a tree or rings on the cards, as fast as the slower of cards and domain. Hosts that are
+    made of one machine have its processors to send with: there it is never faster than with all ranks on it."""
     assert spec.scale_out is not None
+    if spec.concurrency:
+        inside = dataclasses.replace(shape, domains=1, bandwidth=spec.scale_up.bandwidth, spine=math.inf)
+        wire = _fit(spec.scale_out.collectives[collective], shape.domains)
+        seconds = wire.latency + x / (wire.efficiency * shape.slowest) + wire.ramp * math.sqrt(x)
+        return max(seconds, _inside_seconds(collective, x, inside, spec))
     outside = _fit(spec.scale_out.collectives[collective], shape.domains)
     cards = outside.efficiency * shape.slowest
     rings = [

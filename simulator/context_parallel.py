@@ -10,6 +10,7 @@ Causal attention is balanced: of 2c chunks of the sequence rank i holds the i-th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape
@@ -65,19 +66,19 @@ def context_seconds(job: Job, core: Attention, cp: GroupShape, forward: float, b
 
     Ignored: that the steps of a ring are uneven under a sliding window.
     """
-    moved = context_transfers(job, core, cp.ranks)
-    if job.stack.context_parallel != "ring":
-        there, back = (transfer_seconds(transfers, {"cp": cp}, job.cluster) for transfers in moved)
-        return there, back
-    there, back = (
-        sum(t.times * sum(message_seconds(t.size, _neighbours(cp), job.cluster)) for t in transfers)
-        for transfers in moved
-    )
-    if not job.stack.overlap_cp:
+    there, back = (moved_seconds(job, transfers, cp) for transfers in context_transfers(job, core, cp.ranks))
+    if job.stack.context_parallel != "ring" or not job.stack.overlap_cp:
         return there, back
     gpu, steps = job.cluster.gpu, cp.ranks - 1
     hidden_by = (forward * steps / cp.ranks, backward * steps / cp.ranks)
     return gpu.exposed(there, hidden_by[0]), gpu.exposed(back, hidden_by[1])
+
+
+def moved_seconds(job: Job, transfers: Iterable[Transfer], cp: GroupShape) -> float:
+    """Seconds of an attention core's transfers alone on their links; a step of a ring is a message to the neighbour."""
+    if job.stack.context_parallel != "ring":
+        return transfer_seconds(transfers, {"cp": cp}, job.cluster)
+    return sum(t.times * sum(message_seconds(t.size, _neighbours(cp), job.cluster)) for t in transfers)
 
 
 def _neighbours(cp: GroupShape) -> GroupShape:

@@ -14,7 +14,7 @@ embedding, the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,35 +108,45 @@ class DataParallel:
 
     def gather_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
         """All-gather parameters of this many units."""
-        width = self.job.stack.recipes[self.job.training.precision].compute
-        return self._seconds(
-            gather_transfer(
-                self.job, parameters - experts, "shard", self._pieces((parameters - experts) * width, units)
-            ),
+        return self.seconds(self.gathers(parameters, experts, units))
+
+    def gathers(self, parameters: float, experts: float, units: int = 1) -> tuple[Transfer, ...]:
+        """The collectives of that, of dense parameters and of experts."""
+        width, dense = self.job.stack.recipes[self.job.training.precision].compute, parameters - experts
+        return (
+            gather_transfer(self.job, dense, "shard", self._pieces(dense * width, units)),
             gather_transfer(self.job, experts, "expert_shard", self._pieces(experts * width, units)),
         )
 
     def scatter_seconds(self, parameters: float, experts: float, units: int = 1) -> float:
         """Reduce-scatter the gradients of this many units over the shards; frozen weights have none."""
+        return self.seconds(self.scatters(parameters, experts, units))
+
+    def scatters(self, parameters: float, experts: float, units: int = 1) -> tuple[Transfer, ...]:
+        """The collectives of that."""
         if self.job.training.peft != "none":
-            return 0.0
+            return ()
         dense = parameters - experts
-        return self._seconds(
+        return (
             scatter_transfer(self.job, dense, "shard", self._reduced_pieces(dense, units)),
             scatter_transfer(self.job, experts, "expert_shard", self._reduced_pieces(experts, units)),
         )
 
     def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
+        replicas = self.seconds(self.replicas(parameters, experts, units))
+        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
+
+    def replicas(self, parameters: float, experts: float, units: int) -> tuple[Transfer, ...]:
+        """The collectives over replicas at the end of the step; frozen weights have none."""
         if self.job.training.peft != "none":
-            return 0.0
+            return ()
         dense, shards = parameters - experts, expert_grid(self.layout, self.job.stack).shards
         pieces = [self._reduced_pieces(one, units) for one in (dense, experts)]
-        replicas = self._seconds(
+        return (
             replica_transfer(self.job, dense, "replicate", self.layout.shards, pieces[0]),
             replica_transfer(self.job, experts, "expert_replicate", shards, pieces[1]),
         )
-        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
 
     def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""
@@ -145,7 +155,8 @@ class DataParallel:
             return 0.0
         return self.gather_seconds(parameters, experts, units)
 
-    def _seconds(self, *transfers: Transfer) -> float:
+    def seconds(self, transfers: Iterable[Transfer]) -> float:
+        """Seconds of collectives over these groups, one after another."""
         names = ("shard", "replicate", "expert_shard", "expert_replicate")
         return transfer_seconds(transfers, {name: getattr(self, name) for name in names}, self.job.cluster)
 

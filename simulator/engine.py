@@ -10,7 +10,9 @@ wait for the ranks of their group, its messages go to the very peer. Both give t
 (tests/simulator/test_unfolded.py); ranks of different speed need the unfolded one.
 
 On a machine without GPUs the ranks of a node share its processors (processors.py): k ranks that compute at once run
-at the measured speed of k, and communication over the loopback needs processors like everything else.
+at the measured speed of k, and communication over the loopback needs processors like everything else. The seconds of a
+collective of n ranks were measured while all n of them shared the processors, so that they hold as they are where no
+more than those n are active.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ Step = tuple[Callable[..., Waiting], Any]
 COMPUTE = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
+# Collectives within an op by the field of Work that they are spent on, with the axes of their ranks.
+COLLECTIVES = {"tp": ("tp",), "cp": ("cp",), "ep": ("dp_shard", "cp", "tp"), "dp": ("dp_shard", "cp")}
+WORLD = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
 # Axes whose ranks communicate within every op; that gather parameters together.
 LOCKSTEP, GATHERING = ("tp", "cp"), ("cp", "dp_shard")
 
@@ -133,6 +138,7 @@ class _Engine:
         self.lockstep_name = "tp" if layout.tp * layout.cp > 1 else "dp"
         self.spans: list[Span] = []
         self.pools: dict[int, Processors] = {}
+        self.per_node = max(1, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
@@ -170,9 +176,8 @@ class _Engine:
     def _make_rank(self, number: int) -> Rank:
         spec, pool, replicas = self.job.cluster, None, 1
         if spec.concurrency:
-            per_node = max(1, int(spec.gpus_per_node * spec.oversubscribe))
-            pool = self.pools.setdefault(number // per_node, Processors(self.env, spec.concurrency))
-            replicas = 1 if self.unfold else min(self.block, per_node)
+            pool = self.pools.setdefault(number // self.per_node, Processors(self.env, spec.concurrency))
+            replicas = 1 if self.unfold else min(self.block, self.per_node)
         rank = Rank(number // self.stride % self.layout.pp, number, pool, replicas, simpy.Resource(self.env, 1))
         rank.factor = self.slowdown.get(number, 1.0)
         if self.slowdown:
@@ -258,7 +263,7 @@ class _Engine:
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
-        spent = rank.seconds_of(work, self.lockstep_name)
+        spent = self._spent(rank, work)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
         for piece in range(pieces):
@@ -280,7 +285,7 @@ class _Engine:
             for gathered in rank.gathering.pop(leaf.stage or 0, []):
                 yield from rank.wait(gathered, "dp")
         work = pair_work(self.job, *(self.work[leaf.kind][leaf.stage or 0] for leaf in op.parts))
-        spent = rank.seconds_of(work, self.lockstep_name)
+        spent = self._spent(rank, work)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
         yield self._busy(rank, spent["total"])
@@ -289,6 +294,24 @@ class _Engine:
             if self._reduces(leaf):
                 rank.reducing.append(self._collective(rank, stages[leaf.stage or 0].reduce, leaf, self.reducing))
         self._span(rank, "compute", op, began)
+
+    def _spent(self, rank: Rank, work: Work) -> dict[str, float]:
+        """What an op's seconds are spent on, as `_busy` takes them: on shared processors those of collectives are what
+        they would be if their ranks did not share."""
+        spent = rank.seconds_of(work, self.lockstep_name)
+        if rank.processors is not None:
+            for name, axes in COLLECTIVES.items():
+                if spent[name]:
+                    alone = self._unshared(rank, spent[name], axes)
+                    spent["total"] -= spent[name] - alone
+                    spent[name] = alone
+        return spent
+
+    def _unshared(self, rank: Rank, seconds: float, axes: Axes) -> float:
+        """Seconds that a collective would take if its ranks had a processor each, which `_busy` makes longer again."""
+        if rank.processors is None:
+            return seconds
+        return seconds * rank.processors.speed_of(min(self.groups.group(rank.number, axes).size, self.per_node))
 
     def _reshard(self, rank: Rank, op: Op) -> None:
         """Dropping gathered parameters takes no time."""
@@ -303,7 +326,7 @@ class _Engine:
             if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
                 yield begin
             start = self.env.now
-            yield self._occupy(rank, self._ring(rank, axes), seconds)
+            yield self._occupy(rank, self._ring(rank, axes), self._unshared(rank, seconds, axes))
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):
                 yield end
             self._span(rank, "dp", op, start)
@@ -366,7 +389,9 @@ class _Engine:
             if route is not None:
                 self.network.start(route, seconds * route.alone, end)
                 return
-            callbacks = self._busy(rank, seconds).callbacks
+            # Between hosts the wire takes its time, and hardly any of the processors'.
+            apart = rank.number // self.per_node != target // self.per_node
+            callbacks = (self.env.timeout(seconds) if apart else self._busy(rank, seconds)).callbacks
             assert callbacks is not None
             callbacks.append(lambda _: end())
 
@@ -400,7 +425,8 @@ class _Engine:
             self.all_ready.succeed()
         yield from rank.wait(self.all_ready, "bubble")
         start = self.env.now
-        yield self._busy(rank, self._update_seconds(rank) * rank.factor + norm_seconds(self.job, self.layout))
+        norm = self._unshared(rank, norm_seconds(self.job, self.layout), WORLD)
+        yield self._busy(rank, self._update_seconds(rank) * rank.factor + norm)
         rank.spend("optimizer", self.env.now - start)
         self._span(rank, "compute", op, start)
 

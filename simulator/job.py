@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from simulator.errors import UserError, nearest
 from simulator.files import STRICT, read_toml, to_dataclass
 from simulator.layout import Layout
 from simulator.model import ModelSpec
+from simulator.objective import Objective
 from simulator.stack import Stack
 from simulator.stragglers import Stragglers
+from simulator.units import DOLLARS
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -57,7 +60,7 @@ class Training:
 @dataclass(frozen=True)
 class Job:
     """What to train, on what, and how. `search` pins or limits fields of the Layout: {"tp": [1, 2, 4]}; stragglers are
-    ranks and steps slower than the others."""
+    ranks and steps slower than the others; objective is what a number of nodes is chosen by."""
 
     model: ModelSpec
     cluster: ClusterSpec
@@ -66,6 +69,7 @@ class Job:
     stack: Stack
     search: dict[str, list[Any]] = field(default_factory=dict)
     stragglers: Stragglers = field(default_factory=Stragglers)
+    objective: Objective = field(default_factory=Objective)
 
     __pydantic_config__ = STRICT
 
@@ -106,7 +110,10 @@ def read_job(path: Path | str, overrides: list[str] | None = None) -> Job:
 
 def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> Job:
     """The job in a dictionary with the keys of a job.toml; paths in it are relative to `folder`."""
-    known = ("model", "cluster", "nodes", "profile", "training", "data", "search", "stragglers")
+    known = (
+        "model", "cluster", "nodes", "price_per_gpu_hour", "profile", "training", "data", "search", "stragglers",
+        "objective",
+    )  # fmt: skip
     for key in data:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, known)}")
@@ -116,14 +123,14 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
     nodes = data["nodes"]
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise UserError(f"{where}: nodes = {nodes!r} must be an integer of at least 1")
-    for key in ("training", "data", "search", "stragglers"):
+    for key in ("training", "data", "search", "stragglers", "objective"):
         if not isinstance(data.get(key, {}), dict):
             raise UserError(f"{where}: '{key}' must be a table: write [{key}] above its keys")
     for key in ("model", "cluster", "profile"):
         if not isinstance(data.get(key, ""), str):
             raise UserError(f"{where}: {key} = {data[key]!r} must be a text: a preset or a path")
     model = presets.find_model(data["model"], folder)
-    cluster = presets.find_cluster(data["cluster"], folder, data.get("profile"))
+    cluster = _priced(presets.find_cluster(data["cluster"], folder, data.get("profile")), data, where)
     settings = dict(data.get("training", {}))
     stack = presets.find_stack(settings.pop("stack", _default_stack(cluster)))
     for key in ("data", "tokenizer"):
@@ -131,9 +138,29 @@ def build_job(data: dict[str, Any], where: str, folder: Path | None = None) -> J
             settings[key] = presets.absolute(settings[key], folder)
     training = _training(settings, data.get("data", {}), model, cluster, nodes, where)
     stragglers = to_dataclass(Stragglers, data.get("stragglers", {}), f"{where} [stragglers]")
-    job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where), stragglers)
+    objective = _objective(data.get("objective", {}), where)
+    job = Job(model, cluster, nodes, training, stack, _search(data.get("search", {}), where), stragglers, objective)
     check_job(job, where)
     return job
+
+
+def _priced(cluster: ClusterSpec, data: dict[str, Any], where: str) -> ClusterSpec:
+    """The cluster at the job's own price, which replaces that of the cluster file."""
+    if "price_per_gpu_hour" not in data:
+        return cluster
+    price = DOLLARS.parse(data["price_per_gpu_hour"])
+    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
+        raise UserError(
+            f"{where}: price_per_gpu_hour = {data['price_per_gpu_hour']!r} must be above zero; write it like "
+            f'"{DOLLARS.example}"'
+        )
+    return dataclasses.replace(cluster, price_per_gpu_hour=float(price))
+
+
+def _objective(table: dict[str, Any], where: str) -> Objective:
+    """[objective]; who names a deadline means it."""
+    goal = {"goal": "deadline"} if "deadline" in table else {}
+    return to_dataclass(Objective, goal | table, f"{where} [objective]")
 
 
 def _default_stack(cluster: ClusterSpec) -> str:

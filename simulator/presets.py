@@ -48,10 +48,25 @@ def find_cluster(name: str, folder: Path | None = None, profile: str | None = No
         spec = profiles.cluster_of(profiles.read_profile(path))
         check_cluster(spec)
         return spec
-    data = dict(read_toml(_find("clusters", name, ".toml", folder, "cluster"), "cluster"))
+    return cluster_from_table(cluster_table(name, folder), f"cluster '{name}'")
+
+
+def cluster_table(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """What a cluster's file says, as it says it."""
+    if name.endswith((".txt", ".log")):
+        raise UserError(
+            f"cluster '{name}' is no .toml; `layoutwise cluster {name} --gpu h100 -o cluster.toml` makes one of what "
+            "`nvidia-smi topo -m` prints"
+        )
+    return read_toml(_find("clusters", name, ".toml", folder, "cluster"), "cluster")
+
+
+def cluster_from_table(table: dict[str, Any], where: str) -> ClusterSpec:
+    """The cluster that a file's table describes; its GPU may be a name."""
+    data = dict(table)
     if isinstance(data.get("gpu"), str):
         data["gpu"] = _gpu(data["gpu"])
-    spec = to_dataclass(ClusterSpec, data, f"cluster '{name}'")
+    spec = to_dataclass(ClusterSpec, data, where)
     check_cluster(spec)
     return spec
 

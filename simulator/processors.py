@@ -21,7 +21,14 @@ class Processors:
 
     def speed(self) -> float:
         """Speed of each active rank now, relative to one alone."""
-        active = sum(ranks for _, ranks in self.jobs.values())
+        return self.speed_of(sum(ranks for _, ranks in self.jobs.values()))
+
+    def speed_of(self, active: float) -> float:
+        """Speed of each of so many active ranks, relative to one alone.
+
+        >>> Processors(simpy.Environment(), (1.0, 0.9, 0.6, 0.45)).speed_of(4)
+        0.45
+        """
         if active <= 0:
             return 1.0
         known = len(self.speeds)

@@ -102,6 +102,7 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         host=profile.host,
         context_memory=profile.process_memory,
         source=f"measured {profile.created}",
+        timing_spread=timing_spread(profile.samples),
     )
     link = Link("loopback" if cpu else "measured", profile.link_bandwidth, profile.link_latency, profile.collectives)
     return ClusterSpec(
@@ -113,6 +114,12 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         concurrency=profile.concurrency,
         source=f"measured {profile.created}",
     )
+
+
+def timing_spread(samples: Sequence[Sample]) -> float:
+    """ln(90th / 10th percentile) of a timing's repetitions, the median over all timings; 0 where none is known."""
+    found = [float(np.log(s.p90 / s.p10)) for s in samples if s.p90 >= s.p10 > 0]
+    return float(np.median(found)) if found else 0.0
 
 
 def calibrate(

@@ -9,6 +9,28 @@ from typing import NamedTuple
 from simulator.files import STRICT
 from simulator.layout import Layout
 
+# What the fields of Breakdown and of MemoryBreakdown mean, for whoever reads them in a table.
+TIME_MEANING = {
+    "compute": "kernels",
+    "recompute": "forward again, to save memory",
+    "tp": "tensor-parallel collectives that nothing hides",
+    "cp": "context-parallel exchange that nothing hides",
+    "ep": "expert exchange that nothing hides",
+    "pp": "waiting for a tensor on a link",
+    "dp": "gradients and parameters that nothing hides",
+    "bubble": "waiting for another stage or replica",
+    "optimizer": "update and gradient norm",
+    "host": "launching kernels that the device outruns",
+}
+MEMORY_MEANING = {
+    "parameters": "weights",
+    "gradients": "summed over the microbatches",
+    "optimizer": "moments, and fp32 weights where the others are narrower",
+    "activations": "kept for the backward, times the microbatches alive",
+    "buffers": "gathered weights, tensors on the way",
+    "overhead": "device context, communicators, fragmentation",
+}
+
 
 @dataclass(frozen=True)
 class Breakdown:
@@ -121,6 +143,18 @@ class Synchronisation:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Seconds of a step between which it is expected with a probability of `level`, and what says so."""
+
+    low: float
+    high: float
+    level: float
+    source: str
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
 
@@ -128,7 +162,8 @@ class Prediction:
     its mean.
 
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
-    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py).
+    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py);
+    interval is that of step_seconds, given how far steps are off (error_bars.py).
     """
 
     layout: Layout
@@ -145,6 +180,7 @@ class Prediction:
     out_of_memory_probability: float
     timeline: Timeline = field(default=Timeline(), compare=False)
     synchronisation: Synchronisation | None = None
+    interval: Interval | None = None
 
     __pydantic_config__ = STRICT
 

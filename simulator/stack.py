@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -205,6 +206,26 @@ class Stack:
     server_piece_bytes: float = 0.0
 
     __pydantic_config__ = STRICT
+
+    def without_limits(self) -> Stack:
+        """The same software as if it could run every layout: its costs, without what it refuses."""
+        # layout.py needs this module.
+        from simulator.layout import SCHEDULES
+
+        return dataclasses.replace(
+            self,
+            zero_stages=(1, 2, 3),
+            pipeline_zero_stages=(1, 2, 3),
+            schedules=SCHEDULES,
+            sequence_parallel="optional",
+            hybrid_shard=True,
+            recompute=("none", "selective", "full"),
+            context_parallel=self.context_parallel or "ring",
+            expert_dispatch=self.expert_dispatch or "all_to_all",
+            model_families=(),
+            pads_vocabulary=True,
+            ties_across_stages=True,
+        )
 
     def missing(self, model: ModelSpec, expert_tp: int) -> list[str]:
         """Parts of a model that this stack has no modules for, with what asks for them; experts are cut over expert_tp

@@ -18,6 +18,14 @@ _SIZES = {p + "B": f for p, f in _PREFIX.items()}
 _BITS = {p + "b": f / 8 for p, f in _PREFIX.items()}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _SHOWN_TIMES = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+_DURATIONS = {
+    **dict.fromkeys(("s", "second", "seconds"), 1.0),
+    **dict.fromkeys(("min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86400.0),
+    **dict.fromkeys(("week", "weeks"), 7 * 86400.0),
+}
+_COUNTS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _NUMBER = re.compile(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(\S.*?)\s*")
 
 
@@ -62,6 +70,14 @@ def _rates(units: dict[str, float]) -> tuple[tuple[str, float], ...]:
 BYTES = Quantity("size", tuple(_SIZES.items()), "80 GB")
 BANDWIDTH = Quantity("bandwidth", _rates(_SIZES) + _rates(_BITS), "450 GB/s")
 SECONDS = Quantity("time", tuple(_TIMES.items()), "2 us")
+DURATION = Quantity("duration", tuple(_DURATIONS.items()), "30 days")
+TOKENS = Quantity(
+    "number of tokens",
+    tuple((unit, f) for p, f in _COUNTS.items() for unit in (p, f"{p} tokens".strip()) if unit),
+    "1.5T",
+)
+# US dollars; the key says of what and for how long.
+DOLLARS = Quantity("price", (("USD", 1.0), ("$", 1.0)), "2.50 USD")
 FLOPS = Quantity("rate of arithmetic", _rates({p + "FLOP": f for p, f in _PREFIX.items()}), "989 TFLOP/s")
 
 
@@ -80,3 +96,27 @@ def show_seconds(value: float) -> str:
     unit, size = next((u for u in _SHOWN_TIMES if abs(value) >= u[1]), _SHOWN_TIMES[-1])
     digits = value / size
     return f"{digits:.{max(0, 2 - int(math.log10(max(abs(digits), 1))))}f} {unit}"
+
+
+def show_duration(seconds: float) -> str:
+    """Three digits in days, hours or minutes, for what takes longer than a step: `"23.4 days"`."""
+    unit, size = duration_unit(seconds)
+    return show_seconds(seconds) if size == 1 else f"{_three_digits(seconds / size)} {unit}"
+
+
+def duration_unit(seconds: float) -> tuple[str, float]:
+    """The unit that suits a duration, and its seconds: `("days", 86400.0)`."""
+    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
+    return next((unit for unit in units if seconds >= unit[1]), ("s", 1.0))
+
+
+def show_tokens(tokens: float) -> str:
+    """As a user writes it: `"1.5T"`, `"300B"`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if tokens >= size:
+            return f"{tokens / size:.4g}{unit}"
+    return f"{tokens:,.0f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1.0))))}f}"

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("simulator", "planner", "runtime", "reports")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # The doors of the house: they may open every room, but only when somebody walks through.
-DOORS = ("planner/cli.py", "planner/commands/", "planner/demo.py", "planner/sync_trial.py")
+DOORS = ("planner/cli.py", "planner/commands/", "planner/demo.py", "planner/sync_trial.py", "planner/here_trial.py")
 ALLOWED = {
     "simulator": ("simulator",),
     "planner": ("simulator", "planner"),
     "runtime": ("simulator", "planner.plan", "runtime"),
-    "reports": ("simulator", "planner.plan", "reports"),
+    "reports": ("simulator", "planner.plan", "planner.scaling", "reports"),
 }
 HEAVY = {"torch": "runtime", "matplotlib": "reports"}
 DRAWERS = {"utils", "util", "common", "core", "helpers", "helper", "base", "manager", "misc"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="Model, cluster, nodes and recipe.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `layoutwise plan` wrote.")]
@@ -28,6 +29,29 @@ SlowRank = Annotated[
     str | None,
     typer.Option(metavar="R:X", help="An artificial straggler: rank R computes X times as long; 1:2.0,3:1.5."),
 ]
+
+WhatIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--what-if",
+        metavar="KEY=VALUE",
+        help="Plan the job anew with this changed: inter-node=2x, memory=+10GiB, nvlink=none, batch=0.5x, nodes=+1; "
+        "the usual ones without a value (and by default where that is quick), or none.",
+    ),
+]
+
+
+class WithOptionalWhatIf(TyperCommand):
+    """A command whose --what-if may stand alone, for "all"."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        filled = []
+        for place, word in enumerate(args):
+            filled.append(word)
+            behind = args[place + 1] if place + 1 < len(args) else "-"
+            if word == "--what-if" and "=" not in behind and behind not in ("all", "none"):
+                filled.append("all")
+        return super().parse_args(ctx, filled)
 
 
 def default_warmup(given: int | None, steps: int) -> int:

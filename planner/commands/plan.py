@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -9,12 +10,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from planner.commands import app
-from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile
-from planner.commands.terminal import print_json, progress
+from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFile, WhatIf, WithOptionalWhatIf
+from planner.commands.terminal import print_json, progress, say
 from simulator.errors import NothingFitsError, UserError
 
-# Each of them is simulated: on large jobs half a second.
-MOST_RANKED = 100
+# Each layout that is ranked is simulated, on large jobs for half a second; so many are where nobody says how many.
+MOST_RANKED, RANKED = 100, 5
 
 
 def _share(text: str) -> float:
@@ -35,24 +36,53 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
-    top: Annotated[int, typer.Option(help="How many layouts to rank; each one is simulated.")] = 5,
+    top: Annotated[int | None, typer.Option(help="How many layouts to rank, each one simulated; 5.")] = None,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
+    fastest: Annotated[
+        bool, typer.Option("--fastest", help="Take the shortest predicted step, however little it wins by.")
+    ] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Plan for these numbers of nodes: the scaling curve.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(metavar="GOAL", help="fastest, cheapest (tokens) or deadline: which of them is best.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of the whole training, like 1.5T.")] = None,
+    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="When they are trained, like 30 days.")] = None,
+    scale_batch: Annotated[
+        bool, typer.Option("--scale-batch", help="As many tokens a step for each GPU, not the same batch for all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend a layout; writes plan.json."""
+    """Recommend a layout; writes plan.json. Over several numbers of nodes, also scaling.json and a plan for each."""
     from planner import show
+    from planner.commands.scaling import plan_over_nodes
+    from planner.order import FASTEST
     from planner.plan import write_plan
+    from planner.scaling_table import cost_sentence
     from planner.search import plan as search
     from simulator.files import check_writable
     from simulator.job import read_job
 
-    if not 1 <= top <= MOST_RANKED:
+    if top is not None and not 1 <= top <= MOST_RANKED:
         raise UserError(f"--top {top} must be from 1 to {MOST_RANKED}: every layout that is ranked is simulated")
-    job, path = read_job(job_file, overrides), output / "plan.json"
+    # In quotes, so that a number without a unit is not taken for seconds.
+    quoted = None if deadline is None else json.dumps(deadline)
+    given = {"goal": objective, "tokens": tokens, "deadline": quoted}
+    options = [f"objective.{key}={value}" for key, value in given.items() if value is not None]
+    job, path = read_job(job_file, [*(overrides or []), *options]), output / "plan.json"
     check_writable(path)
+    if nodes is not None or job.objective.nodes or job.objective.goal != "fastest":
+        if fastest:
+            raise UserError("--fastest is for one number of nodes; leave out --nodes and [objective], or --fastest")
+        plan_over_nodes(job, nodes, scale_batch, output, (top or 1, top or RANKED), _share(gap), as_json)
+        return
+    if scale_batch:
+        raise UserError("--scale-batch says nothing for one number of nodes; add --nodes, like --nodes 4,8,16")
     try:
         with progress("planning", quiet=as_json) as report:
-            found = search(job, top, report, _share(gap))
+            order = FASTEST if fastest else None
+            found = search(job, top or RANKED, report, _share(gap), order, ties=not fastest)
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
@@ -60,6 +90,7 @@ def plan(
         print_json(show.plan_json(found))
         return
     show.print_plan(found)
+    typer.echo(cost_sentence(found))
     typer.echo(f"written to {path}")
 
 
@@ -81,24 +112,33 @@ def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoR
 @app.command()
 def simulate(
     job_file: JobFile,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help='Like "tp=8 pp=4"; ranks left over go to data.')],
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT",
+            help='Like "tp=8 pp=4"; ranks left over go to data. Or flags of Megatron-LM or torchtitan, or @FILE.',
+        ),
+    ],
     overrides: Overrides = None,
     trace: Annotated[Path | None, typer.Option(metavar="T.json", help="Write a Chrome / Perfetto trace.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict one layout."""
     from planner import show
+    from planner.imports import read_layout
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
-    from simulator.layout_text import parse_layout
     from simulator.simulate import simulate as predict
 
     job = read_job(job_file, overrides)
-    chosen = parse_layout(layout, job)
+    given = read_layout(layout, job)
+    chosen = given.layout
+    say(given.lines())
     problems = chosen.problems(job)
     if problems:
-        raise UserError(f"layout '{layout}' cannot run this job: {'; '.join(problems)}")
+        shown = chosen.short() if given.framework else layout
+        raise UserError(f"layout '{shown}' cannot run this job: {'; '.join(problems)}")
     prediction = predict(job, chosen, trace=trace is not None)
     if trace is not None:
         from reports.trace import chrome_trace
@@ -106,7 +146,7 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        print_json(show.prediction_json(prediction) | show.remedies_json(found))
+        print_json(show.prediction_json(prediction) | show.warnings_json(job, prediction) | show.remedies_json(found))
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)
@@ -134,32 +174,29 @@ def compare(
     show.print_comparison(found, job)
 
 
-@app.command()
+@app.command(cls=WithOptionalWhatIf)
 def explain(
     plan_file: PlanFile,
-    against: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Another layout to put beside it.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="LAYOUT", help="Another to put beside it: ours, flags of another framework, or @FILE."),
+    ] = None,
+    what_if: WhatIf = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where the time and the memory of a plan go, beside plain data parallelism and a layout of yours."""
-    from planner import show
-    from planner.explain import explain as compare
-    from planner.explain import sentences
+    """Say where time and memory of a plan go, what binds it, what would change it, and why another layout loses."""
+    from planner.explain import explain as put_together
+    from planner.explain_report import explanation_json, look_further, print_explanation
+    from planner.imports import read_layout
     from planner.plan import read_plan
-    from planner.remedies import advice
 
     read = read_plan(plan_file)
-    columns = compare(read, against)
-    # The plain baseline is there to be compared; nobody wants to make it fit.
-    found = {name: advice(read.job, p) for name, p in columns if name != "data parallel"}
+    other = None if against is None else read_layout(against, read.job)
+    say(other.lines() if other else ())
+    found = put_together(read, other.layout if other else None)
+    with progress("planning", quiet=as_json) as report:
+        further = look_further(read, what_if, report)
     if as_json:
-        documents = {name: show.prediction_json(p) for name, p in columns}
-        for name, one in found.items():
-            documents[name] |= show.memory_json(dict(columns)[name], read.job) | show.remedies_json(one)
-        print_json(documents | {"reasons": sentences(columns)})
+        print_json(explanation_json(read, found, further))
         return
-    show.print_columns(columns, read.job)
-    for sentence in sentences(columns):
-        typer.echo(sentence)
-    for name, one in found.items():
-        show.print_memory(name, dict(columns)[name], read.job)
-        show.print_advice(dict(columns)[name], read.job, one, name)
+    print_explanation(read, found, further)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,12 @@ import typer
 
 def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
+
+
+def say(lines: Iterable[str]) -> None:
+    """How the input was understood: on stderr, because stdout has the result alone."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 @contextmanager

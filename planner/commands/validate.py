@@ -88,3 +88,59 @@ def validate_sync(
     for count, ways in found["workers"].items():
         show.print_texts(f"{count} workers", COLUMNS, [cells(SyncRow(**row)) for row in ways])
     typer.echo(f"written to {output / 'sync.md'}")
+
+
+@validate.command("here")
+def validate_here(
+    job_files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[JOB.toml ...]", help="What to train; a small ladder by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every layout is run; medians over them count.")] = 2,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run, the first two of them without times.")] = 5,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE [DELAY]", help='Two hosts made of this machine, joined so: "100 MB/s", "1 GB/s 1 ms", none.'
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="PROFILE.json", help="Predict with this; else with a fresh profile of here.")
+    ] = None,
+    output: Folder = Path("out/here"),
+    as_json: AsJson = False,
+) -> None:
+    """Plan jobs for this machine, run the recommendation and its rivals in rounds, and compare with the predictions."""
+    from planner import show
+    from planner.here_trial import Course, skipped, validate_machine
+    from reports.here import ops_of_all
+    from reports.here_page import COLUMNS, OPS, layout_cells, said_of
+    from reports.timeline import cells
+    from simulator.files import check_writable
+    from simulator.hosts import parse_wire
+
+    wire = None if link is None else parse_wire(link)
+    check_writable(output / "here.json")
+    if wire is not None and (reason := skipped(wire)):
+        if as_json:
+            print_json({"layouts": [], "recommended": None, "summary": None, "skipped": reason})
+        else:
+            typer.echo(f"skipped: {reason}")
+        return
+    course = Course(rounds, steps, min(2, steps - 1))
+    with progress("validating", quiet=as_json, lines=True) as report:
+        jobs, document, written = validate_machine(job_files or [], course, output, report, wire, profile)
+    if as_json:
+        print_json(document)
+        return
+    typer.echo(f"{document['profile']}; {document['course']}")
+    for job in jobs:
+        title = f"{job.model} (* {job.recommended} is recommended)"
+        show.print_texts(title, COLUMNS, [layout_cells(trial, job.recommended) for trial in job.trials])
+        for name, reason in job.missing.items():
+            typer.echo(f"not run: {name}: {reason}")
+    every = [trial for job in jobs for trial in job.trials]
+    show.print_texts("where it errs, all ranks", OPS, [cells(one) for one in ops_of_all(every)])
+    for sentence in said_of(document):
+        typer.echo(sentence)
+    for path in written:
+        typer.echo(f"written to {path}")

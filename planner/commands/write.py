@@ -114,10 +114,10 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
     import dataclasses
-    import math
 
-    from planner.explain import explain, sentences
-    from planner.other_nodes import PATIENCE, node_counts, plans_for
+    from planner.explain import explain
+    from planner.explain_report import reasons
+    from planner.other_nodes import for_report
     from planner.plan import read_plan
     from reports.page import write_report
     from reports.page_inputs import find_inputs, find_plan
@@ -126,15 +126,11 @@ def report(
     path = find_plan(plan_given)
     read, folder = read_plan(path), output or path.parent
     check_writable(folder / "report.html")
-    counts = node_counts(read, nodes)
     inputs = find_inputs(read, path.parent, validation)
     with progress("planning", quiet=as_json) as report_progress:
-        plans, notes = plans_for(read, counts, report_progress, PATIENCE if nodes is None else math.inf)
-    written = write_report(
-        read,
-        dataclasses.replace(inputs, plans=plans, reasons=tuple(sentences(explain(read))), notes=inputs.notes + notes),
-        folder,
-    )
+        scaling = for_report(read, nodes, inputs.scaling, report_progress)
+    why = tuple(reasons(read, explain(read)))
+    written = write_report(read, dataclasses.replace(inputs, scaling=scaling, reasons=why), folder)
     if as_json:
         print_json({"page": str(written[0]), "files": [str(one) for one in written]})
         return

@@ -14,7 +14,7 @@ from planner.plan import Plan
 
 WRITTEN_FOR = "Megatron-Bridge 0.6.2"
 STACKS = ("megatron-bridge",)
-_PRECISION = {
+PRECISION = {
     "bf16": "bf16_mixed",
     "fp16": "fp16_mixed",
     "fp8": "bf16_with_fp8_current_scaling_mixed",
@@ -45,8 +45,8 @@ def {name}() -> ConfigContainer:
 def problems(plan: Plan) -> list[str]:
     """What Megatron-Bridge cannot express."""
     found = megatron.shared_problems(plan)
-    if plan.job.training.precision not in _PRECISION:
-        found.append(f"mixed_precision has no {plan.job.training.precision}; it has {', '.join(_PRECISION)}")
+    if plan.job.training.precision not in PRECISION:
+        found.append(f"mixed_precision has no {plan.job.training.precision}; it has {', '.join(PRECISION)}")
     return found
 
 
@@ -100,7 +100,7 @@ def _body(plan: Plan) -> list[str]:
         f"cfg.train.global_batch_size = {batch['global_batch_size']}",
         f"cfg.model.seq_length = {batch['seq_length']}",
         f"cfg.dataset.seq_length = {batch['seq_length']}",
-        f'cfg.mixed_precision = get_mixed_precision_config("{_PRECISION[plan.job.training.precision]}")',
+        f'cfg.mixed_precision = get_mixed_precision_config("{PRECISION[plan.job.training.precision]}")',
         f"cfg.mixed_precision.grad_reduce_in_fp32 = {fp32}",
         f"cfg.comm_overlap = CommOverlapConfig({overlaps})",
     ]

@@ -18,7 +18,7 @@ STACKS = ("torchtitan", "torchtitan-compile")
 FILE = "layoutwise_torchtitan.py"
 _PRECISIONS = {"bf16": "bfloat16", "fp32": "float32", "fp8": "bfloat16"}
 _RECOMPUTE = {"none": "None", "selective": "SelectiveAC.Config()", "full": "FullAC.Config()"}
-_RESHARD = {0: "default", 2: "never", 3: "always"}
+RESHARD = {0: "default", 2: "never", 3: "always"}
 # Stacks whose kernels are PyTorch's, one by one; the others fuse them, as torch.compile does.
 _EAGER = ("torchtitan", "layoutwise-cpu", "layoutwise-cuda")
 # (layers, hidden size, vocabulary, experts) of the models that torchtitan has a recipe for: module, recipe, flavor.
@@ -119,7 +119,7 @@ def parallelism_settings(plan: Plan, stage_modules: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "data_parallel_replicate_degree": layout.dp_replicate,
         "data_parallel_shard_degree": layout.dp_shard,
-        "fsdp_reshard_after_forward": _RESHARD[layout.zero_stage],
+        "fsdp_reshard_after_forward": RESHARD[layout.zero_stage],
         "context_parallel_degree": layout.cp,
         "tensor_parallel_degree": layout.tp,
         "enable_sequence_parallel": layout.sequence_parallel,

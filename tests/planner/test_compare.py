@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner.compare import compare, comparison_json
-from planner.explain import mathematics, sentences
+from planner.explain import Explanation, mathematics, remarks
 from planner.export import TARGETS, export
 from planner.plan import read_plan, write_plan
 from planner.search import plan
@@ -106,7 +106,7 @@ def test_a_plan_that_changes_the_mathematics_says_so_everywhere(tmp_path: Path) 
     assert found.layout.sync == "local_sgd" and found.baseline.layout.sync == "all_reduce"
     assert found.best.synchronisation is not None and found.best.synchronisation.changes_mathematics
     assert "agree every 20 steps only" in mathematics(found.best)
-    assert any("changes the mathematics" in words for words in sentences([("recommended", found.best)]))
+    assert any("changes the mathematics" in words for words in remarks(Explanation([("recommended", found.best)], {})))
     read = read_plan(write_plan(found, tmp_path / "plan.json"))
     assert read.best == found.best
     for target in TARGETS:

@@ -92,13 +92,19 @@ def test_chart_by_hand() -> None:
         "  20.5 |::##",
         "       |####",
     ]
-    assert lines[HEIGHT:] == ["  18.0 +----", "   GiB  0 s2.00 s", "          ##  activations, 0 B to 8.00 GiB"]
+    assert lines[HEIGHT:] == [
+        "  18.0 +----",
+        "   GiB  0 s2.00 s",
+        "        the axis begins at 18.0 GiB, not at zero",
+        "          ##  activations, 0 B to 8.00 GiB",
+    ]
 
 
 def test_chart_marks_the_memory_there_is() -> None:
     """40 GiB from the first moment on, where 20 are there: the axis is 40 GiB, half of it above the line."""
     lines = chart([sample(0.0, 0, 40), sample(0.5, 0, 0), sample(1.0, 0, 0)], 1.0, 20 * GIB, width=2, blocks=" #")
     assert lines[0] == "  40.0 |# " and lines[4] == "  20.0 |#-"
+    assert not any("not at zero" in line for line in lines)
 
 
 def test_a_short_peak_is_not_lost() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from planner.order import FASTEST
 from planner.plan import read_plan, write_plan
 from planner.search import lower_bound, plan
 from planner.space import candidates, space, without_model_parallelism
@@ -60,7 +61,7 @@ def answer_is_brute_force(task: Job) -> None:
         with pytest.raises(NothingFitsError):
             plan(task)
         return
-    found = plan(task, top=3)
+    found = plan(task, top=3, order=FASTEST, ties=False)
     assert [p.step_seconds for p in (found.best, *found.runners_up)] == pytest.approx(fitting[:3])
 
 
@@ -89,7 +90,7 @@ def test_bound_is_admissible_for_every_schedule(name: str) -> None:
 
 def test_a_gap_stops_the_search_earlier_and_is_kept() -> None:
     task = job("llama-3.1-70b", "dgx-h100", 8, global_batch_size=256, seq_len=8192)
-    exact, rough = plan(task, top=1), plan(task, top=1, gap=0.05)
+    exact, rough = (plan(task, top=1, gap=gap, order=FASTEST, ties=False) for gap in (0.0, 0.05))
     assert exact.certificate.lower_bound_gap == 0
     assert 0 <= rough.certificate.lower_bound_gap <= 0.05
     assert rough.certificate.simulated <= exact.certificate.simulated
@@ -114,9 +115,10 @@ def test_another_order_has_its_own_optimum() -> None:
     task, order = job("llama-3.1-8b", global_batch_size=32, search=SMALL), _ShortPipelines()
     everything = [simulate(task, layout) for layout in candidates(task) if not layout.problems(task)]
     fitting = sorted((p for p in everything if p.fits), key=order.key)
-    found = plan(task, top=3, order=order)
+    found = plan(task, top=3, order=order, ties=False)
     assert [order.key(p)[0] for p in (found.best, *found.runners_up)] == [order.key(p)[0] for p in fitting[:3]]
-    assert found.best.layout.pp < plan(task, top=1).best.layout.pp or found.best == plan(task, top=1).best
+    fastest = plan(task, top=1, order=FASTEST, ties=False).best
+    assert found.best.layout.pp < fastest.layout.pp or found.best == fastest
 
 
 def test_certificate_accounts_for_every_layout() -> None:
@@ -169,6 +171,27 @@ def test_baseline_of_a_batch_that_is_too_small() -> None:
     assert found.baseline.problems[0] == "global_batch_size = 4 cannot be divided over 8 ranks; 4 would work"
     whole = found.baseline.tokens_per_second / 8
     assert found.baseline.tokens_per_second_per_gpu == pytest.approx(whole)
+
+
+def test_baseline_is_the_best_plain_layout() -> None:
+    """Replicas and ZeRO 1 to 3 over every number of shards, with every micro-batch and recomputation: the fastest that
+    fits is the baseline, by brute force."""
+    task = job("llama-3.1-8b", nodes=2, global_batch_size=64, seq_len=2048, stack="torchtitan")
+    found = plan(task).baseline
+    plain = dataclasses.replace(task, search=dict(without_model_parallelism(task)))
+    legal = [layout for layout in candidates(plain) if not layout.problems(task)]
+    assert {layout.zero_stage for layout in legal} == {0, *task.stack.zero_stages}
+    fitting = [p for p in (simulate(task, layout) for layout in legal) if p.fits]
+    assert found.fits and found.step_seconds == pytest.approx(min(p.step_seconds for p in fitting))
+
+
+def test_baseline_that_is_impossible_is_the_best_on_as_many_nodes_as_the_batch_divides_over() -> None:
+    """24 sequences over 2 nodes are 16 ranks, which do not divide them; 8 do. Half of the GPUs are idle."""
+    task = job("gpt2", nodes=2, global_batch_size=24, seq_len=512, search={"micro_batch_size": [1, 3]})
+    found, one = plan(task).baseline, plan(dataclasses.replace(task, nodes=1)).baseline
+    assert found.problems[0] == "global_batch_size = 24 cannot be divided over 16 ranks; 8 would work"
+    assert not found.fits and found.layout == one.layout and found.step_seconds == one.step_seconds
+    assert found.tokens_per_second_per_gpu == pytest.approx(one.tokens_per_second_per_gpu / 2)
 
 
 def test_nothing_fits_names_the_nearest_misses() -> None:

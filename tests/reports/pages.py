@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from planner.other_nodes import scaling_of
 from planner.plan import Plan, write_plan
+from planner.scaling import Scaling
 from planner.search import plan
 from simulator.files import write_json
 from simulator.job import build_job
@@ -33,6 +35,13 @@ EXAM_ROWS = [
 def make_plan(**job: Any) -> Plan:
     """A plan with runners-up and a baseline; words change keys of the job."""
     return plan(build_job(JOB | job, "test"), top=4)
+
+
+def scaling_beside(found: Plan) -> Scaling:
+    """The plan's job on its nodes and on twice as many, where a step takes as long."""
+    job = dataclasses.replace(found.job, nodes=2 * found.job.nodes)
+    best = dataclasses.replace(found.best, tokens_per_second_per_gpu=found.best.tokens_per_second_per_gpu / 2)
+    return scaling_of(found.job, [found, dataclasses.replace(found, job=job, best=best)], (), False)
 
 
 def exam_document() -> dict[str, Any]:

@@ -14,20 +14,21 @@ import pytest
 from command_line import call
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import exam_document, make_folder, make_plan
+from pages import exam_document, make_folder, make_plan, scaling_beside
 
-from planner.other_nodes import node_counts, plans_for
 from planner.plan import Plan
+from planner.scaling import write_scaling
 from reports.page import embedded, page, write_report
 from reports.page_candidates import candidates, pasteable
-from reports.page_charts import dollars, pareto_front, thinned
-from reports.page_inputs import Inputs, find_inputs, ratio, read_exam, step_interval
+from reports.page_charts import pareto_chart, scaling_chart, thinned
+from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
 from reports.page_sections import in_words, recommendation
 from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
 from simulator.errors import UserError
 from simulator.job import build_job
 from simulator.layout import Layout
 from simulator.layout_text import parse_layout
+from simulator.price import dollars
 from simulator.results import Prediction, Span, Timeline
 from simulator.simulate import simulate
 from simulator.units import show_seconds
@@ -100,8 +101,8 @@ def folder(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def full(plan: Plan, traced: Prediction, folder: Path) -> str:
     """A page with every section."""
     inputs = find_inputs(plan, folder)
-    other = dataclasses.replace(plan, job=dataclasses.replace(plan.job, nodes=4))
-    return page(plan, traced, dataclasses.replace(inputs, plans=(other,), reasons=("why",)), [("report/a b.png", "a")])
+    inputs = dataclasses.replace(inputs, scaling=scaling_beside(plan), reasons=("why",))
+    return page(plan, traced, inputs, [("report/a b.png", "a")])
 
 
 # The page
@@ -325,22 +326,12 @@ def test_a_page_of_a_large_plan_is_small() -> None:
 # What is put in
 
 
-def test_pareto_by_hand() -> None:
-    """(2, 2) is beaten by (1, 2); of equal points none beats the other."""
-    assert pareto_front([(1, 2), (2, 1), (2, 2), (1, 2), (0, 3)]) == [True, True, False, True, True]
-
-
-def test_the_exam_gives_an_interval(plan: Plan, folder: Path) -> None:
-    """Steps took 1 + error of their prediction: 1, 1.25 and 0.8 for all, as three runs of a stack are too few. Their
-    10th percentile lies 0.2 of the way from 0.8 to 1, the 90th 0.8 of the way from 1 to 1.25."""
+def test_an_interval_is_the_predictions_own(plan: Plan, folder: Path) -> None:
     exam = read_exam(folder / "validation.json")
     assert [row.id for row in exam.compared] == ["a", "b", "c"]
-    known = ratio(exam, plan.job)
-    assert known and known.count == 3
-    assert (known.low, known.median, known.high) == pytest.approx((0.84, 1.0, 1.2))
-    step = plan.best.step_seconds
-    assert step_interval(plan.best, known) == pytest.approx((0.84 * step, 1.2 * step))
-    assert ratio(None, plan.job) is None and step_interval(plan.best, None) is None
+    found = plan.best.interval
+    assert found and step_interval(plan.best) == (found.low, found.high)
+    assert step_interval(dataclasses.replace(plan.best, interval=None)) is None
 
 
 def test_bad_files_beside_a_plan_are_one_sentence(plan: Plan, tmp_path: Path) -> None:
@@ -371,22 +362,30 @@ def test_runs_in_a_folder_are_compared(plan: Plan, tmp_path: Path) -> None:
     assert found.memory_error == pytest.approx(1.0)
 
 
-def test_other_numbers_of_nodes(plan: Plan) -> None:
-    assert node_counts(plan) == (1, 4, 8)
-    assert node_counts(plan, "8, 4,4") == (4, 8) and node_counts(plan, "none") == ()
-    for bad, rule in (("4,x", "'x' is not a number"), ("0", "'0' is not"), ("99999999", "more than 131072 devices")):
-        with pytest.raises(UserError, match=rule):
-            node_counts(plan, bad)
-    alone = dataclasses.replace(plan.job.cluster, scale_out=None)
-    single = dataclasses.replace(plan, job=dataclasses.replace(plan.job, cluster=alone, nodes=1))
-    assert node_counts(single) == ()
-    with pytest.raises(UserError, match="need a network"):
-        node_counts(single, "2")
-    plans, notes = plans_for(plan, (1, 2), patience=100.0)
-    assert [other.job.nodes for other in plans] == [1] and notes == ()
-    assert plans_for(plan, (1, 4), patience=0.0) == (
-        (), ("Other numbers of nodes take longer to plan: --nodes 1,4 adds them.",)
-    )  # fmt: skip
+def test_the_scaling_of_the_same_job_is_shown(plan: Plan, tmp_path: Path) -> None:
+    """Twice the GPUs at the same step are half as efficient, cost twice as much and are no faster."""
+    make_folder(tmp_path, plan, measured=False)
+    scaling = scaling_beside(plan)
+    assert [(row.efficiency, row.on_front) for row in scaling.rows] == [(1.0, True), (0.5, False)]
+    write_scaling(scaling, tmp_path / "scaling.json")
+    inputs = find_inputs(plan, tmp_path)
+    assert inputs.scaling == scaling and inputs.notes == ()
+    chart = scaling_chart(scaling)
+    assert [point[0] for point in chart["series"][1]["points"]] == [16, 32]
+    assert [point[1] for point in chart["series"][1]["points"]] == pytest.approx(
+        2 * [plan.best.tokens_per_second], rel=1e-5
+    )
+    beaten, front = pareto_chart(scaling)["series"]
+    assert (len(beaten["points"]), len(front["points"])) == (1, 1)
+    assert front["points"][0][0] == pytest.approx(dollars(plan.best, plan.job), rel=1e-5)
+    for other in ({"nodes": 3}, {"search": {}}):
+        job = dataclasses.replace(plan.job, **other)
+        theirs = dataclasses.replace(scaling, job=job)
+        write_scaling(theirs, tmp_path / "scaling.json")
+        found = find_inputs(plan, tmp_path)
+        # Another number of nodes is what a scaling is about; another search is another job.
+        assert (found.scaling is None) == ("search" in other)
+    assert "another job" in found.notes[0]
 
 
 # The command

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import WHY_NOT, Browser, find_chromium
-from pages import make_folder, make_plan
+from pages import make_folder, make_plan, scaling_beside
 
 from reports.page import write_report
 from reports.page_inputs import find_inputs
@@ -22,8 +22,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with every section: a measured pipeline of two stages, the exam, two numbers of nodes."""
     plan = make_plan(search={"pp": [2], "tp": [1, 2], "virtual_stages": [1]})
     folder = make_folder(tmp_path_factory.mktemp("page"), plan)
-    other = dataclasses.replace(plan, job=dataclasses.replace(plan.job, nodes=4))
-    inputs = dataclasses.replace(find_inputs(plan, folder), plans=(other,))
+    inputs = dataclasses.replace(find_inputs(plan, folder), scaling=scaling_beside(plan))
     return write_report(plan, inputs, folder)[0]
 
 

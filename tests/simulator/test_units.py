@@ -7,7 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.errors import UserError, nearest
-from simulator.units import BANDWIDTH, BYTES, FLOPS, SECONDS, Quantity, show_bytes, show_seconds
+from simulator.units import (
+    BANDWIDTH,
+    BYTES,
+    DOLLARS,
+    DURATION,
+    FLOPS,
+    SECONDS,
+    TOKENS,
+    Quantity,
+    show_bytes,
+    show_duration,
+    show_seconds,
+    show_tokens,
+)
 
 amounts = st.floats(min_value=1e-6, max_value=1e6)
 
@@ -28,6 +41,13 @@ amounts = st.floats(min_value=1e-6, max_value=1e6)
         (SECONDS, " 10 ms ", 10e-3),
         (FLOPS, "989 TFLOP/s", 989e12),
         (FLOPS, "1.2 PFLOP/s", 1.2e15),
+        (TOKENS, "1.5T", 1.5e12),
+        (TOKENS, "300B tokens", 300e9),
+        (TOKENS, "5000 tokens", 5e3),
+        (DURATION, "30 days", 30 * 86400),
+        (DURATION, "2 weeks", 14 * 86400),
+        (DURATION, "90 min", 5400),
+        (DOLLARS, "2.50 USD", 2.5),
     ],
 )
 def test_a_text_with_a_unit_becomes_si(kind: Quantity, text: str, value: float) -> None:
@@ -47,6 +67,9 @@ def test_a_text_with_a_unit_becomes_si(kind: Quantity, text: str, value: float) 
         (BANDWIDTH, "450 Gbps"),
         (SECONDS, "2 minutes"),
         (FLOPS, "989 TFLOPS"),
+        (TOKENS, "1 trillion"),
+        (DURATION, "a month"),
+        (DOLLARS, "2.50 EUR"),
     ],
 )
 def test_a_text_without_the_right_unit_is_refused_with_an_example(kind: Quantity, text: str) -> None:
@@ -95,3 +118,11 @@ def test_quantities_are_shown_as_people_write_them() -> None:
 def test_a_wrong_word_is_answered_with_the_nearest_or_with_all() -> None:
     assert nearest("lama-3.1-8b", ["gpt2", "llama-3.1-8b"]) == "; did you mean 'llama-3.1-8b'?"
     assert nearest("x", ["fp32", "bf16"]) == "; valid: bf16, fp32"
+
+
+def test_durations_and_tokens_are_shown_as_they_are_written() -> None:
+    shown = [show_duration(seconds) for seconds in (30 * 86400, 1.5 * 86400, 3600, 90, 5)]
+    assert shown == ["30.0 days", "1.50 days", "1.00 h", "1.50 min", "5.00 s"]
+    assert show_duration(1234 * 86400) == "1,234 days"
+    for text in ("1.5T", "300B", "20M"):
+        assert show_tokens(TOKENS.parse(text)) == text

@@ -1,0 +1,159 @@
+"""Two hosts made of one machine: how a link is written, what the cluster costs, and what the link decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from planner.rivals import planned, rivals_of_hosts
+from simulator import presets
+from simulator.cluster import AttentionFit, AttentionKernel, ClusterSpec, CollectiveFit, Gpu, HostFit, Link, MatmulFit
+from simulator.collectives import collective_seconds
+from simulator.errors import UserError
+from simulator.hosts import Wire, parse_wire, ranks_per_host, two_hosts
+from simulator.job import Job, Training
+from simulator.layout import Layout
+from simulator.placement import layout_groups
+from simulator.simulate import simulate
+
+FITS = {
+    name: (CollectiveFit(2, 1e-4, efficiency), CollectiveFit(4, 1e-3, efficiency / 2))
+    for name, efficiency in (("all_reduce", 0.5), ("all_gather", 0.5), ("reduce_scatter", 0.25), ("all_to_all", 0.5))
+}
+LOOPBACK = Link("loopback", 4e9, 1e-4, FITS | {"send_recv": (CollectiveFit(2, 1e-4, 1.0),)})
+RATE = AttentionFit(4e10, 0.0, 4e10, 0.0)
+PROCESSOR = Gpu(
+    "cpu", "cpu", 12e9, 3e10, {"fp32": 8e10}, {"fp32": MatmulFit(8e10)}, source="test",
+    attention={"sdpa": (AttentionKernel(64, RATE, RATE),)}, host=HostFit(1e-5, 1e-5, 1e-4),
+)  # fmt: skip
+MACHINE = ClusterSpec(
+    "this-machine", PROCESSOR, 2, LOOPBACK, source="test", oversubscribe=2.0, concurrency=(1.0, 0.9, 0.6, 0.45)
+)
+
+
+def job_on(spec: ClusterSpec, nodes: int, batch: int = 32) -> Job:
+    training = Training(global_batch_size=batch, seq_len=128, precision="fp32")
+    return Job(presets.find_model("llama-bytes-12m"), spec, nodes, training, presets.find_stack("layoutwise-cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "wire"),
+    [
+        ("100 MB/s", Wire(1e8)),
+        ("100MB/s", Wire(1e8)),
+        ("1 Gb/s", Wire(1.25e8)),
+        ("100 MB/s 1ms", Wire(1e8, 1e-3)),
+        ("1 GB/s 0.5 ms", Wire(1e9, 5e-4)),
+        (" none ", Wire(math.inf)),
+    ],
+)
+def test_a_link_is_a_rate_and_a_delay(text: str, wire: Wire) -> None:
+    found = parse_wire(text)
+    assert (found.bandwidth, found.delay) == pytest.approx((wire.bandwidth, wire.delay))
+    assert str(parse_wire(str(found))) == str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must be a rate, or a rate and a delay, like"),
+        ("fast", "must be a rate"),
+        ("100", "must be a rate"),
+        ("100 MB", "must be a rate"),
+        ("100 m/s", "'100 m/s' is not a bandwidth; write it like"),
+        ("100 MB/s soon", "'soon' is not a time; write it like"),
+        ("100 MB/s 1", "'1' is not a time"),
+        ("1 kB/s", "the rate must be from 1 MB/s to 100 GB/s"),
+        ("100 MB/s 2 s", "the delay must be from 0 to 1 s"),
+        ("100 MB/s -1 ms", "the delay must be from 0 to 1 s"),
+    ],
+)
+def test_what_is_no_link_is_said(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^--link '{text}'.*{words}"):
+        parse_wire(text)
+
+
+def test_a_host_is_half_of_the_machine() -> None:
+    """Two processors: a host has one, and two ranks on it. Four at once on the machine have 0.45 of their speed, so
+    that two on each host have too; one on each has what two have, 0.9. Memory: 24 GB over four ranks."""
+    spec = two_hosts(MACHINE, Wire(1e8))
+    assert (spec.gpus_per_node, spec.oversubscribe, spec.concurrency) == (2, 1.0, (0.9, 0.45))
+    assert spec.gpu.memory == 6e9
+    assert [ranks_per_host(n) for n in (2, 3, 4, 8)] == [2, 2, 2, 4]
+
+
+def test_speeds_that_were_not_measured_keep_the_whole() -> None:
+    """Measured up to two at once, 2 · 0.9 in all: four have that together, 0.45 each."""
+    spec = two_hosts(dataclasses.replace(MACHINE, concurrency=(1.0, 0.9)), Wire(1e8))
+    assert spec.concurrency == pytest.approx((0.9, 0.45))
+
+
+def test_collectives_cross_the_wire_as_a_ring_does() -> None:
+    """An all-reduce of 40 MB over four ranks on two hosts: 2 · 3/4 · 40 MB = 60 MB over 100 MB/s, of which 1448 of
+    1514 bytes are payload, and 0.1 ms: 0.6274 s. gloo's reduce-scatter moves as much as its all-reduce does."""
+    spec = two_hosts(MACHINE, Wire(1e8))
+    layout = Layout(dp_replicate=4)
+    shape = layout_groups(job_on(spec, 2), layout)[0].replicate
+    assert (shape.ranks, shape.domains) == (4, 2)
+    expected = 6e7 / (1e8 * 1448 / 1514) + 1e-4
+    assert collective_seconds("all_reduce", 4e7, shape, spec) == pytest.approx(expected, rel=1e-9)
+    assert collective_seconds("reduce_scatter", 4e7, shape, spec) == pytest.approx(expected, rel=1e-9)
+    assert collective_seconds("all_gather", 4e7, shape, spec) == pytest.approx(expected / 2, rel=1e-3)
+
+
+def test_a_delay_is_crossed_four_times_by_an_all_reduce() -> None:
+    spec, slow = (two_hosts(MACHINE, Wire(1e8, delay)) for delay in (0.0, 1e-3))
+    shape = layout_groups(job_on(spec, 2), Layout(dp_replicate=4))[0].replicate
+    seconds = [collective_seconds("all_reduce", 1e6, shape, one) for one in (spec, slow)]
+    assert seconds[1] - seconds[0] == pytest.approx(4e-3)
+
+
+def test_a_wire_is_never_faster_than_the_loopback() -> None:
+    """60 MB of four ranks at 4 GB/s · 0.25 and 1 ms: 61 ms, whatever the wire could do."""
+    spec = two_hosts(MACHINE, Wire())
+    shape = layout_groups(job_on(spec, 2), Layout(dp_replicate=4))[0].replicate
+    assert collective_seconds("all_reduce", 4e7, shape, spec) == pytest.approx(0.061)
+
+
+def test_the_choice_changes_with_the_link() -> None:
+    """Data parallelism across a fast link, a pipeline across a slow one; tensor parallelism across it loses most."""
+    chosen = {}
+    for rate in (1e10, 1e8):
+        job = job_on(two_hosts(MACHINE, Wire(rate)), 2)
+        plans, _ = planned(job, rivals_of_hosts(2))
+        seconds = {name: one.best.step_seconds for name, one in plans.items()}
+        chosen[rate] = min(seconds, key=lambda name: seconds[name]), seconds
+    assert chosen[1e10][0].endswith("data across") or chosen[1e10][0] == "data across and inside"
+    assert chosen[1e8][0].endswith("pipeline across") or chosen[1e8][0] == "pipeline across and inside"
+    slow = chosen[1e8][1]
+    assert slow["tensor across and inside"] > 1.5 * slow["tensor inside, pipeline across"]
+    assert slow["tensor across and inside"] > slow["tensor inside, data across"]
+
+
+def test_a_slower_link_never_makes_a_step_shorter() -> None:
+    layouts = [Layout(dp_replicate=4), Layout(tp=4), Layout(pp=4), Layout(dp_replicate=2, pp=2), Layout(tp=2, pp=2)]
+    for layout in layouts:
+        steps = [
+            simulate(job_on(two_hosts(MACHINE, Wire(rate)), 2), layout).step_seconds for rate in (1e10, 1e9, 1e8, 1e7)
+        ]
+        assert steps == sorted(steps)
+
+
+def test_machines_that_cannot_be_two_hosts_are_refused() -> None:
+    with pytest.raises(UserError, match="this one has GPUs"):
+        two_hosts(presets.find_cluster("dgx-h100"), Wire(1e8))
+    alone = dataclasses.replace(MACHINE, gpus_per_node=1)
+    with pytest.raises(UserError, match="may use one processor"):
+        two_hosts(alone, Wire(1e8))
+
+
+def test_a_collective_alone_takes_what_was_measured() -> None:
+    """Four ranks on two processors: the all-reduce of their gradients was measured with all four, so that sharing is
+    in its seconds already. With 0.45 of the speed it would last 2.2 times as long."""
+    job = job_on(MACHINE, 1)
+    found = simulate(job, Layout(dp_replicate=4))
+    shape = layout_groups(job, Layout(dp_replicate=4))[0].replicate
+    gradients = 4.0 * job.model.parameters()
+    assert found.breakdown.dp == pytest.approx(collective_seconds("all_reduce", gradients, shape, MACHINE), rel=0.02)
