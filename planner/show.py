@@ -14,6 +14,7 @@ from rich.table import Table
 from planner.certainty import choice_lines, interval_cell, interval_sentence, interval_title, warnings
 from planner.compare import Comparison
 from planner.explain import mathematics, memory_rows, time_rows
+from planner.memory_parts_report import cell, part_rows, parts_json, parts_of
 from planner.memory_report import (
     BLOCKS,
     ITEMS,
@@ -70,7 +71,7 @@ def memory_json(prediction: Prediction, job: Job) -> dict[str, Any]:
     """What `explain --json` says of the memory of a prediction with its timeline: what decides, and the fullest rank
     over the step."""
     samples = [{"seconds": s.seconds, "op": s.op, "memory": plain(s.memory)} for s in fullest_samples(prediction)]
-    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples}
+    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples} | parts_json(job, prediction)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -246,6 +247,12 @@ def print_memory(name: str, prediction: Prediction, job: Job) -> None:
         table.add_row(ranks, *(f"{getattr(memory, item) / 2**30:.2f}" for item in (*ITEMS, "peak")))
     console.print(f"memory of {name} in GiB, each pipeline rank at its fullest")
     console.print(table)
+    groups = [ranks for ranks, _ in stage_rows(prediction)]
+    parts = _table("of it", "", *(f"rank {ranks}" for ranks in groups))
+    for item, part, sizes in part_rows(parts_of(job, prediction), groups):
+        parts.add_row(item, part, *(cell(*size) for size in sizes))
+    console.print(parts)
+    console.print("in parentheses: microbatches, or communicators")
     samples = fullest_samples(prediction)
     console.print(f"{name}, pipeline rank {samples[0].rank} over the step; dashes: what there is")
     encoding = console.encoding.lower()

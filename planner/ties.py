@@ -23,7 +23,7 @@ from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
-from simulator.simplicity import complications, recommended, tied
+from simulator.simplicity import complications, recommended
 from simulator.simulate import simulate
 from simulator.sync_cost import is_simulated
 
@@ -44,7 +44,7 @@ def resolve(
     share, top = tie_share(), best[0]
     safe = top.out_of_memory_probability <= HIGH_RISK
     limit = order.key(top)[0] * (1 + share)
-    pool = {p.layout: p for p in best}
+    pool = {p.layout: p for p in best if _risk_is_fine(p, safe)}
     if baseline.fits and _risk_is_fine(baseline, safe) and _allowed(job, baseline.layout):
         pool.setdefault(baseline.layout, baseline)
     tried: set[Layout] = set(pool)
@@ -58,12 +58,12 @@ def resolve(
         before, chosen = chosen, _simplest(order, pool, share)
         if chosen is before:
             break
-    behind = sorted((p for p in pool.values() if p is not chosen), key=order.key)
-    values = [order.key(p)[0] for p in (chosen, *behind)]
-    places = tied(values, share)
-    ties = tuple(p.layout for place, p in enumerate((chosen, *behind)) if place in places and p is not chosen)
+    others = sorted((p for p in pool.values() if p is not chosen), key=order.key)
+    ties = tuple(p.layout for p in others if order.key(p)[0] <= limit)
     choice = Choice(share, top.layout, top.step_seconds, fastest.layout, fastest.step_seconds, ties, "")
-    kept = behind[: max(0, len(best) - 1)]
+    # Shown are those that are likely to run out of memory too.
+    behind = sorted(({p.layout: p for p in best} | pool).values(), key=order.key)
+    kept = [p for p in behind if p is not chosen][: max(0, len(best) - 1)]
     return [chosen, *kept], dataclasses.replace(choice, why=_why(order, choice, chosen, baseline))
 
 

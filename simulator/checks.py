@@ -6,6 +6,7 @@ Every function raises UserError for the first thing that is wrong, and returns n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
@@ -165,6 +166,8 @@ def check_job(job: Job, where: str) -> None:
         raise UserError(f"{where}: training.global_batch_size = {batch} must be at most {MOST_SAMPLES} sequences")
     _above_zero(where, "training.learning_rate", [training.learning_rate])
     _above_zero(where, "training.max_grad_norm", [training.max_grad_norm])
+    if not 1 <= training.expert_load < math.inf:
+        raise UserError(f"{where}: training.expert_load = {training.expert_load:g} must be at least 1, the mean")
     longest = job.model.max_position_embeddings
     if job.model.position == "learned" and training.seq_len > longest:
         raise UserError(

@@ -227,7 +227,8 @@ class Measurement:
     """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
     `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out. Where replicas do
     not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are
-    their means."""
+    their means. peak_memory is what each rank needs, reserved_memory what it took at most, with what its allocator
+    keeps of what was freed."""
 
     layout: Layout
     world_size: int
@@ -242,6 +243,7 @@ class Measurement:
     versions: dict[str, str]
     updates: Updates | None = None
     sharding: Sharding | None = None
+    reserved_memory: tuple[float, ...] = ()
     version: int = 1
 
     __pydantic_config__ = STRICT

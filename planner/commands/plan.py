@@ -126,6 +126,7 @@ def simulate(
     """Predict one layout."""
     from planner import show
     from planner.imports import read_layout
+    from planner.memory_parts_report import parts_json
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
@@ -146,7 +147,8 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        print_json(show.prediction_json(prediction) | show.warnings_json(job, prediction) | show.remedies_json(found))
+        said = show.warnings_json(job, prediction) | show.remedies_json(found) | parts_json(job, prediction)
+        print_json(show.prediction_json(prediction) | said)
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)

@@ -313,7 +313,7 @@ def test_run_trains_and_measures(
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
         "layout", "world_size", "steps", "warmup", "step_seconds", "tokens_per_second", "peak_memory", "losses",
-        "grad_norms", "device", "versions", "updates", "sharding", "version",
+        "grad_norms", "device", "versions", "updates", "sharding", "reserved_memory", "version",
     ]  # fmt: skip
     assert document == json.loads((folder / "measurement.json").read_text())
     assert (document["steps"], len(document["losses"]), document["world_size"]) == (3, 3, 1)

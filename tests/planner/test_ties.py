@@ -12,7 +12,7 @@ from planner.order import FASTEST, Pessimistic
 from planner.plan import Plan, read_plan, write_plan
 from planner.search import plan
 from planner.space import candidates
-from planner.ties import simpler
+from planner.ties import resolve, simpler
 from simulator.error_bars import tie_share
 from simulator.files import plain, write_json
 from simulator.job import Job, build_job
@@ -118,3 +118,19 @@ def test_a_claim_that_nobody_reached_is_a_warning(small: tuple[Job, Plan]) -> No
     task, found = small
     assert warnings(task, dataclasses.replace(found.best, mfu=0.95))
     assert warnings(task, dataclasses.replace(found.best, mfu=0.1)) == []
+
+
+def test_a_simpler_layout_that_is_likely_to_run_out_of_memory_is_no_choice(small: tuple[Job, Plan]) -> None:
+    """Plain data parallelism ties with a hybrid, but its risk is above the limit: the hybrid stays, both are shown."""
+    task, _ = small
+    order = Pessimistic(task)
+    hybrid, plain_one = (simulate(task, Layout(dp_shard=4, tp=2, zero_stage=3)), simulate(task, Layout(dp_shard=8)))
+    hybrid = dataclasses.replace(hybrid, out_of_memory_probability=0.01)
+    seconds = hybrid.step_seconds * 1.01
+    plain_one = dataclasses.replace(plain_one, step_seconds=seconds, out_of_memory_probability=HIGH_RISK + 0.01)
+    pinned = dataclasses.replace(task, search={"tp": [2], "zero_stage": [3], "recompute": ["none"]})
+    found, choice = resolve(pinned, order, [hybrid, plain_one], plain_one, hybrid)
+    assert found == [hybrid, plain_one] and choice.ties == ()
+    fine = dataclasses.replace(plain_one, out_of_memory_probability=HIGH_RISK)
+    found, choice = resolve(pinned, order, [hybrid, fine], fine, hybrid)
+    assert found == [fine, hybrid] and choice.ties == (hybrid.layout,)
