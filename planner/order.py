@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.columns import Columns
-from simulator.error_bars import pessimistic_factor, pessimistic_factors
-from simulator.job import Job
 from simulator.layout import Layout
 from simulator.results import Prediction
 
@@ -40,7 +38,8 @@ class Order(Protocol):
 
 
 class Fastest:
-    """The shortest step; of equals the first by name."""
+    """The shortest step; of equals the first by name. The high end of a step's interval is a multiple of it that all
+    layouts of a job share, so the best under the pessimistic end is the same."""
 
     def value(self, layout: Layout, seconds: float) -> float:
         return seconds
@@ -53,25 +52,6 @@ class Fastest:
 
 
 FASTEST: Order = Fastest()
-
-
-class Pessimistic:
-    """The shortest step at the high end of its interval: what a search over an imperfect model picks is what it errs on
-    most in its favour, and layouts of a class that errs more have to be that much faster. The high end is the
-    prediction times a factor that follows from the job and the layout alone, so bounds stay bounds."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def value(self, layout: Layout, seconds: float) -> float:
-        return seconds * pessimistic_factor(self.job, layout)
-
-    def at_least(self, columns: Columns, seconds: Floats) -> Floats:
-        found: Floats = seconds * pessimistic_factors(self.job, columns)
-        return found
-
-    def key(self, prediction: Prediction) -> tuple[float, str]:
-        return self.value(prediction.layout, prediction.step_seconds), prediction.layout.short()
 
 
 def gap_left(order: Order, best: Prediction, least: float) -> float:

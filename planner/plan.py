@@ -115,7 +115,7 @@ def _with_intervals(plan: Plan) -> Plan:
     """The plan, also one that was written before predictions had an interval."""
 
     def known(p: Prediction) -> Prediction:
-        return p if p.interval else replace(p, interval=step_interval(plan.job, p.layout, p.step_seconds))
+        return p if p.interval else replace(p, interval=step_interval(plan.job, p.step_seconds))
 
     return replace(
         plan, best=known(plan.best), baseline=known(plan.baseline), runners_up=tuple(map(known, plan.runners_up)),

@@ -28,7 +28,7 @@ from importlib import metadata
 
 import numpy as np
 
-from planner.order import FASTEST, Order, Pessimistic, gap_left
+from planner.order import FASTEST, Order, gap_left
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
 from planner.ties import resolve
@@ -67,7 +67,7 @@ def plan(
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
         gap: how much better than what is found a layout may be that is not looked at, as a fraction of its value.
-        order: what is best; by default the shortest step at the high end of its interval.
+        order: what is best; by default the shortest step, which is the best at the high end of its interval too.
         ties: prefer the simplest of what ties with the best; without, the best itself is recommended.
 
     Raises:
@@ -75,7 +75,7 @@ def plan(
     """
     with uncollected():
         report = progress or (lambda what, fraction: None)
-        return _plan(job, top, report, gap, order or Pessimistic(job), ties)
+        return _plan(job, top, report, gap, order or FASTEST, ties)
 
 
 def _plan(job: Job, top: int, report: Progress, gap: float, order: Order, ties: bool) -> Plan:

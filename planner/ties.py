@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from planner.order import Order, Pessimistic
+from planner.order import Order
 from planner.plan import Choice
 from simulator.critical_path import critical_path
 from simulator.error_bars import tie_share
@@ -137,7 +137,7 @@ def _allowed(job: Job, layout: Layout) -> bool:
 def _why(order: Order, choice: Choice, chosen: Prediction, baseline: Prediction) -> str:
     """One sentence: why this one is recommended."""
     band = f"{choice.tie:.1%}"
-    best = "the shortest step at the high end of its interval" if isinstance(order, Pessimistic) else "the best value"
+    best = "the shortest step"
     count = f"{len(choice.ties)} other layout{'s tie' if len(choice.ties) > 1 else ' ties'} with it (within {band})"
     if not choice.ties:
         said = f"it has {best}, and no other layout that was tried is within {band} of it"

@@ -28,7 +28,6 @@ from reports.published import published_rows, source_name
 from reports.validation import LEAST_LAYOUTS, Result, validate
 from simulator.error_bars import (
     LEVEL,
-    WIDE_TP,
     Best,
     Difference,
     HeldOut,
@@ -66,10 +65,6 @@ class Run:
     layout: Layout
     step_seconds: float
     residual: float
-
-    @property
-    def wide(self) -> bool:
-        return self.layout.tp >= WIDE_TP
 
 
 @dataclass(frozen=True)
@@ -138,33 +133,29 @@ def quantiles(found: Sequence[Run]) -> Quantiles:
 
 @dataclass(frozen=True)
 class Fit:
-    """Quantiles of all runs, and what a class or a group adds to them, by ("wide", "") or ("gpu", name)."""
+    """Quantiles of all runs, and what a group adds to them, by ("gpu", name)."""
 
     pooled: Quantiles
     added: dict[tuple[str, str], Quantiles]
 
     def of(self, run: Run) -> Quantiles:
-        """The quantiles of a run: its class counts as it is, of its groups the widest."""
-        found = self.pooled + (self.added.get(("wide", ""), 0.0) if run.wide else 0.0)
+        """The quantiles of a run: of its groups the widest."""
         own = [self.added[key] for kind in GROUPS if (key := (kind, getattr(run, kind))) in self.added]
         low = np.min([np.zeros(2), *(one[:2] for one in own)], axis=0)
         high = np.max([np.zeros(2), *(one[2:] for one in own)], axis=0)
-        return np.asarray(found + np.concatenate([low, high]), dtype=np.float64)
+        return np.asarray(self.pooled + np.concatenate([low, high]), dtype=np.float64)
 
 
 def fit(found: Sequence[Run]) -> Fit:
-    """Partial pooling: a group of n jobs adds n / (n + PRIOR_JOBS) of how its quantiles differ from those of all. The
-    classes are the two sides of WIDE_TP, so pooled is what holds for layouts that are not wide."""
-    overall = quantiles(found)
-    pooled = overall + _share(narrow := [run for run in found if not run.wide]) * (quantiles(narrow) - overall)
+    """Partial pooling: a group of n jobs adds n / (n + PRIOR_JOBS) of how its quantiles differ from those of all,
+    where that widens."""
+    pooled = quantiles(found)
     added: dict[tuple[str, str], Quantiles] = {}
-    if wide := [run for run in found if run.wide]:
-        added["wide", ""] = overall + _share(wide) * (quantiles(wide) - overall) - pooled
     for kind in GROUPS:
         for name in sorted({getattr(run, kind) for run in found}):
             group = [run for run in found if getattr(run, kind) == name]
             if _jobs(group) >= LEAST_JOBS:
-                more = _share(group) * (quantiles(group) - overall)
+                more = _share(group) * (quantiles(group) - pooled)
                 added[kind, name] = np.concatenate([np.minimum(more[:2], 0.0), np.maximum(more[2:], 0.0)])
     return Fit(pooled, added)
 
@@ -259,7 +250,6 @@ def time_residuals_of(results: Sequence[Result]) -> TimeResiduals:
             groups[kind][name] = spread(values, [run for run in found if getattr(run, kind) == name])
     return TimeResiduals(
         pooled=spread(known.pooled, found),
-        wide=spread(known.added["wide", ""], [run for run in found if run.wide]),
         difference=differences(found),
         held_out=tuple(
             HeldOut(
@@ -279,8 +269,7 @@ def choices(found: Sequence[Run], known: TimeResiduals, careful: bool, least: in
     """What the planner's rule picks among the measured layouts of every job with at least so many.
 
     Args:
-        careful: the best under the pessimistic end of its interval, and of what ties with it the simplest; otherwise
-            the layout that is predicted fastest.
+        careful: of what ties with the layout that is predicted fastest the simplest; otherwise that layout.
     """
     by_job: dict[str, list[Run]] = {}
     for run in found:
@@ -290,9 +279,8 @@ def choices(found: Sequence[Run], known: TimeResiduals, careful: bool, least: in
     for job, group in by_job.items():
         if len(group) < least:
             continue
-        # Of the interval's high end only what differs between the layouts of a job matters here.
-        high = [run.step_seconds * (math.exp(known.wide.q90) if careful and run.wide else 1.0) for run in group]
-        place = recommended(high, [run.layout for run in group], share if careful else 0.0)
+        steps = [run.step_seconds for run in group]
+        place = recommended(steps, [run.layout for run in group], share if careful else 0.0)
         others = [run.residual for at, run in enumerate(group) if at != place]
         measured = [run.step_seconds * math.exp(run.residual) for run in group]
         chosen = group[place].residual
@@ -306,10 +294,10 @@ def residuals_toml(known: TimeResiduals) -> str:
     """simulator/data/time_residuals.toml."""
     rule = "published runs (reports/data/published); sources, their jobs and the layouts of a job count the same"
     lines = [
-        "# ln(measured / predicted step): quantiles of 10, 25, 75 and 90 % of layouts of published jobs, and what wide",
-        f"# layouts (tp >= {WIDE_TP}), GPUs, model families and stacks add to them. Written by `make residuals` from",
+        "# ln(measured / predicted step): quantiles of 10, 25, 75 and 90 % of layouts of published jobs, and what",
+        "# GPUs, model families and stacks add to them. Written by `make residuals` from",
         f"# {rule}.",
-        "", "[pooled]", *_fields(known.pooled), "", "[wide]", *_fields(known.wide),
+        "", "[pooled]", *_fields(known.pooled),
         "", "# Two layouts of one job: how far ln(step / step) is off.", "[difference]", *_fields(known.difference),
         "", "# Of sources that nothing was fitted to; `stretched`: what both ends were multiplied by to hold there.",
     ]  # fmt: skip
@@ -347,7 +335,7 @@ def _choice_line(picked: Sequence[Choice], careful: bool, least: int) -> str:
     more = [choice.chosen - choice.others for choice in picked]
     error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0
     return (
-        f"{'pessimistic, simplest of ties' if careful else 'predicted fastest':30s} {len(picked)} jobs of >= {least} "
+        f"{'simplest of ties' if careful else 'predicted fastest':30s} {len(picked)} jobs of >= {least} "
         f"layouts: chosen {statistics.mean(c.chosen for c in picked):+.3f}, others "
         f"{statistics.mean(c.others for c in picked):+.3f}, more {statistics.mean(more):+.3f} +- {error:.3f}, "
         f"mean regret {statistics.mean(c.regret for c in picked):.2%}"

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from reports.time_residuals import Choice, by_gpu, choices, held_out, runs, time_residuals_of
 from reports.validation import LEAST_LAYOUTS, Result
-from simulator.error_bars import LEVEL, WIDE_TP, TimeResiduals
+from simulator.error_bars import LEVEL, TimeResiduals
 
 
 def section(results: Sequence[Result]) -> list[str]:
     """Paragraphs: intervals of sources left out, by GPU; errors of differences; the claim for the chosen layout. Empty
     where there are too few sources to leave one out."""
     found = runs(results)
-    if len({run.source for run in found}) < 3 or not any(run.wide for run in found):
+    if len({run.source for run in found}) < 3:
         return []
     known = time_residuals_of(results)
     held = next(one for one in known.held_out if one.level == LEVEL)
@@ -37,8 +37,6 @@ def section(results: Sequence[Result]) -> list[str]:
         f"{half.stretched:g} to "
         f"hold. By GPU, jobs counting the same:",
         _table(("GPU", "layouts", "jobs", f"inside of {LEVEL:.0%}", "mean width"), rows),
-        f"{known.wide.layouts} layouts of {known.wide.jobs} jobs are wide (tp >= {WIDE_TP}): the high end of their "
-        f"interval is {math.exp(known.wide.q90) - 1:+.1%} further out.",
         f"The difference of two layouts of one job is off by {d.half:.1%} at the median and by {d.four_fifths:.1%} "
         f"in one "
         f"of five ({d.pairs:,} pairs of {d.jobs} jobs, {d.sources} sources; of sources left out "
@@ -66,7 +64,7 @@ def _choice(picked: Sequence[Choice], careful: bool, least: int) -> tuple[str, .
     more = [choice.chosen - choice.others for choice in picked]
     error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0
     return (
-        "best at the high end, simplest of ties" if careful else "predicted fastest",
+        "fastest, simplest of ties" if careful else "predicted fastest",
         f"{len(picked)} with {least} or more layouts",
         *(f"{statistics.mean(values):+.3f}" for values in ([c.chosen for c in picked], [c.others for c in picked])),
         f"{statistics.mean(more):+.3f} (se {error:.3f})",

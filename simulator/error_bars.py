@@ -1,8 +1,8 @@
 """How far a predicted step may be off, and how far the difference of two layouts.
 
 Published runs say so (data/time_residuals.toml, written by `python -m reports.time_residuals`): of
-e = ln(measured step / predicted step) the quantiles of all of them, each source of runs counting the same; what layouts
-of a class, or runs on a GPU, of a model family or with a stack change about them; and of two layouts of one job how far
+e = ln(measured step / predicted step) the quantiles of all of them, each source of runs counting the same; what runs on
+a GPU, of a model family or with a stack change about them; and of two layouts of one job how far
 ln(step / step) was off, which is less, because what is wrong about the GPU, the model and the stack is wrong in both.
 """
 
@@ -14,25 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from simulator.files import STRICT, read_toml, to_dataclass
 from simulator.results import Interval
 
 if TYPE_CHECKING:
-    from simulator.columns import Columns
     from simulator.job import Job
-    from simulator.layout import Layout
 
 RESIDUALS = Path(__file__).parent / "data" / "time_residuals.toml"
 # What an interval is meant to contain.
 LEVEL = 0.8
-# Ranks of a tensor-parallel group from which on a layout is of the class "wide": then all of a node of eight GPUs
-# exchanges activations in every block, and its steps were further off.
-WIDE_TP = 8
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,6 @@ class TimeResiduals:
     group's own narrower ones did not hold for other sources."""
 
     pooled: Spread
-    wide: Spread
     difference: Difference
     held_out: tuple[HeldOut, ...]
     gpu: dict[str, Spread] = field(default_factory=dict)
@@ -121,29 +110,20 @@ def model_family(family: str) -> str:
     return family if family in ("moe", "hybrid") else "dense"
 
 
-def log_bounds(job: Job, layout: Layout, known: TimeResiduals | None = None) -> tuple[float, float]:
+def log_bounds(job: Job, known: TimeResiduals | None = None) -> tuple[float, float]:
     """ln(true / predicted step) at the low and at the high end of the interval of LEVEL.
 
-    Rule: the quantile of all runs, plus what the layout's class adds, plus the widest of what GPU, model family and
-    stack add. On a machine with a profile of its own GPU, family and stack are not those of any published run: only
-    the first two count, and the spread of the machine's own timings is added in quadrature.
+    Rule: the quantile of all runs, plus the widest of what GPU, model family and stack add. On a machine with a profile
+    of its own GPU, family and stack are not those of any published run: only the first counts, and the spread of the
+    machine's own timings is added in quadrature. No layout of a job has another interval than the next: classes of
+    layouts were tried and told nothing (docs/cost-model.md).
     """
-    wide = layout.tp >= WIDE_TP
-    return _low(job, known or time_residuals(), wide), _high(job, known or time_residuals(), wide)
-
-
-def _low(job: Job, known: TimeResiduals, wide: bool) -> float:
-    base = known.pooled.q10 + (known.wide.q10 if wide else 0.0)
-    if job.cluster.gpu.timing_spread:
-        return -math.hypot(base, job.cluster.gpu.timing_spread / 2)
-    return base + min([0.0, *(group.q10 for group in _groups(job, known))])
-
-
-def _high(job: Job, known: TimeResiduals, wide: bool) -> float:
-    base = known.pooled.q90 + (known.wide.q90 if wide else 0.0)
-    if job.cluster.gpu.timing_spread:
-        return math.hypot(base, job.cluster.gpu.timing_spread / 2)
-    return base + max([0.0, *(group.q90 for group in _groups(job, known))])
+    known = known or time_residuals()
+    low, high = known.pooled.q10, known.pooled.q90
+    if spread := job.cluster.gpu.timing_spread:
+        return -math.hypot(low, spread / 2), math.hypot(high, spread / 2)
+    groups = _groups(job, known)
+    return low + min([0.0, *(group.q10 for group in groups)]), high + max([0.0, *(group.q90 for group in groups)])
 
 
 def _groups(job: Job, known: TimeResiduals) -> list[Spread]:
@@ -156,19 +136,17 @@ def _groups(job: Job, known: TimeResiduals) -> list[Spread]:
     return [group for group in found if group is not None]
 
 
-def step_interval(job: Job, layout: Layout, step_seconds: float) -> Interval:
+def step_interval(job: Job, step_seconds: float) -> Interval:
     """Seconds between which the step is expected with a probability of LEVEL, and where that is known from."""
-    low, high = log_bounds(job, layout)
-    return Interval(step_seconds * math.exp(low), step_seconds * math.exp(high), LEVEL, source_sentence(job, layout))
+    low, high = log_bounds(job)
+    return Interval(step_seconds * math.exp(low), step_seconds * math.exp(high), LEVEL, source_sentence(job))
 
 
-def source_sentence(job: Job, layout: Layout) -> str:
+def source_sentence(job: Job) -> str:
     """Which runs an interval rests on, and how often such intervals held."""
     known = time_residuals()
     held = next(one for one in known.held_out if one.level == LEVEL)
     rests = f"{known.pooled.layouts} layouts of {known.pooled.jobs} published jobs from {known.pooled.sources} sources"
-    if layout.tp >= WIDE_TP:
-        rests += f", {known.wide.jobs} of these jobs with tp >= {WIDE_TP}"
     if job.cluster.gpu.timing_spread:
         rests += (
             f", none of them on this machine, and the spread of its own timings ({job.cluster.gpu.timing_spread:.0%})"
@@ -183,18 +161,6 @@ def source_sentence(job: Job, layout: Layout) -> str:
         rests += f"; of them {', '.join(there)}" if there else ""
         rests += f"; none of {', '.join(missing)}" if missing else ""
     return f"{rests}; of sources left out {held.by_source:.0%} to {held.by_job:.0%} lay inside"
-
-
-def pessimistic_factor(job: Job, layout: Layout) -> float:
-    """The high end of the interval over the prediction. It follows from the job and the layout's class alone."""
-    return math.exp(_high(job, time_residuals(), layout.tp >= WIDE_TP))
-
-
-def pessimistic_factors(job: Job, columns: Columns) -> Floats:
-    """The same of each row."""
-    plain, wide = (math.exp(_high(job, time_residuals(), is_wide)) for is_wide in (False, True))
-    found: Floats = np.where(columns["tp"] >= WIDE_TP, wide, plain)
-    return found
 
 
 def tie_share() -> float:

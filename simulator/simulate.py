@@ -68,5 +68,5 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         out_of_memory_probability=risk,
         timeline=timeline,
         synchronisation=synchronisation,
-        interval=step_interval(job, layout, step_seconds),
+        interval=step_interval(job, step_seconds),
     )

@@ -1,4 +1,4 @@
-"""Intervals of a step, classes of layouts, claims that nobody has reached."""
+"""Intervals of a step, claims that nobody has reached."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
-from simulator.columns import Columns
 from simulator.error_bars import (
     LEVEL,
-    WIDE_TP,
     log_bounds,
     model_family,
-    pessimistic_factor,
-    pessimistic_factors,
     step_interval,
     tie_share,
     time_residuals,
@@ -33,14 +28,13 @@ def job(model: str = "llama-3.1-8b", cluster: str = "dgx-h100", **training: Any)
 
 
 def test_an_interval_is_the_quantiles_of_all_and_the_widest_group() -> None:
-    """low = pooled + the lowest of what GPU, family and stack add; high = pooled + the highest; wide layouts more."""
+    """low = pooled + the lowest of what GPU, family and stack add; high = pooled + the highest."""
     task, known = job(stack="torchtitan-compile"), time_residuals()
     groups = [known.gpu["H100-SXM5-80G"], known.family["dense"], known.stack["torchtitan-compile"]]
     low = known.pooled.q10 + min(0.0, *(group.q10 for group in groups))
     high = known.pooled.q90 + max(0.0, *(group.q90 for group in groups))
-    assert log_bounds(task, Layout(dp_shard=8)) == pytest.approx((low, high))
-    assert log_bounds(task, Layout(tp=8)) == pytest.approx((low + known.wide.q10, high + known.wide.q90))
-    found = step_interval(task, Layout(dp_shard=8), 2.0)
+    assert log_bounds(task) == pytest.approx((low, high))
+    found = step_interval(task, 2.0)
     assert (found.low, found.high, found.level) == (
         pytest.approx(2 * math.exp(low)), pytest.approx(2 * math.exp(high)), LEVEL,
     )  # fmt: skip
@@ -65,8 +59,8 @@ def test_a_measured_machine_adds_its_own_spread_in_quadrature() -> None:
     gpu = dataclasses.replace(task.cluster.gpu, timing_spread=0.2)
     measured = dataclasses.replace(task, cluster=dataclasses.replace(task.cluster, gpu=gpu))
     expected = (-math.hypot(known.pooled.q10, 0.1), math.hypot(known.pooled.q90, 0.1))
-    assert log_bounds(measured, Layout(dp_replicate=8)) == pytest.approx(expected)
-    assert "none of them on this machine" in step_interval(measured, Layout(dp_replicate=8), 1.0).source
+    assert log_bounds(measured) == pytest.approx(expected)
+    assert "none of them on this machine" in step_interval(measured, 1.0).source
 
 
 def test_timing_spread_is_the_median_of_the_samples() -> None:
@@ -74,16 +68,6 @@ def test_timing_spread_is_the_median_of_the_samples() -> None:
     samples = [Sample("memory", (1.0,), 1.0, 1.0, p90) for p90 in (1.2, 1.1, 2.0)]
     assert timing_spread(samples) == pytest.approx(math.log(1.2))
     assert timing_spread([]) == 0.0
-
-
-def test_factors_of_columns_are_those_of_layouts() -> None:
-    task = job()
-    columns = Columns({"tp": np.array([1, WIDE_TP // 2, WIDE_TP])}, {})
-    expected = [pessimistic_factor(task, Layout(tp=tp)) for tp in (1, WIDE_TP // 2, WIDE_TP)]
-    assert pessimistic_factors(task, columns).tolist() == pytest.approx(expected)
-    # What is not wide errs less.
-    assert expected[0] == expected[1] < expected[2]
-    assert expected[2] == pytest.approx(math.exp(log_bounds(task, Layout(tp=8))[1]))
 
 
 def test_families_are_dense_moe_and_hybrid() -> None:
