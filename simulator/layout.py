@@ -115,13 +115,17 @@ class Layout:
         return global_batch_size // (self.dp * self.micro_batch_size)
 
     def layers_per_stage(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does.
+        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does. Up to
+        two stages more than blocks are those of the head and the embedding alone (Llama 3, arXiv 2407.21783, 3.3.2).
 
-        >>> Layout(pp=4).layers_per_stage(10)
-        (3, 3, 2, 2)
+        >>> Layout(pp=4).layers_per_stage(10), Layout(pp=4).layers_per_stage(2), Layout(pp=4).layers_per_stage(3)
+        ((3, 3, 2, 2), (0, 1, 1, 0), (1, 1, 1, 0))
         """
         if self.stage_layers is not None:
             return self.stage_layers
+        if self.pp > 1 and 0 < self.stages - num_hidden_layers <= 2:
+            ends = (0,) * (self.stages - num_hidden_layers - 1)
+            return (*ends, *[1] * num_hidden_layers, 0)
         share, rest = divmod(num_hidden_layers, self.stages)
         return tuple(share + (stage < rest) for stage in range(self.stages))
 
@@ -321,18 +325,20 @@ class Layout:
         found, layers = [], job.model.num_hidden_layers
         if self.schedule not in SCHEDULES:
             return [f"schedule = '{self.schedule}' is not known{nearest(self.schedule, SCHEDULES)}"]
-        if self.stages > layers:
+        if self.stages > layers + 2:
             found.append(
                 f"pp({self.pp}) * virtual_stages({self.virtual_stages}) = {self.stages} stages, "
-                f"but the model has {layers} layers"
+                f"but the model has {layers} layers, an embedding and a head"
             )
         if self.stage_layers is not None:
             if len(self.stage_layers) != self.stages or sum(self.stage_layers) != layers:
                 found.append(
                     f"stage_layers = {list(self.stage_layers)} must name {self.stages} stages that sum to {layers}"
                 )
-            elif min(self.stage_layers) < 1:
-                found.append(f"stage_layers = {list(self.stage_layers)}: every stage needs a layer")
+            elif min(self.stage_layers) < 0 or 0 in self.stage_layers[1:-1]:
+                found.append(
+                    f"stage_layers = {list(self.stage_layers)}: every stage but the first and the last needs a layer"
+                )
         if self.virtual_stages > 1 and self.schedule not in MULTI_STAGE:
             found.append(f"schedule {self.schedule} has one stage per rank, but virtual_stages = {self.virtual_stages}")
         alone = self.virtual_stages == 1 and self.schedule not in job.stack.single_stage_schedules
