@@ -67,8 +67,8 @@ def read_layout(text: str, job: Job) -> ReadLayout:
             raise UserError(f"{where} is empty; a layout is like tp=8 pp=4")
     settings = _settings(text)
     if settings is None:
-        fields = parse_fields(_own_words(text))
-        return ReadLayout(complete(fields, job), fields)
+        own = parse_fields(_own_words(text))
+        return ReadLayout(complete(own, job), own)
     settings = _deepspeed_file(settings)
     meant = [one for one in _FRAMEWORKS if settings.has(*one[1])]
     if not meant:
