@@ -197,6 +197,9 @@ def _simulated(tried: _Tried, refused: Prediction) -> Remedy:
     if tried.layout.zero_stage and tried.layout.dp_shard == 1 and "dp_shard" in words and "zero_stage" not in words:
         # Where dp_shard is named as 1 --layout takes it that nothing is sharded, but cp shards.
         words += f" zero_stage={tried.layout.zero_stage}"
+    if not tried.layout.zero_stage and tried.layout.cp > refused.layout.cp and "zero_stage" not in words:
+        # Where cp would shard --layout takes it that it does.
+        words += " zero_stage=0"
     if tried.job.nodes * tried.job.cluster.gpus_per_node != refused.layout.world_size and tried.name == "nodes":
         words = f"nodes={tried.job.nodes} {words}"
     return Remedy(

@@ -159,7 +159,6 @@ _LONG_FOUR = [
     Case(Layout(**_DUAL, **_REPLICATE, micro_batch_size=1)),
     Case(Layout(**_ZB1P, dp_shard=2, zero_stage=2, micro_batch_size=1)),
     Case(Layout(**_ZBV, **_TENSOR, micro_batch_size=2)),
-    Case(Layout(pp=2, **_TENSOR, schedule="1F1B", micro_batch_size=2, stage_layers=(0, 4))),
     Case(Layout(**_INTERLEAVED, **_SHARD, micro_batch_size=1, stage_layers=(0, 2, 2, 0))),
     Case(Layout(**_DUAL, tp=2, micro_batch_size=2), "tiny-gpt-untied"),
     Case(Layout(pp=4, schedule="1F1B", micro_batch_size=1, stage_layers=(1, 3, 2, 2)), "tiny-deep"),
