@@ -75,8 +75,8 @@ def read_layout(text: str, job: Job) -> ReadLayout:
         known = "Megatron-LM (--tensor-model-parallel-size), torchtitan (--parallelism.tensor_parallel_degree)"
         raise UserError(f"{where} names nothing of a layout in the words of {known} or DeepSpeed")
     if len(meant) > 1:
-        said = [f"{_first(settings, marks)} of {framework}" for framework, marks, _ in meant]
-        raise UserError(f"{where} mixes the words of several frameworks, {' and '.join(said)}: leave one out")
+        words = [f"{_first(settings, marks)} of {framework}" for framework, marks, _ in meant]
+        raise UserError(f"{where} mixes the words of several frameworks, {' and '.join(words)}: leave one out")
     ((framework, _, read),) = meant
     fields, said, notes = read(settings, job)
     ignored = tuple(name for name in settings.left() if not _of_launcher(name))
