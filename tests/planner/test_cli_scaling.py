@@ -32,7 +32,7 @@ def test_a_curve_is_written_with_a_plan_for_each_number(
     assert len(chosen.runners_up) == 4 and all(plan.runners_up == () for plan in plans)
     assert "cost is in GPU-hours: neither the cluster nor the job has a price_per_gpu_hour" in shown
     assert "nothing is allowed for failures" in shown and "the batch is the same everywhere" in shown
-    assert scaling.bend in shown.replace("\n", " ") and "cheapest tokens: 1 nodes" in shown
+    assert scaling.bend in shown.replace("\n", " ") and "cheapest tokens: 1 node" in shown
 
 
 def test_one_document(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_an_objective_in_the_job_needs_no_option(
     (folder / "job.toml").write_text(text)
     assert call(monkeypatch, "plan", "job.toml") == 0
     shown = capsys.readouterr().out
-    assert "fewest GPUs within 365 days: 1 nodes, 10B tokens in" in shown and "goodput 0.9: 10% of the time" in shown
+    assert "fewest GPUs within 365 days: 1 node, 10B tokens in" in shown and "goodput 0.9: 10% of the time" in shown
     assert read_plan(folder / "plan.json").job.nodes == 1
 
 
