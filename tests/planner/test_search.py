@@ -174,13 +174,13 @@ def test_baseline_of_a_batch_that_is_too_small() -> None:
 
 def test_baseline_is_the_best_plain_layout() -> None:
     """Replicas and ZeRO 1 to 3 over every number of shards, with every micro-batch and recomputation: the fastest that
-    fits is the baseline, by brute force."""
+    fits and is unlikely to run out of memory is the baseline, by brute force."""
     task = job("llama-3.1-8b", nodes=2, global_batch_size=64, seq_len=2048, stack="torchtitan")
     found = plan(task).baseline
     plain = dataclasses.replace(task, search=dict(without_model_parallelism(task)))
     legal = [layout for layout in candidates(plain) if not layout.problems(task)]
     assert {layout.zero_stage for layout in legal} == {0, *task.stack.zero_stages}
-    fitting = [p for p in (simulate(task, layout) for layout in legal) if p.fits]
+    fitting = [p for p in (simulate(task, layout) for layout in legal) if p.out_of_memory_probability <= HIGH_RISK]
     assert found.fits and found.step_seconds == pytest.approx(min(p.step_seconds for p in fitting))
 
 
