@@ -40,8 +40,9 @@ layouts: $(READY)  ## plan the jobs of well-known published runs: docs/published
 communication: $(READY)  ## count what a rank of many layouts sends, beside the prediction: docs/communication.md, in about three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/communication_table.py
 
-residuals: $(READY)  ## fit how far peak memory is off: simulator/data/memory_residuals.toml, and how well it holds
+residuals: $(READY)  ## fit how far peak memory and steps are off: simulator/data/*_residuals.toml, and how well it holds
 	$(BIN)/python -m reports.memory_residuals
+	$(BIN)/python -m reports.time_residuals
 
 memory-oracle: $(READY)  ## count the memory of one rank of each of 60 layouts with fake tensors: docs/memory.md, in about ten minutes
 	$(BIN)/python tests/runtime/memory_table.py

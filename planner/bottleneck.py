@@ -56,8 +56,10 @@ class OutOfReach:
 
 def out_of_reach(read: Plan) -> OutOfReach | None:
     """Of a plan; None where what was recommended is the fastest of all, fitting or not."""
-    found = plan(without_memory_limit(read.job), top=1).best
-    if found.step_seconds >= read.best.step_seconds * (1 - 1e-9):
+    found = plan(without_memory_limit(read.job), top=1, ties=False).best
+    # What is recommended may be a little slower than the best and be preferred as the simpler one: not for memory.
+    best = read.choice.best_step_seconds if read.choice else read.best.step_seconds
+    if found.step_seconds >= best * (1 - 1e-9):
         return None
     need = needed(read.job, found.layout, found.memory_per_stage)
     return OutOfReach(found, need - capacity(read.job, found.layout))

@@ -10,10 +10,10 @@ import signal
 import sys
 from typing import NoReturn
 
-from planner.commands import app, cluster, plan, run, validate, write
+from planner.commands import app, cluster, learn, plan, run, validate, write
 from simulator.errors import UserError
 
-__all__ = ["app", "cluster", "main", "plan", "run", "validate", "write"]
+__all__ = ["app", "cluster", "learn", "main", "plan", "run", "validate", "write"]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from planner import show
 from planner.bottleneck import OutOfReach, constraint_lines, constraints, constraints_json, out_of_reach
+from planner.certainty import choice_lines
 from planner.explain import Explanation, remarks, sentences, why_lines
 from planner.plan import Plan
 from planner.remedies import advice
@@ -76,7 +77,7 @@ def print_explanation(read: Plan, found: Explanation, further: Further) -> None:
     lines = constraint_lines(constraints(read, parts, further.beyond), best)
     if further.searched and further.beyond is None:
         lines.append("memory costs nothing: no layout would be faster on devices that hold everything")
-    lines += remarks(found) + why_lines(found)
+    lines += choice_lines(read) + remarks(found) + why_lines(found)
     show.print_lines(lines)
     advices = {name: advice(job, p) for name, p in found.columns if p.timeline.memory}
     for name, one in advices.items():
@@ -95,7 +96,9 @@ def print_explanation(read: Plan, found: Explanation, further: Further) -> None:
 def explanation_json(read: Plan, found: Explanation, further: Further) -> dict[str, Any]:
     """What `layoutwise explain --json` prints."""
     job, best = read.job, found.columns[0][1]
-    documents: dict[str, Any] = {name: show.prediction_json(p) for name, p in found.columns}
+    documents: dict[str, Any] = {
+        name: show.prediction_json(p) | show.warnings_json(job, p) for name, p in found.columns
+    }
     for name, p in found.columns:
         if p.timeline.memory:
             documents[name] |= show.memory_json(p, job) | show.remedies_json(advice(job, p))
@@ -111,5 +114,5 @@ def explanation_json(read: Plan, found: Explanation, further: Further) -> dict[s
     return (
         documents
         | constraints_json(constraints(read, parts, further.beyond), further.beyond)
-        | {"what_if": what_if_json(further.outcomes), "reasons": sentences(found)}
+        | {"what_if": what_if_json(further.outcomes), "reasons": [*choice_lines(read), *sentences(found)]}
     )

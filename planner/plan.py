@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simulator.checks import check_job
+from simulator.error_bars import step_interval
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass, write_json
 from simulator.job import Job
@@ -21,8 +22,9 @@ VERSION = 1
 class Certificate:
     """What the search did with the space of layouts; the counts add up to `space`.
 
-    lower_bound_gap is how much faster than the best simulated layout a layout that was not simulated could be,
-    as a fraction of its step; 0 is a proof that there is none.
+    lower_bound_gap is how much better than the best simulated layout (Choice.best) a layout that was not simulated
+    could be, as a fraction of what the search minimises: the step at the high end of its interval, unless another
+    objective was asked for; 0 is a proof that there is none.
     """
 
     space: int
@@ -37,11 +39,34 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the recommended layout was chosen (planner/ties.py).
+
+    best is the layout with the smallest value of the search, that is, unless another objective was asked for, with the
+    shortest step at the high end of its interval; fastest the one with the shortest predicted step of all that were
+    simulated and may be recommended; ties are other layouts whose value is within `tie` (a share) of the best's, best
+    first; why is a sentence.
+    """
+
+    tie: float
+    best: Layout
+    best_step_seconds: float
+    fastest: Layout
+    fastest_step_seconds: float
+    ties: tuple[Layout, ...]
+    why: str
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Plan:
     """The recommendation: job, best layout with its prediction, the runners-up, the plain data-parallel baseline.
 
     riskier is the fastest layout that is predicted to fit, where it is too likely not to (risk.HIGH_RISK): the best one
-    and the runners-up are then the fastest of those that are not. The certificate is that of the search for it."""
+    and the runners-up are then the fastest of those that are not. The certificate is that of the search for it.
+
+    choice says what ties with the best one and why it is preferred; None in plans that were made without."""
 
     job: Job
     best: Prediction
@@ -50,6 +75,7 @@ class Plan:
     certificate: Certificate
     provenance: dict[str, str]
     riskier: Prediction | None = None
+    choice: Choice | None = None
     version: int = VERSION
 
     __pydantic_config__ = STRICT
@@ -96,7 +122,19 @@ def read_plan(path: Path | str) -> Plan:
     problems = plan.layout.problems(plan.job)
     if problems:
         raise UserError(f"plan '{path}': the layout '{plan.layout.short()}' cannot run this job: {problems[0]}")
-    return plan
+    return _with_intervals(plan)
+
+
+def _with_intervals(plan: Plan) -> Plan:
+    """The plan, also one that was written before predictions had an interval."""
+
+    def known(p: Prediction) -> Prediction:
+        return p if p.interval else replace(p, interval=step_interval(plan.job, p.step_seconds))
+
+    return replace(
+        plan, best=known(plan.best), baseline=known(plan.baseline), runners_up=tuple(map(known, plan.runners_up)),
+        riskier=known(plan.riskier) if plan.riskier else None,
+    )  # fmt: skip
 
 
 def _with_risks(data: dict[str, Any]) -> dict[str, Any]:

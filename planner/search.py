@@ -31,6 +31,7 @@ import numpy as np
 from planner.order import FASTEST, Order, gap_left
 from planner.plan import Certificate, Plan
 from planner.space import Search, candidates, space, without_model_parallelism
+from planner.ties import resolve
 from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
@@ -50,14 +51,23 @@ Progress = Callable[[str, float], None]
 ROUNDING = 1 - 1e-9
 
 
-def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 0.0, order: Order = FASTEST) -> Plan:
-    """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits.
+def plan(
+    job: Job,
+    top: int = 5,
+    progress: Progress | None = None,
+    gap: float = 0.0,
+    order: Order | None = None,
+    ties: bool = True,
+) -> Plan:
+    """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits. Of layouts
+    that nobody can tell from the best one it is the simplest.
 
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
         gap: how much better than what is found a layout may be that is not looked at, as a fraction of its value.
-        order: what is best; by default the shortest step.
+        order: what is best; by default the shortest step, which is the best at the high end of its interval too.
+        ties: prefer the simplest of what ties with the best; without, the best itself is recommended.
 
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
@@ -65,6 +75,7 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
     started = time.perf_counter()
     report = progress or (lambda what, fraction: None)
     report("listing layouts", 0.0)
+    order = order or FASTEST
     search = _Search(job, job.search, report, order)
     best = search.run(top, gap)
     if not best:
@@ -82,7 +93,11 @@ def plan(job: Job, top: int = 5, progress: Progress | None = None, gap: float = 
     riskier = None
     if best[0].out_of_memory_probability > HIGH_RISK and (safe := search.run(top, gap, safe=True)):
         riskier, best = best[0], safe
-    return Plan(job, best[0], tuple(best[1:]), _baseline(job, order), certificate, _provenance(job), riskier)
+    baseline, choice = _baseline(job, order), None
+    if ties:
+        report("looking for simpler layouts that are as fast", 1.0)
+        best, choice = resolve(job, order, best, baseline, search.fastest(best[0]))
+    return Plan(job, best[0], tuple(best[1:]), baseline, certificate, _provenance(job), riskier, choice)
 
 
 @dataclass(order=True)
@@ -205,6 +220,13 @@ class _Search:
         self.simulated += 1
         self.found.sort(key=self.order.key)
         del self.found[self.top :]
+
+    def fastest(self, best: Prediction) -> Prediction:
+        """The shortest step of all that were simulated; if the best is unlikely to run out of memory, of those that
+        are."""
+        most = HIGH_RISK if best.out_of_memory_probability <= HIGH_RISK else 1.0
+        known = (p for p in self.predictions.values() if p.fits and p.out_of_memory_probability <= most)
+        return min(known, key=FASTEST.key)
 
     def misses(self, count: int) -> list[tuple[float, Layout]]:
         """The layouts that need least more than there is, with how many bytes that is."""

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from planner.certainty import choice_lines, interval_cell, interval_sentence, interval_title, warnings
 from planner.compare import Comparison
 from planner.explain import mathematics, memory_rows, time_rows
+from planner.memory_parts_report import cell, part_rows, parts_json, parts_of
 from planner.memory_report import (
     BLOCKS,
     ITEMS,
@@ -49,6 +51,11 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
     return document
 
 
+def warnings_json(job: Job, prediction: Prediction) -> dict[str, Any]:
+    """Claims of a prediction that nobody has reached, in the documents of `--json`."""
+    return {"warnings": warnings(job, prediction)}
+
+
 def remedies_json(found: Remedies) -> dict[str, Any]:
     """What would make a layout fit, or lower its risk, in the documents of `--json`; `nearest` where nothing does."""
     document: dict[str, Any] = {"remedies": plain(found.found)}
@@ -65,7 +72,7 @@ def memory_json(prediction: Prediction, job: Job) -> dict[str, Any]:
     """What `explain --json` says of the memory of a prediction with its timeline: what decides, and the fullest rank
     over the step."""
     samples = [{"seconds": s.seconds, "op": s.op, "memory": plain(s.memory)} for s in fullest_samples(prediction)]
-    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples}
+    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples} | parts_json(job, prediction)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -77,6 +84,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "baseline": prediction_json(plan.baseline),
         "certificate": plain(plan.certificate),
         "riskier": prediction_json(plan.riskier) if plan.riskier else None,
+        "choice": plain(plan.choice) if plan.choice else None,
+        "warnings": warnings(plan.job, plan.best),
     }
 
 
@@ -95,7 +104,7 @@ def print_plan(plan: Plan) -> None:
     synced = any(p.layout.sync != "all_reduce" for _, p in shown)
     table = _table(
         "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
-        *(["sync"] if synced else []), "step", "tok/s/GPU", "MFU", "GiB", "OOM risk",
+        *(["sync"] if synced else []), "step", interval_title(best), "tok/s/GPU", "MFU", "GiB", "OOM risk",
     )  # fmt: skip
     if plan.riskier:
         shown.append(("riskier", plan.riskier))
@@ -115,6 +124,9 @@ def print_plan(plan: Plan) -> None:
             escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
         )
     console.print(f"recommended: {spelt_out(best.layout, job)}")
+    for line in (*choice_lines(plan), interval_sentence(best), *(f"warning: {w}" for w in warnings(job, best))):
+        if line:
+            console.print(escape(line))
     console.print(escape(risk_sentence(best, job, None)))
     if plan.riskier:
         faster, risk = best.step_seconds / plan.riskier.step_seconds - 1, plan.riskier.out_of_memory_probability
@@ -127,10 +139,18 @@ def print_plan(plan: Plan) -> None:
     c = plan.certificate
     console.print(
         f"{c.space} layouts: {c.illegal} illegal, {c.out_of_memory} out of memory, {c.bounded} ruled out by a bound, "
-        f"{c.simulated} simulated, in {c.seconds:.1f} s; none of these is faster"
-        + (" than the riskier one" if plan.riskier else "")
+        f"{c.simulated} simulated, in {c.seconds:.1f} s; "
+        + _nothing_better(plan)
         + (f" by more than {c.lower_bound_gap:.2%}" if c.lower_bound_gap else "")
     )
+
+
+def _nothing_better(plan: Plan) -> str:
+    """What the search has proved, of the layout with the best value of all."""
+    if plan.riskier:
+        return "none of these is better than the riskier one"
+    best = plan.choice.best if plan.choice else plan.layout
+    return "none of these is better" + ("" if best == plan.layout else f" than {best.short()}")
 
 
 def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
@@ -143,6 +163,7 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
         table.add_row(item, meaning, *(_share(v, p.step_seconds) for v, (_, p) in zip(values, columns, strict=True)))
     table.add_section()
     table.add_row("step", "", *(show_seconds(p.step_seconds) for _, p in columns))
+    table.add_row(interval_title(columns[0][1]), "of the step", *(interval_cell(p) for _, p in columns))
     simulated = [p.synchronisation for _, p in columns]
     if any(simulated):
         shown = [(show_seconds(s.p95), f"{s.mean_staleness:.1f}") if s else ("", "") for s in simulated]
@@ -168,6 +189,9 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     risk = f"of running out: predicted peaks err by {spread:.0%}"
     memory.add_row("OOM risk", risk, *(show_risk(p.out_of_memory_probability) for _, p in columns))
     console.print(memory)
+    for name, p in columns:
+        for line in (interval_sentence(p), *(f"warning: {warning}" for warning in warnings(job, p))):
+            console.print(escape(f"{name}: {line}"))
 
 
 def print_comparison(found: Comparison, job: Job) -> None:
@@ -225,6 +249,12 @@ def print_memory(name: str, prediction: Prediction, job: Job) -> None:
         table.add_row(ranks, *(f"{getattr(memory, item) / 2**30:.2f}" for item in (*ITEMS, "peak")))
     console.print(f"memory of {name} in GiB, each pipeline rank at its fullest")
     console.print(table)
+    groups = [ranks for ranks, _ in stage_rows(prediction)]
+    parts = _table("of it", "", *(f"rank {ranks}" for ranks in groups))
+    for item, part, sizes in part_rows(parts_of(job, prediction), groups):
+        parts.add_row(item, part, *(cell(*size) for size in sizes))
+    console.print(parts)
+    console.print("in parentheses: microbatches, or communicators")
     samples = fullest_samples(prediction)
     console.print(f"{name}, pipeline rank {samples[0].rank} over the step; dashes: what there is")
     encoding = console.encoding.lower()
@@ -385,6 +415,7 @@ def _number_cells(p: Prediction) -> list[str]:
     fits = "" if p.fits else " (does not fit)" if "too much" in p.problems[0] else " (impossible)"
     return [
         show_seconds(p.step_seconds),
+        interval_cell(p),
         f"{p.tokens_per_second_per_gpu:,.0f}",
         f"{p.mfu:.1%}",
         f"{p.memory.peak / 2**30:.1f}{fits}",

@@ -20,6 +20,7 @@ from planner.search import plan
 from simulator import presets
 from simulator.checks import check_job
 from simulator.cluster import ClusterSpec, Link
+from simulator.error_bars import tie_share
 from simulator.errors import NothingFitsError, UserError, nearest
 from simulator.files import plain
 from simulator.job import Job
@@ -121,11 +122,11 @@ def _outcome(read: Plan, variant: Variant) -> Outcome:
     if not was.layout.problems(job):
         same = simulate(job, was.layout)
     try:
-        best = plan(job, top=1).best
+        best = plan(job, top=1, ties=False).best
     except NothingFitsError as error:
         return Outcome(variant.change, variant.meaning, None, same, "", None, _speed(same, was), str(error))
-    # Of layouts that are equally fast the one that is there already.
-    if same and same.fits and same.step_seconds <= best.step_seconds * (1 + 1e-9):
+    # Of layouts that nobody can tell apart the one that is there already.
+    if same and same.fits and same.step_seconds <= best.step_seconds * (1 + tie_share()):
         best = same
     return Outcome(
         variant.change,

@@ -33,12 +33,17 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A row as the simulator takes it: the job, and the layouts that the row may mean (one if it states all)."""
+    """A row as the simulator takes it: the job, and the layouts that the row may mean (one if it states all).
+
+    memory_rank and memory_unit say whose peak a software reports ("first": the first rank's, "": the fullest's), and in
+    what, where its code settles what its words leave open."""
 
     row: Row
     job: Job
     layouts: tuple[Layout, ...]
     assumptions: tuple[str, ...]
+    memory_rank: str = ""
+    memory_unit: str = ""
 
 
 def interpret(row: Row) -> Case:
@@ -65,7 +70,8 @@ class _Interpreter:
         legal = tuple(layout for layout, found in zip(layouts, reasons, strict=True) if not found)
         if not legal:
             raise SkippedError(f"no legal layout: {'; '.join(reasons[0])}" if reasons else "no layout")
-        return Case(self.row, job, legal, tuple(self.assumptions))
+        reported = (str(self.rules.get(key, "")) for key in ("memory_rank", "memory_unit"))
+        return Case(self.row, job, legal, tuple(self.assumptions), *reported)
 
     def _entry(self, kind: str, column: str) -> dict[str, Any]:
         """The first entry of a table whose patterns are found in the row."""
@@ -228,6 +234,9 @@ class _Interpreter:
         if gbs is None:
             gbs = self._assume("gbs", self._need("dp") * self._need("mbs"))
         values = {"global_batch_size": gbs, "seq_len": self._need("seq_len"), "precision": precision}
+        if self.row.text("arch") == "moe":
+            # Published runs of mixtures force balance, or say nothing.
+            values["expert_load"] = 1.0
         if re.search(r"\bLoRA\b", self.row.text("model_name")):
             values["peft"] = "lora"
         return to_dataclass(Training, values, "row")
@@ -253,7 +262,7 @@ class _Interpreter:
         if pp == 1:
             schedule = "1F1B"
         alone = schedule in job.stack.single_stage_schedules and row.count("vpp") is None
-        chunks = self._chunks(job.model, pp) if schedule in MULTI_STAGE and not alone else 1
+        chunks = self._chunks(job, pp) if schedule in MULTI_STAGE and not alone else 1
         schedule = "1F1B" if schedule == "Interleaved1F1B" and chunks == 1 else schedule
         micro = [row.count("mbs") or 0]
         if micro == [0]:
@@ -272,39 +281,39 @@ class _Interpreter:
                     "dp_replicate": data // shard, "dp_shard": shard, "zero_stage": zero if shard * cp > 1 else 0,
                     "cp": cp, "tp": tp, "pp": pp, "ep": ep, "micro_batch_size": b, "schedule": schedule,
                     "virtual_stages": chunks, "recompute": recompute, "sequence_parallel": sp and tp > 1,
-                    "stage_layers": self._stage_layers(job.model, pp * chunks),
+                    "stage_layers": self._stage_layers(job, pp * chunks),
                 },
                 "row",
             )
             for b in micro
         )  # fmt: skip
 
-    def _chunks(self, model: ModelSpec, pp: int) -> int:
-        """Stages of each pipeline rank. Megatron-Core may cut chunks of the embedding or the head alone, which are no
-        stages here: then chunks are put together."""
-        layers, stated = model.num_hidden_layers, self.row.count("vpp")
+    def _chunks(self, job: Job, pp: int) -> int:
+        """Stages of each pipeline rank, where the row leaves them out or cuts chunks that have no block."""
+        layers, stated = job.model.num_hidden_layers, self.row.count("vpp")
         if stated is None:
             self.assumptions.append("vpp = the fewest that divide the layers, where it is not stated")
             return next((v for v in range(2, 9) if layers % (pp * v) == 0), 2)
-        if pp * stated <= layers:
+        if pp * stated <= layers + 2 * job.stack.bare_ends:
             return stated
         self.assumptions.append("vpp = its largest divisor that leaves a block to every stage")
         return max((v for v in range(1, stated) if not stated % v and pp * v <= layers), default=1)
 
-    def _stage_layers(self, model: ModelSpec, stages: int) -> tuple[int, ...] | None:
+    def _stage_layers(self, job: Job, stages: int) -> tuple[int, ...] | None:
         """Blocks of each stage. Where they do not divide, embedding and head count as a block each (Llama 3, arXiv
         2407.21783, section 3.3.2); a software that balances by cost counts the head as what it is."""
-        layers = model.num_hidden_layers
+        layers = job.model.num_hidden_layers
         if stages == 1:
             return None
         if self.rules.get("balances_stages"):
-            return _by_cost(model, stages)
+            return _by_cost(job.model, stages)
         for missing in (0, 2, 1):
             if (layers + missing) % stages == 0:
                 even = [(layers + missing) // stages] * stages
                 even[-1] -= missing > 0
                 even[0] -= missing > 1
-                return tuple(even) if missing and min(even) > 0 else None
+                bare = missing == 2 and job.stack.bare_ends and stages > 2
+                return tuple(even) if missing and (bare or min(even) > 0) else None
         return None
 
 

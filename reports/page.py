@@ -13,7 +13,7 @@ from planner.plan import Plan
 from reports import page_charts, page_sections
 from reports.page_candidates import candidate_table, candidates
 from reports.page_html import esc, folded, table
-from reports.page_inputs import Inputs, ratio
+from reports.page_inputs import Inputs
 from reports.page_timeline import packed_timeline
 from reports.timeline import cells, join, totals_by_kind
 from simulator.files import write_json, write_text
@@ -34,10 +34,9 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
         inputs: what else is known; its parts that are empty have no section.
         files: what will lie beside the page: name relative to it, and what it is.
     """
-    known = ratio(inputs.exam, plan.job)
     data: dict[str, Any] = {"charts": {}}
     sections = [("candidates", "Candidates", candidate_table(plan))]
-    sections.append(("time", "Where the time goes", page_sections.time_section(plan, inputs, known)))
+    sections.append(("time", "Where the time goes", page_sections.time_section(plan, inputs)))
     memory = _chart(
         data, "memory", "Memory of the fullest rank over the step", page_charts.memory_chart(traced, plan.job)
     )
@@ -49,7 +48,7 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
             runs += _chart(data, "loss", "Loss of the run of this plan", page_charts.loss_chart(run))
         sections.append(("measured", "Predicted and measured", runs))
     if inputs.scaling and inputs.scaling.rows:
-        curve = _chart(data, "scaling", "Throughput over GPUs", page_charts.scaling_chart(inputs.scaling, known))
+        curve = _chart(data, "scaling", "Throughput over GPUs", page_charts.scaling_chart(inputs.scaling))
         front = _chart(data, "pareto", "Time against cost", page_charts.pareto_chart(inputs.scaling))
         section = page_sections.scaling_section(inputs.scaling, curve, front)
         sections.append(("scaling", "More or fewer GPUs", section))
@@ -74,7 +73,7 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
         "css": _read("page.css"),
         "scripts": "\n".join(_read(name) for name in SCRIPTS),
         "nav": "".join(f'<li><a href="#{name}">{esc(heading)}</a></li>' for name, heading, _ in sections),
-        "answer": page_sections.answer(plan, known) + notes,
+        "answer": page_sections.answer(plan) + notes,
         "sections": body,
         "data": embedded(data),
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from planner.scaling import Scaling
-from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, Ratio, error_figures, exam_groups, step_interval
+from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, error_figures, exam_groups, step_interval
 from simulator.job import Job
 from simulator.memory import capacity
 from simulator.price import hours_name
@@ -106,12 +106,12 @@ def loss_chart(measurement: Measurement) -> Chart:
     return {"x": axis("step"), "y": axis("loss"), "series": [series("loss", "line", 0, points)]}
 
 
-def scaling_chart(scaling: Scaling, known: Ratio | None) -> Chart:
+def scaling_chart(scaling: Scaling) -> Chart:
     """Tokens per second of the best layout over the number of GPUs, and what the smallest would give in proportion."""
     rows, points = scaling.rows, []
     for row in rows:
         p = row.prediction
-        interval = step_interval(p, known)
+        interval = step_interval(p)
         tokens = p.tokens_per_second * p.step_seconds
         speeds = [tokens / seconds for seconds in reversed(interval)] if interval else [None, None]
         text = (

@@ -15,7 +15,6 @@ from reports.scores import quantile
 from reports.tables import Comparison
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass
-from simulator.job import Job
 from simulator.layout import Layout
 from simulator.results import MeasuredTimeline, Measurement, Prediction
 from simulator.simulate import simulate
@@ -70,17 +69,6 @@ class Exam:
     @property
     def compared(self) -> list[ExamRow]:
         return [row for row in self.rows if row.compared]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Measured over predicted step time: the 10th, 50th and 90th percentile over `count` runs, in words `runs`."""
-
-    low: float
-    median: float
-    high: float
-    count: int
-    runs: str
 
 
 @dataclass(frozen=True)
@@ -182,29 +170,9 @@ def _compare(name: str, plan: Plan, path: Path) -> Comparison:
     return Comparison(name, prediction, measurement)
 
 
-def ratio(exam: Exam | None, job: Job) -> Ratio | None:
-    """How long runs took relative to their prediction: those on the job's stack where there are enough, else all.
-
-    Throughput off by e (predicted / measured - 1) is a step that took 1 + e of its prediction. None for processors:
-    all published runs are on GPUs.
-    """
-    if exam is None or not exam.compared or job.cluster.gpu.kind == "cpu":
-        return None
-    same = [row for row in exam.compared if row.stack == job.stack.name]
-    enough = len(same) >= ENOUGH_RUNS
-    chosen, runs = (same, f"published runs with {job.stack.name}") if enough else (exam.compared, "published runs")
-    low, median, high = (quantile([1 + _error(row) for row in chosen], q) for q in (0.1, 0.5, 0.9))
-    assert low is not None and median is not None and high is not None
-    return Ratio(low, median, high, len(chosen), runs)
-
-
-def step_interval(prediction: Prediction, known: Ratio | None) -> tuple[float, float] | None:
-    """Seconds between which four of five such steps are expected, None where nothing is known about it.
-
-    The one place that knows where an interval comes from: today from published runs. A prediction that carries an
-    interval of its own would be asked first.
-    """
-    return (prediction.step_seconds * known.low, prediction.step_seconds * known.high) if known else None
+def step_interval(prediction: Prediction) -> tuple[float, float] | None:
+    """The ends of the prediction's interval; None where it carries none."""
+    return (prediction.interval.low, prediction.interval.high) if prediction.interval else None
 
 
 def exam_groups(rows: Sequence[ExamRow]) -> list[tuple[str, list[ExamRow]]]:

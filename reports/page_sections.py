@@ -10,9 +10,10 @@ from planner.scaling import Scaling
 from reports.page_candidates import candidates, pasteable
 from reports.page_charts import GIB, MEMORY, Table
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
-from reports.page_inputs import Exam, Inputs, Ratio, error_figures, exam_groups, step_interval
+from reports.page_inputs import Exam, Inputs, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
 from reports.tables import Comparison
+from simulator.error_bars import unseen_mfu
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.memory import capacity
@@ -94,12 +95,12 @@ def _against_baseline(plan: Plan) -> str:
     return f"{gain:.3g} times as fast as plain data parallelism"
 
 
-def answer(plan: Plan, known: Ratio | None) -> str:
+def answer(plan: Plan) -> str:
     """The sentence, the figures, the layout to copy."""
     best, job = plan.best, plan.job
     device = "processor" if job.cluster.gpu.kind == "cpu" else "GPU"
     limit, cost = capacity(job, best.layout), dollars(best, job)
-    interval = step_interval(best, known)
+    interval = step_interval(best)
     spread = f"four of five: {show_seconds(interval[0])} to {show_seconds(interval[1])}" if interval else "predicted"
     tiles = [
         ("step", show_seconds(best.step_seconds), spread),
@@ -120,18 +121,26 @@ def answer(plan: Plan, known: Ratio | None) -> str:
         f"<div><dt>{esc(name)}</dt><dd>{esc(value)}<small>{esc(note)}</small></dd></div>" for name, value, note in tiles
     )
     return (
-        f'<p class="lead">{esc(recommendation(plan))}</p>'
+        f'<p class="lead">{esc(recommendation(plan))}</p>{_choice(plan)}'
         f'<dl class="tiles">{boxes}</dl>{copy_box(pasteable(best.layout, job), "layout")}'
     )
 
 
-def time_section(plan: Plan, inputs: Inputs, known: Ratio | None) -> str:
+def _choice(plan: Plan) -> str:
+    """Why this layout is recommended, and a claim that nobody has reached."""
+    said = [f"Recommended because {plan.choice.why}."] if plan.choice else []
+    if claim := unseen_mfu(plan.job, plan.best.mfu):
+        said.append(f"Warning: {claim}.")
+    return f'<p class="hint">{esc(" ".join(said))}</p>' if said else ""
+
+
+def time_section(plan: Plan, inputs: Inputs) -> str:
     """Where a step's time goes, the best beside the others, and measured where it was run."""
     found, named = [], candidates(plan)
     for one in named:
         p = one.prediction
         parts = {name: max(0.0, float(getattr(p.breakdown, name))) for name in TIME}
-        interval = step_interval(p, known)
+        interval = step_interval(p)
         found.append(Bar(one.name, p.layout.short(), parts, show_seconds(p.step_seconds), interval))
         if run := inputs.run_of(p.layout):
             step = run.step_seconds
@@ -151,10 +160,10 @@ def time_section(plan: Plan, inputs: Inputs, known: Ratio | None) -> str:
     ]
     rows.append(["step", "", *(show_seconds(one.prediction.step_seconds) for one in named)])
     whiskers = ""
-    if known:
+    if known := plan.best.interval:
         whiskers = (
-            f'<p class="hint">Lines at the ends of bars: four of five of {known.count} {esc(known.runs)} took '
-            f"{known.low:.2f} to {known.high:.2f} times their predicted step.</p>"
+            f'<p class="hint">Lines at the ends of bars: the step is between them with a probability of '
+            f"{known.level:.0%}. Known from {esc(known.source)}.</p>"
         )
     reasons = "".join(f"<li>{esc(reason)}</li>" for reason in inputs.reasons)
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -97,6 +98,13 @@ def read_rows(path: Path | str) -> list[Row]:
 def published_rows() -> list[Row]:
     """All rows that the project ships, by file and place."""
     return [row for path in sorted((DATA / "published").glob("*.csv")) for row in read_rows(path)]
+
+
+def source_name(row: Row) -> str:
+    """The repository or paper of a row: its source up to the commit, the file or the table."""
+    source = row.text("source")
+    paper = re.match(r"arXiv [\d.]+", source)
+    return paper[0] if paper else re.split(r"[@;,: ]", source)[0]
 
 
 def _count(cell: str, where: str) -> int | None:

@@ -82,20 +82,24 @@ class Result:
 
     @property
     def measured_memory(self) -> float | None:
-        """Published peak in GiB; notes say where it is in GB."""
+        """Published peak in GiB; notes say where it is in GB, but for software that is known to say GB and mean GiB."""
         peak = self.row.number("peak_mem_gib")
         if not peak or not self.row.ran:
             return None
+        if self.case is not None and self.case.memory_unit:
+            return peak if self.case.memory_unit == "GiB" else peak * 1e9 / GIB
         return peak * 1e9 / GIB if re.search(r"memory.{0,40}\bGB\b", self.row.text("notes"), re.I) else peak
 
     @property
     def predicted_memory(self) -> float | None:
         """Predicted peak in GiB, of what the source counts: notes that say `nvidia-smi`, or a share of the device's
         memory, mean all that is taken of it, `allocated`, and MLPerf's rows, what torch has given out, and others are
-        taken to be what torch has reserved."""
+        taken to be what torch has reserved. It is that of the fullest rank, but for software that reports its first."""
         if self.prediction is None or self.case is None:
             return None
         memory, notes = self.prediction.memory, self.row.text("notes")
+        if self.case.memory_rank == "first" and self.prediction.memory_per_stage:
+            memory = self.prediction.memory_per_stage[0]
         if re.search(r"nvidia-smi|% of \d+ GB", notes):
             return memory.peak / GIB
         allocated = memory.peak - memory.overhead

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from reports.plots import parity
+from reports.published import source_name
 from reports.scores import Errors, errors
+from reports.time_residuals_page import section
 from reports.validation import COUNTED, LEAST_LAYOUTS, Result, Validation
 from simulator.files import write_text
 
@@ -168,7 +169,7 @@ def sources_table(validation: Validation) -> PageTable:
     counts: Counter[str] = Counter()
     ran: Counter[str] = Counter()
     for result in validation.results:
-        source = _source(result)
+        source = source_name(result.row)
         counts[source] += 1
         ran[source] += result.row.ran
     rows = tuple(
@@ -239,6 +240,7 @@ def page(validation: Validation, ours: bool) -> str:
         "no column holds (releases, submitters) tie in the prediction; where all do, there is no tau.",
         f"The {min(MOST_JOBS, len(jobs.rows))} worst of {len(jobs.rows)} jobs:",
         dataclasses.replace(jobs, rows=jobs.rows[:MOST_JOBS]).markdown(),
+        *(section(validation.results) if ours else []),
         "## Does it fit",
         fit_table(validation).markdown(),
         "A row that leaves the micro batch open fits if any choice does. Sources count peak memory in several ways: "
@@ -299,13 +301,6 @@ def _time(result: Result) -> str:
     largest = sorted(spent, key=lambda name: -spent[name])[:3]
     step = result.prediction.step_seconds
     return ", ".join(f"{name} {spent[name] / step:.0%}" for name in largest if spent[name] >= 0.005 * step)
-
-
-def _source(result: Result) -> str:
-    """The repository or paper of a row: its source up to the commit, the file or the table."""
-    source = result.row.text("source")
-    paper = re.match(r"arXiv [\d.]+", source)
-    return paper[0] if paper else re.split(r"[@;,: ]", source)[0]
 
 
 def _cells(found: Errors) -> tuple[str, ...]:

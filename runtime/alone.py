@@ -3,7 +3,8 @@
 torch's fake process group stands in for the other ranks: collectives return at once with numbers of the right shape
 and no meaning, so that seconds are the rank's own work, and losses are not looked at. Where the rank's share is too
 much for this machine, tensors are fake too (FakeTensorMode): then nothing is computed, no seconds are known, and
-memory is what torch's MemTracker adds up from the same steps.
+memory is what torch's MemTracker adds up from the same steps. Which experts fake tokens choose nobody can say: all get
+as many.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
+import runtime.experts
 import runtime.parallelize
 from planner.plan import Plan
 from runtime.collective_log import CollectiveLog
 from runtime.data import Batch, Batches
+from runtime.experts import count_tokens, even_counts, even_sizes, message_sizes
 from runtime.here import check_alone
 from runtime.machine import memory_bytes
 from runtime.parallelize import apply_ddp
@@ -54,10 +57,10 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         UserError: the layout has no such rank, or the runtime cannot execute it.
     """
     check_alone(plan, rank)
-    if fake and plan.job.model.num_experts:
+    if fake and plan.job.model.num_experts and plan.job.training.precision == "fp32":
         raise UserError(
-            f"rank {rank} of a mixture ({plan.job.model.name}) cannot be counted with fake tensors, because which "
-            f"tokens go to which expert is found by computing; choose a job whose share of a rank fits this machine"
+            f"training.precision = 'fp32': rank {rank} of a mixture ({plan.job.model.name}) cannot be counted with "
+            f"fake tensors, for which torch knows grouped matmuls in bf16 alone; set training.precision = 'bf16'"
         )
     layout, device = plan.layout, find_device()
     # The loss is read as a number; with a ShapeEnv that is a symbol, where else it would be an error. Shapes are none.
@@ -167,7 +170,10 @@ def _stand_ins(mode: Any, log: CollectiveLog, buckets: Buckets | None) -> Iterat
         wrapped.register_comm_hook(log, lambda log, bucket: log.reduce_bucket(bucket))
         return wrapped
 
+    fake = isinstance(mode, FakeTensorMode)
     with (
+        mock.patch.object(runtime.experts, "count_tokens", even_counts if fake else count_tokens),
+        mock.patch.object(runtime.experts, "message_sizes", even_sizes if fake else message_sizes),
         mock.patch.object(_PipelineSchedule, "_warmup_p2p", static, create=True),
         mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
         mock.patch.object(runtime.parallelize, "init_weights", init_weights),

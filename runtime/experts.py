@@ -37,6 +37,29 @@ def local_part_of(tensor: Tensor) -> Tensor:
     return tensor.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in tensor.placements])
 
 
+def count_tokens(chosen: Tensor, experts: int) -> Tensor:
+    """How many tokens chose each expert, (E,)."""
+    return torch.bincount(chosen.flatten(), minlength=experts)
+
+
+def message_sizes(by_rank: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """Rows that go to each rank and come from it, of `rows` in all, from the counts (2, ranks, experts of a rank)."""
+    there, here = by_rank.sum(-1).tolist()
+    return there, here
+
+
+def even_counts(chosen: Tensor, experts: int) -> Tensor:
+    """count_tokens where tensors are fake: nobody looks at the numbers."""
+    return torch.empty(experts, dtype=torch.int64, device=chosen.device)
+
+
+def even_sizes(by_rank: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """message_sizes of a router in balance, where tensors are fake and no token chooses."""
+    ranks = by_rank.shape[1]
+    sizes = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+    return sizes, sizes
+
+
 class Router(nn.Module):
     """Chooses the experts of each token, and how much each of them counts."""
 
@@ -83,7 +106,7 @@ class Experts(nn.Module):
         dist.all_to_all_single(received, counts, group=self.group)
         # What each rank sends and gets is needed on the host: the sizes of the messages.
         by_rank = torch.stack((counts, received)).view(2, self.group.size(), -1)
-        there, here = by_rank.sum(-1).tolist()
+        there, here = message_sizes(by_rank, tokens.shape[0])
         tokens = _exchange(tokens, here, there, self.group)
         # Sorted by sender, then by expert; experts want all senders together.
         of_expert = torch.arange(by_rank.shape[-1], device=tokens.device).repeat(self.group.size())
@@ -135,7 +158,7 @@ class MixtureOfExperts(nn.Module):
     def _route(self, tokens: Tensor) -> Tensor:
         weights, chosen = self.router(tokens)
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.experts.num_experts)
+        counts = count_tokens(chosen, self.experts.num_experts)
         results = self.experts(tokens.index_select(0, order // self.router.top), counts)
         results = results.index_select(0, order.argsort()).unflatten(0, chosen.shape)
         return (results * weights.unsqueeze(-1)).sum(1)

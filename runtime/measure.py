@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,10 @@ import numpy as np
 from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, write_json
+from simulator.job import build_job
+from simulator.layout import Layout
 from simulator.profile import Profile, Sample, calibrate
+from simulator.simulate import simulate
 
 Progress = Callable[[str, float], None]
 GridName = Literal["full", "quick"]
@@ -35,6 +39,12 @@ BUSY = 0.1
 TIME_LIMIT = 600.0
 # The word that begins a line of progress from `runtime.microbenchmarks`; that module loads torch, this one does not.
 PROGRESS = "layoutwise-progress"
+# A model whose tensors are nothing beside the process.
+_SMALLEST = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def measure(output: Path, progress: Progress | None = None, grid: GridName = "full") -> Profile:
@@ -62,6 +72,8 @@ def measure(output: Path, progress: Progress | None = None, grid: GridName = "fu
     for index, ranks in enumerate(worlds):
         samples += _measure_ranks(ranks, grid, part(0.5 + index / len(worlds) / 2, 0.5 / len(worlds)))[1]
     profile = profile_of(machine, samples)
+    if profile.kind == "cpu":
+        profile = replace(profile, process_memory=process_memory(profile))
     write_json(output, profile)
     report("done", 1.0)
     busy_after, own_after = busy_seconds()
@@ -90,6 +102,32 @@ def profile_of(machine: dict[str, Any], samples: Sequence[Sample]) -> Profile:
     versions = {"python": sys.version.split()[0], **machine["versions"]}
     constants: dict[str, Any] = calibrate(samples, machine["kind"], machine["devices"])
     return Profile(created=now, samples=tuple(samples), **(machine | {"versions": versions}), **constants)
+
+
+def process_memory(profile: Profile) -> float:
+    """Bytes of a rank on a processor besides its tensors: the interpreter, the libraries, and what a run loads and
+    makes once. A model of a few thousand weights is trained, and what is predicted of its tensors taken off."""
+    from planner.plan import Certificate, Plan, write_plan
+    from runtime.here import run_here
+    from runtime.settings import Settings
+
+    with tempfile.TemporaryDirectory(prefix="layoutwise-") as folder:
+        model, known, file = (Path(folder) / name for name in ("config.json", "profile.json", "plan.json"))
+        write_json(model, _SMALLEST)
+        write_json(known, profile)
+        job = build_job(
+            {
+                "model": str(model), "cluster": "this-machine", "nodes": 1, "profile": str(known),
+                "training": {"global_batch_size": 2, "seq_len": 16},
+            },
+            "the smallest job",
+        )  # fmt: skip
+        found = simulate(job, Layout())
+        write_plan(Plan(job, found, (), found, Certificate(1, 0, 0, 0, 1, 0.0, 0.0), {}), file)
+        # The last of three steps of warm-up fills the heap; the two before it are those that count memory.
+        measured = run_here(file, Path(folder) / "measurement.json", Settings(4, 3))
+    memory = found.memory
+    return max(measured.peak_memory) - (memory.peak - memory.overhead)
 
 
 def noise(samples: Sequence[Sample]) -> float:

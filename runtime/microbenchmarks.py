@@ -245,6 +245,38 @@ def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
     return seconds
 
 
+def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
+    """A matrix product alone, and while an all-reduce of the largest size goes on beside it: "compute_alone" and
+    "compute_overlapped", on the slowest rank. The all-reduces outlast the products."""
+    size, buffer = 1024 if device.type == "cpu" else 8192, torch.zeros(grid.collective[-1] // 4, device=device)
+    x = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    product = Case("compute_alone", (), lambda i: x @ x)
+    alone, reduction = ([_time_together(case, 2, device) for _ in range(3)] for case in (
+        product, Case("all_reduce", (), _on(dist.all_reduce, [[buffer]])),
+    ))  # fmt: skip
+    # All ranks must make the same number of calls.
+    lengths = torch.tensor([min(alone), min(reduction)], dtype=torch.float64, device=device)
+    dist.all_reduce(lengths, dist.ReduceOp.MAX)
+    one, other = lengths.tolist()
+    products = max(2, min(50, int(4 * grid.seconds / one)))
+    # Shared, either takes up to twice as long.
+    reductions = max(1, min(50, math.ceil(2.5 * products * one / other)))
+    times: dict[str, list[float]] = {"compute_alone": [], "compute_overlapped": []}
+    for _ in range(1 + grid.repeats):
+        times["compute_alone"].append(_time(product, products, device))
+        dist.barrier()
+        works = [dist.all_reduce(buffer, async_op=True) for _ in range(reductions)]
+        times["compute_overlapped"].append(_time(product, products, device))
+        for work in works:
+            work.wait()
+    found = []
+    for kind, seconds in times.items():
+        slowest = torch.tensor(seconds[1:], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        found.append(sample(kind, (dist.get_world_size(),), slowest.tolist()))
+    return found
+
+
 def collective_cases(grid: Grid, device: torch.device) -> list[Case]:
     """Collectives over all ranks, by the bytes of the whole buffer; messages between ranks 0 and 1."""
     # torch 2.13 renames the two; older releases have only the long names.
@@ -355,6 +387,8 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
         ]
     else:
         steps = [(f"collectives of {ranks}", lambda: collective_samples(grid, device))]
+        if ranks == 2:
+            steps.append(("compute beside communication", lambda: overlap_samples(grid, device)))
     if device.type == "cpu":
         shared = (f"{ranks} at once", concurrency)
         steps = [shared, *steps, shared]

@@ -32,9 +32,10 @@ from runtime.experts import spread_experts
 from runtime.model import Transformer, init_weights
 from runtime.recompute import apply_recompute
 from runtime.tensor_parallel import apply_tensor_parallel
+from simulator.data_parallel import uses_fsdp
 from simulator.expert_parallel import expert_grid
 from simulator.job import Job, Training
-from simulator.layout import AXES, SPLIT_BACKWARD, Layout
+from simulator.layout import AXES, Layout
 
 MESH_AXES = tuple(reversed(AXES))
 
@@ -82,16 +83,10 @@ def replica_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", "cp"]._flatten("dp_replicate_cp")
 
 
-def uses_ddp(layout: Layout, training: Training) -> bool:
-    return layout.dp_replicate * layout.cp > 1 and not uses_fsdp(layout, training)
-
-
-def uses_fsdp(layout: Layout, training: Training) -> bool:
-    """Whether stages are FSDP modules. bf16 is always FSDP's mixed precision, over a shard of one where nothing is
+def uses_ddp(layout: Layout, job: Job) -> bool:
+    """Replicas that are no FSDP modules. bf16 is always FSDP's mixed precision, over a shard of one where nothing is
     sharded: so every layout computes in the same precision, and the residual stream is bf16 in all of them."""
-    without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
-    replicated = without_ddp and layout.dp_replicate * layout.cp > 1
-    return training.precision == "bf16" or layout.zero_stage > 0 or layout.ep > 1 or replicated
+    return layout.dp_replicate * layout.cp > 1 and not uses_fsdp(job, layout)
 
 
 def activation_dtype(layout: Layout, training: Training) -> torch.dtype:
@@ -119,10 +114,10 @@ def parallelize(
         apply_recompute(stage, layout.recompute)
     if job.stack.compile:
         apply_compile(stage)
-    if uses_fsdp(layout, training):
+    if uses_fsdp(job, layout):
         apply_fsdp(stage, layout, training, mesh, experts)
     init_weights(stage, training.seed, device)
-    return apply_ddp(stage, replica_mesh(layout, mesh)) if uses_ddp(layout, training) else stage
+    return apply_ddp(stage, replica_mesh(layout, mesh)) if uses_ddp(layout, job) else stage
 
 
 def apply_expert_parallel(stage: Transformer, mesh: DeviceMesh) -> None:

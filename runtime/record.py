@@ -24,6 +24,9 @@ class Recorder:
         self.grad_norms: list[float] = []
         self.updates: Updates | None = None
         self.sharding: Sharding | None = None
+        # Steps in which freed memory leaves the process, and the bytes that it held in them at most.
+        self.counted_steps = 0
+        self.needed: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -36,14 +39,20 @@ class Recorder:
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
+    def count_memory(self) -> None:
+        """What this rank held at most until now is what it needs: from now on it keeps what it frees."""
+        self.needed = peak_memory(self.device)
+
     def measurement(self, plan: Plan, warmup: int, profiled: bool = False) -> Measurement:
         """The same on every rank: a step lasts as long as on its slowest rank. After a checkpoint was loaded, the times
         are those of the steps since then, without as many for warm-up; at least of the last one. A last step that was
         profiled does not count in the times."""
         seconds = torch.tensor(self.seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        peaks = [torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(peaks, torch.full_like(peaks[0], peak_memory(self.device)))
+        own = (peak_memory(self.device) if self.needed is None else self.needed, reserved_memory(self.device))
+        bytes_ = torch.tensor(own, dtype=torch.float64, device=self.device)
+        peaks = [torch.zeros_like(bytes_) for _ in range(dist.get_world_size())]
+        dist.all_gather(peaks, bytes_)
         counted = seconds[: len(seconds) - profiled] if len(seconds) > 1 else seconds
         spread = quantiles(counted[min(warmup, len(counted) - 1) :].tolist())
         return Measurement(
@@ -53,7 +62,8 @@ class Recorder:
             warmup=warmup,
             step_seconds=spread,
             tokens_per_second=plan.job.tokens_per_step / spread.median,
-            peak_memory=tuple(peak.item() for peak in peaks),
+            peak_memory=tuple(peak[0].item() for peak in peaks),
+            reserved_memory=tuple(peak[1].item() for peak in peaks),
             losses=tuple(self.losses),
             grad_norms=tuple(self.grad_norms),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -79,3 +89,10 @@ def peak_memory(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def reserved_memory(device: torch.device) -> float:
+    """Bytes that the process took at most, with what the allocator kept of what was freed."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return peak_memory(device)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from runtime.data import Batch
@@ -47,6 +48,7 @@ class Run:
     group: dist.ProcessGroup | None = None
     update: Callable[[Run, Tensor], tuple[Tensor, Tensor]] = field(default=lambda run, loss: run.apply(loss))
     slowdown: float = 1.0
+    updates: int = 0
 
     @property
     def microbatches(self) -> int:
@@ -80,8 +82,16 @@ class Run:
         loss, norm = self.reduce(loss)
         clip_gradients(self.parameters(), norm, self.training.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.optimizer.zero_grad(set_to_none=not self._accumulates_in_buckets())
         return loss, norm
+
+    def _accumulates_in_buckets(self) -> bool:
+        """Whether gradients stay where DDP reduces them, and microbatches add up there. A gradient that is dropped is
+        made anew beside its bucket by the microbatches before the last one, so that all gradients would be there
+        twice. Not before the second step, at whose begin DDP orders its buckets anew."""
+        replicated = any(isinstance(stage, DistributedDataParallel) for stage in self.stages)
+        return replicated and self.microbatches > 1 and self.updates > 1
 
     def _clock(self) -> float:
         """Seconds that this rank has computed: of its thread on a processor, where waiting for others does not count;

@@ -17,6 +17,7 @@ from runtime.checkpoint import Checkpointer
 from runtime.data import Batches
 from runtime.here import check_plan, check_settings
 from runtime.hf_config import hf_config
+from runtime.host_allocator import counted_steps, give_back_freed, keep_freed, short_of_memory, trim
 from runtime.link import Link
 from runtime.metrics import MetricsFile
 from runtime.profiler import StepProfiler
@@ -67,10 +68,15 @@ def train(
         # What cannot be written is better known now than after the last step.
         hf_config(plan.job.model)
     device = find_device()
+    asynchronous = plan.layout.sync == "parameter_server" and plan.layout.staleness != 0
+    counted = 0 if device.type == "cuda" or asynchronous else counted_steps(settings.warmup)
+    if counted and not give_back_freed():
+        counted = 0
     batches = Batches(plan.job, plan.layout, dist.get_rank(), device)
     run, sync = build_synchronised(plan.job, plan.layout, device, link)
     run.slowdown = settings.slowdowns.get(dist.get_rank(), 1.0)
     recorder = Recorder(device)
+    recorder.counted_steps = counted
     if isinstance(sync, ServerClient):
         if settings.weights is not None:
             load_safetensors(run.stages, settings.weights)
@@ -132,6 +138,7 @@ def _run_steps(
         recorder.go_on(before)
         begin = before.steps
     profiler = None if settings.profile is None else StepProfiler(settings.profile, settings.steps - 1, run.device)
+    keeps = False
     with contextlib.ExitStack() as opened:
         file = None
         if settings.metrics is not None and dist.get_rank() == 0:
@@ -156,6 +163,13 @@ def _run_steps(
                 step + 1, settings.steps, lambda: recorder.measurement(plan, settings.warmup)
             ):
                 break
+            if step + 1 - begin == recorder.counted_steps:
+                recorder.count_memory()
+                keeps = keep_freed()
+            if keeps and short_of_memory():
+                # Slower, but alive.
+                keeps = not give_back_freed()
+                trim()
         else:
             if profiler is not None:
                 profiler.write_timeline(plan, recorder.seconds[-1])

@@ -55,6 +55,31 @@ def saved_bytes(kernels: Iterable[Kernel], stack: Stack, precision: str, frozen:
     return total
 
 
+def kept_kinds(
+    kernels: Iterable[Kernel], stack: Stack, precision: str, frozen: bool, selective: bool
+) -> tuple[tuple[str, float], ...]:
+    """What a block without full recomputation keeps, in bytes by what it is; `selective` where the stack drops a part
+    of it (and keeps inputs: selective_keeps_outputs is told apart no further). They sum to saved_bytes less that."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        size = saved_bytes([kernel], stack, precision, frozen)
+        if selective:
+            dropped = score_bytes(kernel, stack, precision) if isinstance(kernel, Attention) else size
+            size -= recomputed_share(kernel, stack) * dropped
+        if isinstance(kernel, Attention):
+            kind = "attention cores"
+        elif isinstance(kernel, Matmul):
+            kind = "inputs of matmuls"
+        elif kernel.name in NORMS:
+            kind = "norms"
+        elif kernel.name in ("activation", "gated_activation"):
+            kind = "activation functions"
+        else:
+            kind = kernel.name
+        found[kind] = found.get(kind, 0.0) + size
+    return tuple((kind, size) for kind, size in found.items() if size)
+
+
 def score_bytes(core: Attention, stack: Stack, precision: str) -> float:
     """Bytes that an attention core keeps beside Q, K, V and output: fp32 row sums if fused, else the probabilities
     (and dropout's mask and copy), with the copies that the stack's softmax keeps besides."""
@@ -146,15 +171,37 @@ def _passing_logits(stack: Stack, precision: str, cut: bool, logits: float) -> f
     return (_alive_logits(stack, cut) - kept_logits(stack, precision, cut)) * logits
 
 
+def context_buffers(core: Attention, stack: Stack, width: float, ranks: int) -> float:
+    """Bytes of buffers for keys and values of other ranks in the backward of an attention core over so many
+    context-parallel ranks, besides the rank's own and their gradients.
+
+    Rule, with a block the rank's keys and values: ring: the block that comes, and the gradients that go round
+    with it, sent and received (in fp32 where they travel apart); all_gather: the blocks of all others, and the
+    gradients of all blocks before they are scattered; ulysses: queries, keys and values as they lie before the
+    exchange, and the output's gradient.
+    Reference: simulator/context_parallel.py.
+    """
+    if ranks == 1:
+        return 0.0
+    elements = core.batch * core.key_value_heads * core.keys * (core.qk_dim + core.v_dim)
+    if stack.context_parallel == "ring":
+        return elements * (width + 2 * (4.0 if stack.ring_gradients_apart else width))
+    if stack.context_parallel == "all_gather":
+        return elements * width * (2 * ranks - 1)
+    queries = core.batch * core.heads * core.queries * (core.qk_dim + core.v_dim)
+    return (elements + queries) * width
+
+
 def working_bytes(
-    kernels: Sequence[Kernel], stack: Stack, precision: str, stream: float, keeps_gradients: bool
+    kernels: Sequence[Kernel], stack: Stack, precision: str, stream: float, keeps_gradients: bool, ranks: int = 1
 ) -> float:
     """Bytes that a unit's backward needs at its fullest, beyond what its kernels saved.
 
     Rule: walk the kernels backwards. Each takes the gradient of its output and makes that of its input, a matmul also
     that of its weight, in the width of the matmul; what it had saved is gone after it. The gradient of the residual
     `stream` (bytes) is there all the time. Weight gradients stay until the unit's end where the software keeps them
-    apart that long, else the next kernel finds them added up.
+    apart that long, else the next kernel finds them added up. Attention over several context-parallel `ranks` has
+    their buffers besides.
     Ignored: workspaces within kernels; copies for a change of layout.
     """
     width = activation_width(precision)
@@ -175,6 +222,7 @@ def working_bytes(
             heads, groups = kernel.batch * kernel.heads, kernel.batch * kernel.key_value_heads
             keys = groups * kernel.keys * (kernel.qk_dim + kernel.v_dim)
             made = after = (heads * kernel.queries * kernel.qk_dim + keys) * width
+            made += context_buffers(kernel, stack, width, ranks)
             if kernel.learned_bias:
                 # The gradients of probabilities and of scores.
                 made += 2 * 4 * heads * kernel.queries * kernel.keys

@@ -6,6 +6,7 @@ Every function raises UserError for the first thing that is wrong, and returns n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
@@ -119,7 +120,14 @@ def check_gpu(gpu: Gpu, where: str) -> None:
         "sustained",
     ):
         _above_zero(where, name, [getattr(gpu, name)])
-    for name in ("memory_overhead", "context_memory", "communicator_memory", "fragmentation", "overlap_slowdown"):
+    for name in (
+        "memory_overhead",
+        "context_memory",
+        "communicator_memory",
+        "fragmentation",
+        "overlap_slowdown",
+        "timing_spread",
+    ):
         _at_least(where, name, getattr(gpu, name), 0)
     if not gpu.matmul:
         raise UserError(f"{where}: matmul is empty; it needs the rate of at least one precision")
@@ -158,6 +166,8 @@ def check_job(job: Job, where: str) -> None:
         raise UserError(f"{where}: training.global_batch_size = {batch} must be at most {MOST_SAMPLES} sequences")
     _above_zero(where, "training.learning_rate", [training.learning_rate])
     _above_zero(where, "training.max_grad_norm", [training.max_grad_norm])
+    if not 1 <= training.expert_load < math.inf:
+        raise UserError(f"{where}: training.expert_load = {training.expert_load:g} must be at least 1, the mean")
     longest = job.model.max_position_embeddings
     if job.model.position == "learned" and training.seq_len > longest:
         raise UserError(

@@ -92,7 +92,8 @@ class Gpu:
 
     `peak` is the data sheet's (the denominator of MFU), `matmul` what large products reach. `host` is measured on
     the machine; without it the stack's own value holds. `sustained` is the clock under a training load relative
-    to a single kernel's.
+    to a single kernel's. `timing_spread` is ln(90th / 10th percentile) of the machine's own timings, 0 where nobody
+    measured it.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Gpu:
     communicator_memory: Annotated[float, BYTES] = 0.0
     fragmentation: float = 0.0
     overlap_slowdown: float = 0.0
+    timing_spread: float = 0.0
 
     __pydantic_config__ = STRICT
 

@@ -39,7 +39,12 @@ class Training:
     weights). data is a folder of text files or a file of token ids; empty means the Python standard library's own
     source. tokenizer is a tokenizer.json for text; without it a token is a byte. Both are absolute paths. Gradients
     are scaled down to max_grad_norm. sharding is how samples are cut among replicas, remainder what becomes of those
-    that make no whole step (runtime/sharding.py)."""
+    that make no whole step (runtime/sharding.py).
+
+    expert_load is how many tokens the fullest rank of a mixture gets over the mean, which its memory must hold: 1 where
+    balance is forced, the capacity factor where tokens are padded or dropped to one. Without either it depends on the
+    router; Megatron-Core reserves 1.1 times the mean (NVIDIA/Megatron-LM@d98e8a64, paged stash). Seconds are the
+    mean's."""
 
     global_batch_size: int
     seq_len: int
@@ -53,6 +58,7 @@ class Training:
     max_grad_norm: float = 1.0
     sharding: Literal["sampled", "block", "sequential", "random", "hash"] = "sampled"
     remainder: Literal["drop", "pad"] = "drop"
+    expert_load: float = 1.1
 
     __pydantic_config__ = STRICT
 

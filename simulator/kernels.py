@@ -82,7 +82,8 @@ Kernel = Matmul | Attention | Pointwise
 class Cut:
     """How the kernels of a microbatch are cut: sizes of one rank's share follow from it.
 
-    expert_tp are the ranks that split each routed expert: tp, or 1 where every expert is whole.
+    expert_tp are the ranks that split each routed expert: tp, or 1 where every expert is whole. expert_load is the
+    tokens that reach the experts of this rank over the mean of all ranks.
     """
 
     micro_batch_size: int
@@ -92,6 +93,7 @@ class Cut:
     cp: int = 1
     ep: int = 1
     expert_tp: int = 0
+    expert_load: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -259,7 +261,9 @@ def _gated(
     elsewhere up keeps `again` tokens of its own."""
     h = model.hidden_size
     kept = kept_tokens * h
-    down = Matmul("down", tokens, h, width, count * tokens * width, count)
+    # ReLU keeps its output, which is the input of the matmul behind it.
+    kept_twice = model.activation == "relu" and not model.gated_mlp
+    down = Matmul("down", tokens, h, width, 0.0 if kept_twice else count * tokens * width, count)
     if not model.gated_mlp:
         return [Matmul("up", tokens, width, h, kept, count), Pointwise("activation", count * tokens * width), down]
     ups: list[Kernel] = [Matmul("gate_up", tokens, 2 * width, h, kept, count)]
@@ -270,23 +274,26 @@ def _gated(
 
 
 def _mixture(model: ModelSpec, cut: Cut, stack: Stack) -> list[Kernel]:
-    """Routed experts with balanced load (every expert gets T·topk/E tokens), shared experts beside them.
+    """Routed experts, shared experts beside them. Every expert gets T·topk/E tokens, times the cut's expert_load.
 
     A rank holds E / ep experts and gets ep times the tokens for each. Tokens are put into the order of the ranks
     they go to, and where they arrive into the order of the experts; results go the same way back.
-    Ignored: imbalance of the router and padding to a capacity.
+    Ignored: that the experts of a rank differ.
     """
     h, expert_tp = model.hidden_size, cut.expert_tp or cut.tp
     # Experts that are not split work on a part of the tokens instead.
     routed = cut.tokens * model.num_experts_per_tok * expert_tp / cut.tp
     gated_tokens = cut.norm_tokens if cut.ep > 1 else cut.tokens
     experts = model.num_experts / cut.ep
-    per_expert, width = routed * cut.ep / model.num_experts, model.moe_intermediate_size / expert_tp
-    order: list[Kernel] = [Pointwise("permute", routed * h)] * (2 if cut.ep > 1 and experts > 1 else 1)
+    load = cut.expert_load if cut.ep > 1 else 1.0
+    per_expert, width = load * routed * cut.ep / model.num_experts, model.moe_intermediate_size / expert_tp
+    order: list[Kernel] = [Pointwise("permute", routed * h)]
+    if cut.ep > 1 and experts > 1:
+        order.append(Pointwise("permute", load * routed * h))
     kernels: list[Kernel] = [
         Matmul("router", gated_tokens, model.num_experts, h, attention_input(cut, stack) * h, quantised=False),
         *order,
-        *_gated(model, per_expert, width, routed, stack, count=experts),
+        *_gated(model, per_expert, width, load * routed, stack, count=experts),
         *order,
     ]
     if model.num_shared_experts:

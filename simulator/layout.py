@@ -321,7 +321,8 @@ class Layout:
         found, layers = [], job.model.num_hidden_layers
         if self.schedule not in SCHEDULES:
             return [f"schedule = '{self.schedule}' is not known{nearest(self.schedule, SCHEDULES)}"]
-        if self.stages > layers:
+        bare = job.stack.bare_ends and self.virtual_stages > 1 and self.stage_layers is not None
+        if self.stages > layers + 2 * bare:
             found.append(
                 f"pp({self.pp}) * virtual_stages({self.virtual_stages}) = {self.stages} stages, "
                 f"but the model has {layers} layers"
@@ -331,8 +332,9 @@ class Layout:
                 found.append(
                     f"stage_layers = {list(self.stage_layers)} must name {self.stages} stages that sum to {layers}"
                 )
-            elif min(self.stage_layers) < 1:
-                found.append(f"stage_layers = {list(self.stage_layers)}: every stage needs a layer")
+            elif min(self.stage_layers[bare : self.stages - bare]) < 1 or min(self.stage_layers) < 0:
+                which = "every stage but the first and the last" if bare else "every stage"
+                found.append(f"stage_layers = {list(self.stage_layers)}: {which} needs a layer")
         if self.virtual_stages > 1 and self.schedule not in MULTI_STAGE:
             found.append(f"schedule {self.schedule} has one stage per rank, but virtual_stages = {self.virtual_stages}")
         alone = self.virtual_stages == 1 and self.schedule not in job.stack.single_stage_schedules

@@ -13,7 +13,7 @@ import numpy as np
 
 from simulator.expert_parallel import per_shard
 from simulator.layout import SPLIT_BACKWARD, Layout
-from simulator.lifetimes import Moment, Running, fullest_moments, lifetimes
+from simulator.lifetimes import Held, Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
 from simulator.stage import StageCost
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def memory_per_rank(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> tuple[MemoryBreakdown, ...]:
     """The peak of each pipeline rank in bytes; ranks of a stage are alike."""
     sharding = Sharding.of(job, layout)
-    return tuple(_RankBytes(job, layout, stages, rank, sharding).peak() for rank in range(layout.pp))
+    return tuple(RankBytes(job, layout, stages, rank, sharding).peak() for rank in range(layout.pp))
 
 
 def fullest(ranks: tuple[MemoryBreakdown, ...]) -> MemoryBreakdown:
@@ -43,11 +43,13 @@ def capacity(job: Job, layout: Layout) -> float:
 
 
 def _server_bytes(job: Job, layout: Layout) -> float:
-    """What parameter servers hold in the memory of their hosts: parameters, optimizer state and a sum of gradients."""
+    """What parameter servers hold in the memory of their hosts: parameters, optimizer state, the last gradient of every
+    replica (runtime/parameter_server.py receives each into its own) and, where they apply them together, their mean."""
     if layout.sync != "parameter_server":
         return 0.0
     recipe = job.stack.recipes[job.training.precision]
-    width = recipe.parameters + recipe.gradients + recipe.optimizer[job.training.optimizer]
+    gradients = layout.dp_replicate + (layout.staleness == 0)
+    width = recipe.parameters + gradients * recipe.gradients + recipe.optimizer[job.training.optimizer]
     return job.model.parameters() * width
 
 
@@ -56,10 +58,10 @@ def memory_timeline(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> 
     backwards, what is gathered, dropped and reduced between them (messages have no memory of their own: their buffers
     are there all the time), and the optimizer's step."""
     sharding = Sharding.of(job, layout)
-    return tuple(_curve(_RankBytes(job, layout, stages, rank, sharding)) for rank in range(layout.pp))
+    return tuple(_curve(RankBytes(job, layout, stages, rank, sharding)) for rank in range(layout.pp))
 
 
-def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
+def _curve(bytes_of: RankBytes) -> tuple[MemoryMoment, ...]:
     return tuple(
         MemoryMoment(
             str(step.op),
@@ -70,7 +72,7 @@ def _curve(bytes_of: _RankBytes) -> tuple[MemoryMoment, ...]:
     )
 
 
-class _RankBytes:
+class RankBytes:
     """Gives the counts of a rank's moments their bytes."""
 
     def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: int, sharding: Sharding) -> None:
@@ -83,19 +85,30 @@ class _RankBytes:
         apart = sharding.apart and layout.schedule in SPLIT_BACKWARD
         shape = (rank, layout.pp, layout.virtual_stages, microbatches)
         self.pipeline = (layout.schedule, *shape, max(1, layout.zero_stage) if sharding.fsdp else 1, apart)
+        self.parameters, self.experts, self.sharding = parameters, experts, sharding
         self.state = state_bytes(job, layout, sharding, parameters, experts)
-        self.received = _received(job, layout, tuple(held))
+        self.update = update_bytes(job, layout, sharding, parameters, experts)
+        self.standing = standing_buffers(job, layout, tuple(held), parameters)
         self.overhead = overhead_bytes(job, layout)
 
     def peak(self) -> MemoryBreakdown:
-        """The fullest of the rank's moments."""
+        """The bytes of the fullest of the rank's moments."""
+        return self.at(self.fullest())
+
+    def fullest(self) -> Moment:
+        """The moment at which the rank holds most."""
         known = fullest_moments(*self.pipeline)
         apart = [self.stages[one.stage].passing(one) for one in known.runnings]
         passing = np.array([one.total + fragmented(self.job, one.activations, one.buffers) for one in apart])
         moving = 1 + fragmented(self.job, 1.0, 0.0)
         grows = np.array(Worth(moving, moving, moving, moving, whole=1, reduced=1, fresh=moving, returned=moving))
         each = np.concatenate([np.array(stage.worth) * grows for _, stage in sorted(self.stages.items())])
-        return self.at(known.moment(int((known.counts @ each + passing[known.running]).argmax())))
+        found = known.moment(int((known.counts @ each + passing[known.running]).argmax()))
+        if not self.update:
+            return found
+        # Gradients have their memory all the time where the update needs more.
+        end = Moment(Running("OPTIMIZER"), tuple(Held(stage) for stage in known.stages))
+        return max(found, end, key=lambda moment: self.at(moment).peak)
 
     def _items(self, moment: Moment) -> tuple[float, float, float]:
         """Bytes of activations, gradients and buffers that are not there all the time."""
@@ -106,6 +119,8 @@ class _RankBytes:
             gradients += whole * worth.whole + reduced * worth.reduced
             buffers += ends * worth.ends + blocks * worth.blocks + fresh * worth.fresh + returned * worth.returned
         running = moment.running
+        if running.kind == "OPTIMIZER":
+            gradients += self.update
         if running.stage >= 0:
             passing = self.stages[running.stage].passing(running)
             activations += passing.activations
@@ -121,7 +136,7 @@ class _RankBytes:
             "gradients": self.state["gradients"] + gradients,
             "optimizer": self.state["optimizer"],
             "activations": activations,
-            "buffers": self.received + buffers,
+            "buffers": sum(self.standing.values()) + buffers,
         }
         overhead = self.overhead + fragmented(self.job, items["activations"], items["buffers"])
         return MemoryBreakdown(**items, overhead=overhead, peak=sum(items.values()) + overhead)
@@ -168,22 +183,48 @@ def state_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float,
     }
 
 
-def _received(job: Job, layout: Layout, stages: tuple[int, ...]) -> float:
-    """Bytes of buffers that are there all the time: the stack's own for reductions, and those for tensors from
-    neighbours, activations for all but the first stage, their gradients for all but the last. torch allocates those of
-    all microbatches ahead; others hold two of each."""
-    size, buffer = stream_bytes(job, layout), job.stack.reduce_buffer_bytes
+def update_bytes(job: Job, layout: Layout, sharding: Sharding, parameters: float, experts: float) -> float:
+    """Bytes that the optimizer's step holds besides its state, of a stack that keeps gradients in narrow memory of
+    their own: Megatron's fp16 recipe has them in fp32 beside, 20 bytes per parameter in all
+    (NVIDIA/Megatron-LM@d98e8a64, dist_optimizer.md)."""
+    if not sharding.trains or not sharding.whole:
+        return 0.0
+    width = job.stack.recipes[job.training.precision].update
+    if layout.zero_stage:
+        return per_shard(layout, job.stack, parameters * width, experts * width)
+    return parameters * width
+
+
+def standing_buffers(job: Job, layout: Layout, stages: tuple[int, ...], parameters: float) -> dict[str, float]:
+    """Bytes of buffers that are there all the time.
+
+    reductions: the stack's own, and the buckets of its replicas as large as their weights. gathers: for the whole of
+    what sequence parallelism gathers. messages: for tensors from neighbours, activations for all but the first of the
+    rank's `stages`, their gradients for all but the last. torch allocates those of all microbatches ahead; others hold
+    two of each.
+    """
+    size, stack = stream_bytes(job, layout), job.stack
+    reductions = stack.reduce_buffer_bytes
+    if stack.buckets_apart and layout.shards * layout.dp_replicate > 1 and job.training.peft == "none":
+        reductions += parameters * stack.recipes[job.training.precision].compute
+    gathers = stack.gather_buffers * size * layout.tp * layout.sequence_parallel
     if layout.pp == 1:
-        return buffer
-    if not job.stack.preallocates_receives:
-        return buffer + 4 * size
-    sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
-    return buffer + sides * layout.microbatches(job.training.global_batch_size) * size
+        messages = 0.0
+    elif not stack.preallocates_receives:
+        messages = 4 * size
+    else:
+        sides = sum((stage > 0) + (stage + 1 < layout.stages) for stage in stages)
+        messages = sides * layout.microbatches(job.training.global_batch_size) * size
+    return {"reductions": reductions, "gathers": gathers, "messages": messages}
+
+
+def communicators(layout: Layout) -> int:
+    """Axes in use, each of which has a communicator."""
+    sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
+    return sum(size > 1 for size in sizes)
 
 
 def overhead_bytes(job: Job, layout: Layout) -> float:
     """The device context (on a CPU: the process with its libraries) and a communicator per axis in use."""
     gpu = job.cluster.gpu
-    sizes = (layout.tp, layout.cp, layout.ep, layout.pp, layout.dp_shard, layout.dp_replicate)
-    groups = sum(size > 1 for size in sizes)
-    return gpu.context_memory + gpu.communicator_memory * groups
+    return gpu.context_memory + gpu.communicator_memory * communicators(layout)

@@ -15,12 +15,13 @@ Without FSDP gradients are added up one by one as they come.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.compute import activation_width, matmul_input_width
 from simulator.data_parallel import uses_fsdp
-from simulator.expert_parallel import per_shard
+from simulator.expert_parallel import expert_grid, per_shard
 from simulator.layout import Layout
 from simulator.lifetimes import Running
 
@@ -50,15 +51,27 @@ class Worth(NamedTuple):
 
 
 class Passing(NamedTuple):
-    """Bytes that are there within an op besides what the rank holds."""
+    """Bytes that are there within an op besides what the rank holds: what its microbatch keeps, what the unit in work
+    makes besides, gradients, gathered parameters, those that come ahead, and gradients on their way to a reduction."""
 
-    activations: float = 0.0
+    kept: float = 0.0
+    working: float = 0.0
     gradients: float = 0.0
-    buffers: float = 0.0
+    gathered: float = 0.0
+    prefetched: float = 0.0
+    reducing: float = 0.0
+
+    @property
+    def activations(self) -> float:
+        return self.kept + self.working
+
+    @property
+    def buffers(self) -> float:
+        return self.gathered + self.prefetched + self.reducing
 
     @property
     def total(self) -> float:
-        return self.activations + self.gradients + self.buffers
+        return sum(self)
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,15 @@ class Sharding:
     """What a layout does with parameters and gradients.
 
     fsdp: stages are FSDP modules; drops: blocks are gathered for each use alone; scatters: gradients are reduced to
-    shards within every backward; whole: gradients have their memory from the first moment of the step on.
+    shards within every backward; whole: gradients have their memory from the first moment of the step on; late: they
+    are added up when a backward has ended, and come in the width of matmuls until then.
     """
 
     fsdp: bool
     drops: bool
     scatters: bool
     whole: bool
+    late: bool
     trains: bool
     compute: float
     reduce: float
@@ -85,12 +100,14 @@ class Sharding:
         fsdp = uses_fsdp(job, layout)
         microbatches = layout.microbatches(training.global_batch_size)
         ddp = layout.zero_stage == 0 and layout.dp_replicate * layout.cp > 1 and not fsdp
+        trains = training.peft == "none" and not stack.host_optimizer_bandwidth
         return cls(
             fsdp,
             layout.zero_stage == 3,
             layout.shards_gradients or (fsdp and layout.pp == 1 and microbatches == 1),
             stack.preallocates_gradients or (ddp and not fsdp),
-            training.peft == "none" and not stack.host_optimizer_bandwidth,
+            stack.adds_after_backward and trains and not fsdp,
+            trains,
             recipe.compute if training.peft == "none" else matmul_input_width(training.precision),
             recipe.gradient_reduce,
             recipe.gradients,
@@ -155,7 +172,7 @@ class StageBytes:
                 found = self._reduction()
             elif kind == "UNSHARD" and self.how.fsdp and self.layout.shards > 1:
                 # The buffer of what was gathered, until it is copied out: of the ends at the latest.
-                found = Passing(buffers=self.ends * self.how.compute)
+                found = Passing(prefetched=self.ends * self.how.compute)
             else:
                 found = Passing()
             self._known[key] = found
@@ -187,9 +204,20 @@ class StageBytes:
 
     def _prefetched(self, unit: UnitCost | None) -> float:
         """Bytes of the gathered buffer of the unit that is needed next."""
-        if unit is None or not self.how.drops or self.layout.shards == 1:
+        if unit is None or not self.how.drops:
             return 0.0
-        return unit.parameters * self.how.compute
+        alone = self._expert_shards == 1
+        own = (unit.parameters - unit.experts) * (self.layout.shards > 1), unit.experts * (not alone)
+        return max(own) * self.how.compute
+
+    @functools.cached_property
+    def _expert_shards(self) -> int:
+        return expert_grid(self.layout, self.job.stack).shards
+
+    def _reduced_at_once(self, unit: UnitCost) -> float:
+        """Parameters of a unit whose gradients are reduced together: spread experts are a unit of FSDP's of their own
+        within their block."""
+        return max(unit.parameters - unit.experts, unit.experts)
 
     def _forward(self, gathered: bool) -> Passing:
         """Blocks keep what they save one after the other; where they are dropped the last one is gathered still."""
@@ -199,8 +227,9 @@ class StageBytes:
         for unit, count in self.stage.blocks:
             own = 0.0 if unit.stays_gathered else unit.parameters * how.compute * how.drops
             for place in {1, count}:
-                rest = max(own, left - (place - 1) * own) if gathered else 2 * own
-                points.append(Passing(kept + place * unit.saved, 0.0, in_use + rest))
+                rest = max(own, left - (place - 1) * own) if gathered else own
+                ahead = 0.0 if gathered else own
+                points.append(Passing(kept + place * unit.saved, gathered=in_use + rest, prefetched=ahead))
             kept += count * unit.saved
             left -= count * own * gathered
         return max(points, key=lambda point: point.total, default=Passing(self.saved))
@@ -215,12 +244,12 @@ class StageBytes:
         # of the reduction before.
         added = waiting = reducing = 0.0
         in_use = self.ends * how.compute * (how.fsdp and how.drops and self.layout.pp == 1)
-        behind = 0.0
+        behind = late = 0.0
         once = how.fsdp and not how.drops and last
         born = how.trains and not how.whole
         for number, (unit, count) in enumerate(runs):
             following = runs[number + 1][0] if number + 1 < len(runs) else None
-            keeps = born and how.fsdp and (how.apart or how.scatters)
+            keeps = how.late or (born and how.fsdp and (how.apart or how.scatters))
             keeps = keeps or (born and first and not how.scatters)
             # An embedding's gradient is made whole every time, wherever it is added up.
             keeps = keeps or (how.trains and unit.stays_gathered)
@@ -245,15 +274,19 @@ class StageBytes:
                     grown = before * (shard if how.scatters else unit.parameters * how.gradients)
                 last_reduced = reducing
                 if how.scatters and how.fsdp and before and not unit.stays_gathered:
-                    last_reduced = unit.parameters * how.reduce
+                    last_reduced = self._reduced_at_once(unit) * how.reduce
                 points.append(
                     Passing(
-                        left - before * unit.saved + (unit.growing if keeps else unit.working),
-                        (added + grown if first else 0.0) * born,
-                        in_use + own + self._prefetched(ahead) + kept_blocks + waiting + last_reduced * how.trains,
+                        left - before * unit.saved,
+                        unit.growing if keeps else unit.working,
+                        (added + grown if first else 0.0) * born + (late + before * size) * how.late,
+                        in_use + own + kept_blocks,
+                        self._prefetched(ahead),
+                        waiting + last_reduced * how.trains,
                     )
                 )
             left -= count * unit.saved
+            late += count * size
             if number == 0:
                 left += self.stays
             if number == 0 and self._tied and how.trains:
@@ -271,8 +304,8 @@ class StageBytes:
                 if first:
                     added += count * (shard if how.scatters else unit.parameters * how.gradients)
                 behind += count * size
-                reducing = unit.parameters * how.reduce * (how.scatters and how.fsdp)
-        points.append(self._end_of_backward(first, added, waiting, once)._replace(activations=max(0.0, left)))
+                reducing = self._reduced_at_once(unit) * how.reduce * (how.scatters and how.fsdp)
+        points.append(self._end_of_backward(first, added, waiting, once)._replace(kept=max(0.0, left)))
         return max(points, key=lambda point: point.total)
 
     @property
@@ -290,7 +323,7 @@ class StageBytes:
         """The gradients of the ends are reduced, or added up in the width of the reduction."""
         how = self.how
         if not (how.fsdp and how.trains):
-            return Passing()
+            return Passing(gradients=self.stage.parameters * how.compute * how.late)
         blocks = 0.0
         if how.drops and self.layout.pp > 1:
             blocks = self.inner * how.compute
@@ -298,15 +331,17 @@ class StageBytes:
             blocks = -self.stage.parameters * how.compute
         if how.scatters:
             shard = self._shard(self.ends, 0.0) * how.reduce
-            return Passing(0.0, added * first, blocks + max(waiting, shard) + self.ends * how.reduce)
+            return Passing(
+                gradients=added * first, gathered=blocks, reducing=max(waiting, shard) + self.ends * how.reduce
+            )
         if once:
-            return Passing(0.0, 0.0, blocks + self.ends * how.reduce)
+            return Passing(gathered=blocks, reducing=self.ends * how.reduce)
         if how.apart:
             largest = max((u.parameters for u, _ in self.stage.blocks if u.stays_gathered), default=0.0)
             wide = (added + self.ends * how.gradients) if first else 0.0
             fresh = largest * how.compute if first else waiting
-            return Passing(0.0, wide, blocks + fresh)
-        return Passing(0.0, added * first, blocks)
+            return Passing(gradients=wide, gathered=blocks, reducing=fresh)
+        return Passing(gradients=added * first, gathered=blocks)
 
     def _split(self, kind: str, first: bool, finds: bool) -> Passing:
         """An input gradient keeps all that was saved and adds what the weight gradient needs; on its way fresh
@@ -315,22 +350,22 @@ class StageBytes:
         how, units = self.how, [unit for unit, _ in self.stage.blocks]
         if kind == "W":
             made = self.fresh if how.apart else self.whole
-            points = [Passing(self.saved + self.deferred), Passing(0.0, made * first)]
+            points = [Passing(self.saved, self.deferred), Passing(gradients=made * first)]
         else:
-            begins = Passing(self.saved + units[-1].working, (self.fresh - self.whole * first) * finds)
+            begins = Passing(self.saved, units[-1].working, (self.fresh - self.whole * first) * finds)
             # Of the unit whose backward ends last they are still there: of the ends, if the stage has one.
             cast = (self.ends or units[0].parameters) * how.compute
             norm = max(unit.norm_working for unit in units)
-            points = [begins, Passing(self.saved + self.deferred + norm, 0.0, cast * finds)]
+            points = [begins, Passing(self.saved, self.deferred + norm, reducing=cast * finds)]
         return max(points, key=lambda point: point.total)
 
     def _reduction(self) -> Passing:
         """Unit by unit, the ends first: the gradients of those that are not reduced yet, and a unit's copy."""
         how = self.how
         if not how.fsdp or not how.trains:
-            return Passing(0.0, self.whole, self.ends_gathered)
+            return Passing(gradients=self.whole, gathered=self.ends_gathered)
         if how.scatters or self.layout.pp == 1:
-            return Passing(0.0, self.whole, 0.0)
+            return Passing(gradients=self.whole)
         # What is scattered comes out beside what goes in.
         shard = self._shard(self.ends, 0.0) * (self.layout.shards > 1)
-        return Passing(0.0, self.whole, (self.ends + shard) * how.reduce)
+        return Passing(gradients=self.whole, reducing=(self.ends + shard) * how.reduce)

@@ -39,7 +39,7 @@ def find_cluster(name: str, folder: Path | None = None, profile: str | None = No
     `this-machine` comes from the profile that `layoutwise measure` wrote: the one named, else the user's own.
     """
     if name == THIS_MACHINE:
-        path = _relative(profile, folder) if profile else user_profile()
+        path = _profile(profile, folder) if profile else user_profile()
         if not profile and not path.exists():
             raise UserError(
                 f"cluster '{THIS_MACHINE}' needs a profile of this machine ({path} does not exist); "
@@ -89,6 +89,17 @@ def user_profile() -> Path:
     """Where `layoutwise measure` keeps the profile of this machine."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "layoutwise" / "this-machine.json"
+
+
+def _profile(name: str, folder: Path | None) -> Path:
+    """A profile by its path, or by its name if it lies where `layoutwise measure` keeps them."""
+    if "/" in name or os.sep in name or name.endswith(".json"):
+        return _relative(name, folder)
+    kept = user_profile().parent
+    known = [path.stem for path in kept.glob("*.json")]
+    if name not in known:
+        raise UserError(f"profile '{name}' is not known in {kept}{nearest(name, known)}")
+    return kept / f"{name}.json"
 
 
 def _stack_table(name: str, folder: Path | None = None) -> dict[str, Any]:

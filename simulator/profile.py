@@ -39,7 +39,8 @@ class Sample:
 
     kind is "matmul" (sizes m, n, k), "memory" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
-    (no sizes), "concurrency" (ranks that compute at once), or a collective's name (ranks, bytes).
+    (no sizes), "concurrency" (ranks that compute at once), "compute_alone" and "compute_overlapped" (ranks; a
+    product, and the same beside an all-reduce), or a collective's name (ranks, bytes).
     """
 
     kind: str
@@ -53,8 +54,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A constant that measured runs changed, and the standard deviation of its logarithm that they leave."""
+
+    name: str
+    before: float
+    after: float
+    spread: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What measured runs changed in a profile (calibrate.py): when, how many runs, and the median error of the step
+    time of runs that the fit did not use, before and after."""
+
+    created: str
+    runs: int
+    changed: tuple[Changed, ...]
+    error_before: float
+    error_after: float
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Constants of one machine with their samples, the date and the library versions they come from."""
+    """Constants of one machine with their samples, the date and the library versions they come from. Constants that
+    `calibrations` name are no longer those that the samples give."""
 
     name: str
     created: str
@@ -72,6 +100,8 @@ class Profile:
     collectives: dict[str, tuple[CollectiveFit, ...]]
     concurrency: tuple[float, ...]
     samples: tuple[Sample, ...]
+    overlap_slowdown: float = 0.0
+    calibrations: tuple[Calibration, ...] = ()
     version: int = VERSION
 
     __pydantic_config__ = STRICT
@@ -101,7 +131,9 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         attention={"sdpa": profile.attention},
         host=profile.host,
         context_memory=profile.process_memory,
+        overlap_slowdown=profile.overlap_slowdown,
         source=f"measured {profile.created}",
+        timing_spread=timing_spread(profile.samples),
     )
     link = Link("loopback" if cpu else "measured", profile.link_bandwidth, profile.link_latency, profile.collectives)
     return ClusterSpec(
@@ -113,6 +145,12 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         concurrency=profile.concurrency,
         source=f"measured {profile.created}",
     )
+
+
+def timing_spread(samples: Sequence[Sample]) -> float:
+    """ln(90th / 10th percentile) of a timing's repetitions, the median over all timings; 0 where none is known."""
+    found = [float(np.log(s.p90 / s.p10)) for s in samples if s.p90 >= s.p10 > 0]
+    return float(np.median(found)) if found else 0.0
 
 
 def calibrate(
@@ -144,6 +182,7 @@ def calibrate(
         "link_bandwidth": link_bandwidth,
         "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
         "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
+        "overlap_slowdown": _overlap_slowdown(samples),
     }
 
 
@@ -267,6 +306,15 @@ def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[
             fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp)))
         result[kind] = tuple(fits)
     return result
+
+
+def _overlap_slowdown(samples: Sequence[Sample]) -> float:
+    """By how much longer compute takes while communication goes on beside it, as a share; 0 where it was not
+    measured."""
+    medians = {s.kind: s.seconds for s in samples if s.kind.startswith("compute_")}
+    if len(medians) < 2:
+        return 0.0
+    return max(0.0, medians["compute_overlapped"] / medians["compute_alone"] - 1)
 
 
 def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:

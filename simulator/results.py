@@ -143,6 +143,18 @@ class Synchronisation:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Seconds of a step between which it is expected with a probability of `level`, and what says so."""
+
+    low: float
+    high: float
+    level: float
+    source: str
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One layout of one job, predicted. `memory` is the fullest rank's; memory_per_stage is by pipeline rank.
 
@@ -150,7 +162,8 @@ class Prediction:
     its mean.
 
     mfu counts model FLOPs (ModelSpec.flops_per_token) over the device's data-sheet peak; hfu adds recomputation.
-    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py).
+    out_of_memory_probability is that of a true peak above the memory there is, given how far peaks are off (risk.py);
+    interval is that of step_seconds, given how far steps are off (error_bars.py).
     """
 
     layout: Layout
@@ -167,6 +180,7 @@ class Prediction:
     out_of_memory_probability: float
     timeline: Timeline = field(default=Timeline(), compare=False)
     synchronisation: Synchronisation | None = None
+    interval: Interval | None = None
 
     __pydantic_config__ = STRICT
 
@@ -213,7 +227,8 @@ class Measurement:
     """One layout, run for real. Steps and losses are without and with the warm-up respectively: `losses` and
     `grad_norms` hold every step from the first, the step times leave the first `warmup` steps out. Where replicas do
     not wait for each other a step is as many updates as there are replicas, of whomever, and its loss and norm are
-    their means."""
+    their means. peak_memory is what each rank needs, reserved_memory what it took at most, with what its allocator
+    keeps of what was freed."""
 
     layout: Layout
     world_size: int
@@ -228,6 +243,7 @@ class Measurement:
     versions: dict[str, str]
     updates: Updates | None = None
     sharding: Sharding | None = None
+    reserved_memory: tuple[float, ...] = ()
     version: int = 1
 
     __pydantic_config__ = STRICT

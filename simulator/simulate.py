@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simulator.engine import run_program
+from simulator.error_bars import step_interval
 from simulator.layout import Layout
 from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline
 from simulator.memory_curve import memory_curve
@@ -67,4 +68,5 @@ def simulate(job: Job, layout: Layout, trace: bool = False) -> Prediction:
         out_of_memory_probability=risk,
         timeline=timeline,
         synchronisation=synchronisation,
+        interval=step_interval(job, step_seconds),
     )

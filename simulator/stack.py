@@ -15,7 +15,8 @@ from simulator.units import BANDWIDTH
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read.
+    """Bytes per parameter for one precision. `compute` is the width of the weights that kernels read; `update` what the
+    optimizer's step holds besides, such as gradients in fp32 where others are narrower.
 
     kept_wide is the share of the matmuls that the recipe leaves in 16 bits.
 
@@ -31,6 +32,7 @@ class Recipe:
     kept_wide: float = 0.0
     dispatch: float | None = None
     matmul_inputs: float | None = None
+    update: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -131,6 +133,17 @@ class Stack:
     single_stage_schedules: schedules of several stages per rank that also run with one.
 
     copies_gate_input: where tp cuts gate and up, each of the two keeps an input of its own.
+
+    buckets_apart: replicas reduce gradients in buckets that are there all the time, in the width of matmuls, beside
+    the gradients (DistributedDataParallel without gradient_as_bucket_view).
+
+    adds_after_backward: gradients come in the width of matmuls and are added to those of other microbatches when the
+    whole backward of a microbatch has ended.
+
+    gather_buffers: buffers, there all the time, for the whole of a tensor that sequence parallelism gathers.
+
+    bare_ends: with several stages per rank the first stage may be the embedding alone, and the last the head.
+
     syncs: the ways in which it keeps replicas together (sync_rules.py). server_piece_bytes is what goes to a parameter
     server, and comes back, at a time, so that the ways overlap; 0 if all of it, pushed first and then pulled.
     """
@@ -172,6 +185,10 @@ class Stack:
     logits_bytes: float = 8.0
     gathers_logits: bool = False
     copies_gate_input: bool = False
+    buckets_apart: bool = False
+    adds_after_backward: bool = False
+    gather_buffers: int = 0
+    bare_ends: bool = False
     parallel_logits_bytes: float | None = None
     fragmentation: float | None = None
     reduce_buffer_bytes: float = 0.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from simulator.activations import (
     deferred_bytes,
+    kept_kinds,
     kept_logits,
     kept_outputs,
     norm_working,
@@ -125,6 +126,8 @@ class UnitCost:
     deferred: float = 0.0
     experts: float = 0.0
     norm_working: float = 0.0
+    # Bytes of `saved` by what they are.
+    kinds: tuple[tuple[str, float], ...] = ()
 
     @property
     def forward_seconds(self) -> float:
@@ -249,7 +252,8 @@ class StageCosts:
         Ignored: copies that PCIe or NVLink-C2C cannot hide.
         """
         count = min(self.job.stack.offloaded_blocks, len(blocks) - 2)
-        return [dataclasses.replace(block, saved=0.0) if i < count else block for i, block in enumerate(blocks)]
+        gone = (dataclasses.replace(block, saved=0.0, kinds=()) for block in blocks[: max(0, count)])
+        return [*gone, *blocks[max(0, count) :]]
 
     def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
         data = DataParallel(
@@ -280,13 +284,17 @@ class StageCosts:
         if key not in self._units:
             model = self.job.model
             kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
+            held = kernels
+            if kind in ("moe", "experts") and self.layout.ep > 1:
+                fullest = dataclasses.replace(self.cut, expert_load=self.job.training.expert_load)
+                held = block_kernels(model, kind, causal, fullest, self.job.stack, window)
             spread = kind in ("moe", "experts") and self.layout.ep > 1
             columns, rows = block_cuts(model, kind, spread)
             if self.job.stack.reduces_every_projection:
                 columns = self._columns(kind)
             experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
             parameters = self._cut_parameters(kind, spread) + experts
-            self._units[key] = self._unit(kernels, parameters, groups, (columns, rows), experts)
+            self._units[key] = self._unit(kernels, parameters, groups, (columns, rows), experts, held)
         return self._units[key]
 
     def _columns(self, kind: BlockKind) -> int:
@@ -345,6 +353,7 @@ class StageCosts:
             unit,
             forward=unit.forward + Work(tp=loss),
             saved=unit.saved + kept,
+            kinds=(*unit.kinds, ("logits and loss", kept)),
             deferred=unit.deferred - (kept if self.job.stack.frees_after_input_gradient else 0.0),
             stays_gathered=True,
         )
@@ -356,12 +365,16 @@ class StageCosts:
         groups: Groups,
         cuts: tuple[int, int],
         experts: float = 0.0,
+        held: list[Kernel] | None = None,
     ) -> UnitCost:
         """Cost of kernels with `cuts` column-parallel inputs and row-parallel outputs; `experts` of the parameters are
-        routed experts' that other ranks send tokens to."""
+        routed experts' that other ranks send tokens to. `held` are the kernels of the rank that gets most tokens, whose
+        bytes count, where they are others."""
         job, precision = self.job, self.job.training.precision
+        held = held or kernels
         times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        saved = saved_bytes(kernels, job.stack, precision, frozen=job.training.peft != "none")
+        frozen = job.training.peft != "none"
+        saved = saved_bytes(held, job.stack, precision, frozen)
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = (
             tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
@@ -392,23 +405,30 @@ class StageCosts:
         boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
         # What a backward computes again before it begins.
         again = 0.0
-        working, growing = (working_bytes(kernels, job.stack, precision, boundary, grows) for grows in (False, True))
+        working, growing = (
+            working_bytes(held, job.stack, precision, boundary, grows, self.layout.cp) for grows in (False, True)
+        )
+        kinds = kept_kinds(held, job.stack, precision, frozen, recompute == "selective")
         if recompute == "full":
             repeated = beside_forward.tp * tp_again / tp_forward if tp_forward else 0.0
             backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
-            saved, again = boundary, saved
+            saved, again, kinds = boundary, saved, (("inputs of blocks", boundary),)
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
             backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
-            kept = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0)) + kept_outputs(kernels, job.stack, precision)
-            saved, again = kept, max(0.0, saved - kept)
+            ends = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0))
+            outputs = kept_outputs(held, job.stack, precision)
+            saved, again = ends + outputs, max(0.0, saved - ends - outputs)
+            kinds = (("inputs of blocks", ends), ("outputs of kernels", outputs))
         elif recompute == "selective":
             work, dropped = self._selected(kernels, cp_forward)
+            if held is not kernels:
+                dropped = self._selected(held, cp_forward)[1]
             backward += work
             saved, again = saved - dropped, dropped
-        deferred = deferred_bytes(kernels, job.stack, precision)
+        deferred = deferred_bytes(held, job.stack, precision)
         if job.stack.frees_after_input_gradient:
-            deferred += min(0.0, weight_input_bytes(kernels, job.stack, precision) - saved)
+            deferred += min(0.0, weight_input_bytes(held, job.stack, precision) - saved)
         return UnitCost(
             forward,
             backward,
@@ -419,7 +439,8 @@ class StageCosts:
             backward_weight=weights,
             deferred=deferred,
             experts=experts,
-            norm_working=norm_working(kernels, job.stack, precision),
+            norm_working=norm_working(held, job.stack, precision),
+            kinds=kinds,
         )
 
     def _again(self, kernels: list[Kernel], forward: KernelTime, beside: Work) -> Work:

@@ -38,6 +38,9 @@ def plan(
     output: Folder = Path("."),
     top: Annotated[int | None, typer.Option(min=1, help="How many layouts to rank; 5.")] = None,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
+    fastest: Annotated[
+        bool, typer.Option("--fastest", help="Take the shortest predicted step, however little it wins by.")
+    ] = False,
     nodes: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Plan for these numbers of nodes: the scaling curve.")
     ] = None,
@@ -54,6 +57,7 @@ def plan(
     """Recommend a layout; writes plan.json. Over several numbers of nodes, also scaling.json and a plan for each."""
     from planner import show
     from planner.commands.scaling import plan_over_nodes
+    from planner.order import FASTEST
     from planner.plan import write_plan
     from planner.scaling_table import cost_sentence
     from planner.search import plan as search
@@ -67,13 +71,16 @@ def plan(
     job, path = read_job(job_file, [*(overrides or []), *options]), output / "plan.json"
     check_writable(path)
     if nodes is not None or job.objective.nodes or job.objective.goal != "fastest":
+        if fastest:
+            raise UserError("--fastest is for one number of nodes; leave out --nodes and [objective], or --fastest")
         plan_over_nodes(job, nodes, scale_batch, output, (top or 1, top or RANKED), _share(gap), as_json)
         return
     if scale_batch:
         raise UserError("--scale-batch says nothing for one number of nodes; add --nodes, like --nodes 4,8,16")
     try:
         with progress("planning", quiet=as_json) as report:
-            found = search(job, top or RANKED, report, _share(gap))
+            order = FASTEST if fastest else None
+            found = search(job, top or RANKED, report, _share(gap), order, ties=not fastest)
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
@@ -117,6 +124,7 @@ def simulate(
     """Predict one layout."""
     from planner import show
     from planner.imports import read_layout
+    from planner.memory_parts_report import parts_json
     from planner.remedies import advice
     from simulator.files import write_json
     from simulator.job import read_job
@@ -137,7 +145,8 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        print_json(show.prediction_json(prediction) | show.remedies_json(found))
+        said = show.warnings_json(job, prediction) | show.remedies_json(found) | parts_json(job, prediction)
+        print_json(show.prediction_json(prediction) | said)
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)

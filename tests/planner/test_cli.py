@@ -42,7 +42,7 @@ def test_plan_json_is_the_contract(
 ) -> None:
     assert call(monkeypatch, "plan", "job.toml", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"job", "best", "runners_up", "baseline", "certificate", "riskier"}
+    assert set(document) == {"job", "best", "runners_up", "baseline", "certificate", "riskier", "choice", "warnings"}
     assert 0 <= document["best"]["out_of_memory_probability"] <= 1
     assert set(document["certificate"]) == {
         "space", "illegal", "out_of_memory", "bounded", "simulated", "lower_bound_gap", "seconds",
@@ -56,7 +56,7 @@ def test_simulate_json_is_the_contract(
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
         "layout", "fits", "problems", "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu",
-        "breakdown", "memory", "memory_per_stage", "out_of_memory_probability", "remedies",
+        "breakdown", "memory", "memory_per_stage", "out_of_memory_probability", "interval", "warnings", "remedies",
     }  # fmt: skip
     assert sum(document["breakdown"].values()) == pytest.approx(document["step_seconds"])
     assert list(document["breakdown"]) == [
@@ -313,7 +313,7 @@ def test_run_trains_and_measures(
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
         "layout", "world_size", "steps", "warmup", "step_seconds", "tokens_per_second", "peak_memory", "losses",
-        "grad_norms", "device", "versions", "updates", "sharding", "version",
+        "grad_norms", "device", "versions", "updates", "sharding", "reserved_memory", "version",
     ]  # fmt: skip
     assert document == json.loads((folder / "measurement.json").read_text())
     assert (document["steps"], len(document["losses"]), document["world_size"]) == (3, 3, 1)

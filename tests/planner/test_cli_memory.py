@@ -62,3 +62,16 @@ def test_a_plan_from_before_there_were_risks_is_read(
     del document["riskier"]
     (folder / "plan.json").write_text(json.dumps(document))
     assert read_plan(folder / "plan.json").best.out_of_memory_probability == risk
+
+
+def test_parts_of_every_item_sum_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As JSON of a layout, with every item of the fullest rank."""
+    layout = ("--layout", "tp=2 pp=4 zero_stage=0 sequence_parallel=true")
+    assert call(monkeypatch, "simulate", "job.toml", *LARGE, *layout, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    peaks = [memory["peak"] for memory in document["memory_per_stage"]]
+    parts = document["memory_parts"][peaks.index(max(peaks))]
+    for item in ("parameters", "gradients", "optimizer", "activations", "buffers", "overhead"):
+        assert sum(p["bytes"] for p in parts if p["item"] == item) == pytest.approx(document["memory"][item], abs=1)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from planner.order import FASTEST
 from planner.search import plan
 from planner.what_if import USUAL, asked, seconds_of, variants, what_if, what_if_json, what_if_rows
+from simulator.error_bars import tie_share
 from simulator.errors import UserError
 from simulator.job import Job, build_job
 from simulator.results import Prediction
@@ -103,9 +105,11 @@ def test_outcomes_are_plans_of_their_own() -> None:
     found = {one.change: one for one in what_if(read, ["batch=2x", "nodes=+1", "memory=10GB"])}
     double = found["batch=2x"]
     assert double.best is not None and double.speed is not None
-    again = plan(changed("batch=2x"), top=1).best
-    assert double.best.step_seconds == pytest.approx(again.step_seconds)
-    assert double.speed == pytest.approx(again.tokens_per_second / read.best.tokens_per_second)
+    again = plan(changed("batch=2x"), top=1, ties=False).best
+    # The layout that is there already where it ties with the best.
+    assert double.best.step_seconds <= again.step_seconds * (1 + tie_share())
+    assert double.best.layout in (again.layout, read.layout)
+    assert double.speed == pytest.approx(double.best.tokens_per_second / read.best.tokens_per_second)
     # 24 ranks leave 24, 12, 3 and 6 replicas of these sizes, and none of them divides 32 sequences.
     assert found["nodes=+1"].best is None and "no layout" in found["nodes=+1"].problem
     assert found["memory=10GB"].best is None and "nearest miss" in found["memory=10GB"].problem
@@ -115,7 +119,7 @@ def test_outcomes_are_plans_of_their_own() -> None:
 
 
 def fastest(task: Job) -> Prediction:
-    found = plan(task, top=1)
+    found = plan(task, top=1, order=FASTEST, ties=False)
     return found.riskier or found.best
 
 

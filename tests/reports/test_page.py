@@ -21,7 +21,7 @@ from planner.scaling import write_scaling
 from reports.page import embedded, page, write_report
 from reports.page_candidates import candidates, pasteable
 from reports.page_charts import pareto_chart, scaling_chart, thinned
-from reports.page_inputs import Inputs, find_inputs, ratio, read_exam, step_interval
+from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
 from reports.page_sections import in_words, recommendation
 from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
 from simulator.errors import UserError
@@ -326,17 +326,12 @@ def test_a_page_of_a_large_plan_is_small() -> None:
 # What is put in
 
 
-def test_the_exam_gives_an_interval(plan: Plan, folder: Path) -> None:
-    """Steps took 1 + error of their prediction: 1, 1.25 and 0.8 for all, as three runs of a stack are too few. Their
-    10th percentile lies 0.2 of the way from 0.8 to 1, the 90th 0.8 of the way from 1 to 1.25."""
+def test_an_interval_is_the_predictions_own(plan: Plan, folder: Path) -> None:
     exam = read_exam(folder / "validation.json")
     assert [row.id for row in exam.compared] == ["a", "b", "c"]
-    known = ratio(exam, plan.job)
-    assert known and known.count == 3
-    assert (known.low, known.median, known.high) == pytest.approx((0.84, 1.0, 1.2))
-    step = plan.best.step_seconds
-    assert step_interval(plan.best, known) == pytest.approx((0.84 * step, 1.2 * step))
-    assert ratio(None, plan.job) is None and step_interval(plan.best, None) is None
+    found = plan.best.interval
+    assert found and step_interval(plan.best) == (found.low, found.high)
+    assert step_interval(dataclasses.replace(plan.best, interval=None)) is None
 
 
 def test_bad_files_beside_a_plan_are_one_sentence(plan: Plan, tmp_path: Path) -> None:
@@ -375,7 +370,7 @@ def test_the_scaling_of_the_same_job_is_shown(plan: Plan, tmp_path: Path) -> Non
     write_scaling(scaling, tmp_path / "scaling.json")
     inputs = find_inputs(plan, tmp_path)
     assert inputs.scaling == scaling and inputs.notes == ()
-    chart = scaling_chart(scaling, None)
+    chart = scaling_chart(scaling)
     assert [point[0] for point in chart["series"][1]["points"]] == [16, 32]
     assert [point[1] for point in chart["series"][1]["points"]] == pytest.approx(
         2 * [plan.best.tokens_per_second], rel=1e-5

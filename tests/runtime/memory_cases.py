@@ -68,6 +68,7 @@ class Case:
 _Z3 = {"dp_shard": 8, "zero_stage": 3}
 _SP = {"sequence_parallel": True}
 _FP32 = {"precision": "fp32"}
+_EVEN = {"expert_load": 1.0}
 _CHUNKS = {"pp": 4, "virtual_stages": 2}
 
 
@@ -150,4 +151,9 @@ LONG_CASES = [
     Case(Layout(pp=2, tp=4, dp_shard=2, zero_stage=2, **_SP), "qwen3-8b", 8, 3, 4),
     Case(Layout(**_Z3, micro_batch_size=4), "bert-large", 24, training={"seq_len": 512}),
     Case(Layout(**_Z3, micro_batch_size=4), "t5-large", 12, training={"seq_len": 512}),
+    # Mixtures: fake tokens choose all experts alike.
+    Case(Layout(**_Z3, ep=8), "mixtral-8x7b", 2, 1, training=_EVEN),
+    Case(Layout(**_Z3), "mixtral-8x7b", 2, 1, training=_EVEN),
+    Case(Layout(dp_shard=8, ep=4, pp=2, zero_stage=2), "mixtral-8x7b", 4, 1, microbatches=4, training=_EVEN),
+    Case(Layout(**_Z3, ep=8, recompute="full"), "mixtral-8x7b", 4, 1, training=_EVEN),
 ]

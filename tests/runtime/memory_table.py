@@ -1,6 +1,6 @@
 """Count the memory of every case with torch's MemTracker, beside its prediction, and write docs/memory.md.
 
-`make memory-oracle` runs this file; the tests use its parts.
+`make memory-oracle` runs this file; the tests use its parts. What the page says below BY_HAND stays as it is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _FORKS.set_forkserver_preload(["runtime.alone", "memory_cases"])
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 # A prediction may be this far above what is counted, and below it. KNOWN models may miss by more.
 ABOVE, BELOW = 0.03, 0.01
-# T5's biases by distance have a gradient, for which torch has no fused attention: what its plain kernels hold at once
-# in a backward is counted too high.
-KNOWN = {"t5-large": 0.07}
+# What grouped matmuls of experts work with is counted as that of other matmuls, and experts' units of FSDP as part of
+# their block.
+KNOWN = {"mixtral-8x7b": 0.04}
 GIB = 2**30
+BY_HAND = "## Published peaks"
 HEAD = """# Memory, predicted and counted
 
 One rank of each layout runs a step of fake tensors beside a process group that hears nobody (`layoutwise run PLAN
@@ -71,7 +72,7 @@ class Row:
 
     @property
     def known(self) -> bool:
-        return self.missed and -BELOW <= self.error <= KNOWN.get(self.case.model, ABOVE)
+        return abs(self.error) <= KNOWN.get(self.case.model, 0.0)
 
 
 def count(case: Case) -> Row:
@@ -121,7 +122,9 @@ def main() -> None:
     for case in CASES + LONG_CASES:
         rows.append(count(case))
         print(f"{rows[-1].error:+7.1%}  {case.name}", file=sys.stderr, flush=True)
-    PAGE.write_text(page(rows))
+    before = PAGE.read_text() if PAGE.exists() else ""
+    kept = before[before.index(BY_HAND) :] if BY_HAND in before else ""
+    PAGE.write_text(page(rows) + ("\n" + kept if kept else ""))
     print(f"written to {PAGE}")
 
 

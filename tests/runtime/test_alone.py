@@ -108,9 +108,20 @@ def test_the_gradient_of_a_cut_embedding_is_cut(sequence_parallel: bool, text_fo
     assert memory.peak < 5.1 * rows + 2**20
 
 
-def test_a_mixture_is_not_faked(text_folder: Path) -> None:
+def test_a_mixture_in_fp32_is_not_faked(text_folder: Path) -> None:
     with pytest.raises(UserError, match="rank 0 of a mixture"):
         run_alone(tiny_plan(Layout(), MOE, data=str(text_folder)), 0, steps=1, warmup=0, fake=True)
+
+
+def test_fake_tokens_choose_all_experts_alike(text_folder: Path) -> None:
+    """Which experts real tokens choose changes nothing where one rank has them all; over two ranks of experts a half of
+    what a rank routes comes back to it from either."""
+    plan = tiny_plan(Layout(), MOE, data=str(text_folder), precision="bf16")
+    real, fake = (run_alone(plan, 0, steps=1, warmup=0, fake=faked).memory for faked in (False, True))
+    assert (fake.parameters, fake.optimizer) == (real.parameters, real.optimizer)
+    assert fake.peak == pytest.approx(real.peak, rel=0.02)
+    spread = tiny_plan(Layout(dp_shard=2, ep=2, zero_stage=3), MOE, data=str(text_folder), precision="bf16")
+    assert run_alone(spread, 1, steps=1, warmup=0, fake=True).memory.peak < fake.peak
 
 
 def test_the_command_shows_memory_beside_its_prediction(

@@ -142,6 +142,19 @@ def test_ranks_on_a_cpu_share_its_memory() -> None:
     assert capacity(task, Layout()) == 4 * capacity(task, Layout(dp_replicate=4))
 
 
+@pytest.mark.parametrize(("staleness", "gradients"), [(0, 5), (4, 4), (None, 4)])
+def test_servers_hold_a_gradient_of_every_replica(staleness: int | None, gradients: int) -> None:
+    """4 replicas of fp32: 4 bytes of weights and 8 of AdamW on the servers, and 4 of gradients for each replica, with
+    one more where they are applied together, as their mean."""
+    task = job("layoutwise-cpu", precision="fp32")
+    cpu = dataclasses.replace(task.cluster, gpu=dataclasses.replace(task.cluster.gpu, kind="cpu"), gpus_per_node=4)
+    task = dataclasses.replace(task, cluster=cpu)
+    plain = Layout(dp_replicate=4)
+    served = dataclasses.replace(plain, sync="parameter_server", servers=1, staleness=staleness)
+    held = 4 * (capacity(task, plain) - capacity(task, served))
+    assert held == pytest.approx((4 + 8 + 4 * gradients) * task.model.parameters())
+
+
 def test_full_recompute_keeps_the_input_of_each_block() -> None:
     """2·s·b·h bytes per block and one block's working set."""
     task = job()

@@ -108,6 +108,13 @@ def test_a_single_gpu_has_no_collectives() -> None:
     assert calibrate([s for s in synthetic("gpu") if s.kind not in links], "gpu")["collectives"] == {}
 
 
+def test_compute_beside_communication_takes_longer() -> None:
+    """A product of 2 ms that takes 2.5 ms beside an all-reduce: a quarter more."""
+    pair = [sample("compute_alone", (2,), 2e-3), sample("compute_overlapped", (2,), 2.5e-3)]
+    assert calibrate([*synthetic(), *pair])["overlap_slowdown"] == pytest.approx(0.25)
+    assert calibrate([*synthetic(), *pair[:1]])["overlap_slowdown"] == 0.0
+
+
 def test_ranks_never_share_more_than_the_processors() -> None:
     assert calibrate(synthetic(), devices=1)["concurrency"] == pytest.approx((1.0, 1 / 2, 1 / 3, 0.25))
 
@@ -171,6 +178,16 @@ def test_a_profile_is_a_cluster(profile: Profile, tmp_path: Path) -> None:
     assert spec.gpu.memory == pytest.approx(16e9 / 4)
     assert spec.gpu.matmul == profile.matmul
     assert group_shape(build_cluster(spec, 1), (0, 1)).bandwidth == profile.link_bandwidth
+
+
+def test_a_profile_has_a_name_where_profiles_are_kept(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_json(tmp_path / "layoutwise" / "office.json", profile)
+    assert find_cluster("this-machine", profile="office") == cluster_of(profile)
+    with pytest.raises(UserError, match=r"profile 'ofice' is not known in .*; did you mean 'office'"):
+        find_cluster("this-machine", profile="ofice")
 
 
 def test_a_gpu_has_its_memory_to_itself(profile: Profile) -> None:

@@ -152,7 +152,9 @@ def test_servers_share_the_memory_of_a_machine_without_gpus() -> None:
     workers = parse_layout("dp_replicate=4", machine)
     served = parse_layout("dp_replicate=4 sync=parameter_server", machine)
     recipe = machine.stack.recipes["bf16"]
-    held = machine.model.parameters() * (recipe.parameters + recipe.gradients + recipe.optimizer["adamw"])
+    # A gradient of every replica, and their mean.
+    each = recipe.parameters + (4 + 1) * recipe.gradients + recipe.optimizer["adamw"]
+    held = machine.model.parameters() * each
     assert capacity(machine, workers) - capacity(machine, served) == pytest.approx(held / 4)
 
 
