@@ -93,6 +93,8 @@ class Plan:
         risk = plain.out_of_memory_probability
         if risk > HIGH_RISK >= best.out_of_memory_probability:
             return f"it runs out of memory with a probability of {risk:.0%}"
+        if self.choice and plain.layout in self.choice.ties:
+            return "the two tie"
         if plain.step_seconds >= best.step_seconds * (1 - self.certificate.lower_bound_gap):
             return "it is so by less than --gap lets the search stop at"
         return "[search] leaves it out"
