@@ -288,9 +288,13 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
 
 
 def _baseline(job: Job, order: Order) -> Prediction:
-    """The best plain data-parallel layout that fits; if none does, the one that comes nearest."""
+    """The best plain data-parallel layout that is unlikely to run out of memory, as the recommendation is; if there is
+    none, the best that fits; if none does, the one that comes nearest."""
     search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
-    found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
+    found = search.run(1)
+    if found and found[0].out_of_memory_probability > HIGH_RISK:
+        found = search.run(1, safe=True) or found
+    found = found or [simulate(job, layout) for _, layout in search.misses(1)]
     return found[0] if found else _impossible_baseline(job, order)
 
 

@@ -384,16 +384,20 @@ class _Engine:
     def _channel(self, rank: Rank, target: int) -> Channel:
         fold = not self.unfold
         latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
+        inside, spec = 1.0, self.job.cluster
+        if rank.processors is not None and spec.scale_out and rank.number // self.per_node != target // self.per_node:
+            inside = min(1.0, spec.scale_out.bandwidth / spec.scale_up.bandwidth)
 
         def occupy(end: Callable[[], None]) -> None:
             if route is not None:
                 self.network.start(route, seconds * route.alone, end)
                 return
-            # Between hosts the wire takes its time, and hardly any of the processors'.
-            apart = rank.number // self.per_node != target // self.per_node
-            callbacks = (self.env.timeout(seconds) if apart else self._busy(rank, seconds)).callbacks
-            assert callbacks is not None
-            callbacks.append(lambda _: end())
+            # A wire between hosts takes the time of its rate, and processors what a message inside of a host takes.
+            moved = self._busy(rank, seconds * inside)
+            if inside < 1:
+                moved = self.env.all_of([self.env.timeout(seconds), moved])
+            assert moved.callbacks is not None
+            moved.callbacks.append(lambda _: end())
 
         begin = functools.partial(self.network.begin, route, seconds * route.alone) if route is not None else None
         return Channel(self.env, latency, occupy, begin)

@@ -121,13 +121,17 @@ class Layout:
         return global_batch_size // (self.dp * self.micro_batch_size)
 
     def layers_per_stage(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does.
+        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does. Up to
+        two stages more than blocks are those of the head and the embedding alone (Llama 3, arXiv 2407.21783, 3.3.2).
 
-        >>> Layout(pp=4).layers_per_stage(10)
-        (3, 3, 2, 2)
+        >>> Layout(pp=4).layers_per_stage(10), Layout(pp=4).layers_per_stage(2), Layout(pp=4).layers_per_stage(3)
+        ((3, 3, 2, 2), (0, 1, 1, 0), (1, 1, 1, 0))
         """
         if self.stage_layers is not None:
             return self.stage_layers
+        if self.pp > 1 and 0 < self.stages - num_hidden_layers <= 2:
+            ends = (0,) * (self.stages - num_hidden_layers - 1)
+            return (*ends, *[1] * num_hidden_layers, 0)
         share, rest = divmod(num_hidden_layers, self.stages)
         return tuple(share + (stage < rest) for stage in range(self.stages))
 
@@ -327,7 +331,7 @@ class Layout:
         found, layers = [], job.model.num_hidden_layers
         if self.schedule not in SCHEDULES:
             return [f"schedule = '{self.schedule}' is not known{nearest(self.schedule, SCHEDULES)}"]
-        bare = job.stack.bare_ends and self.virtual_stages > 1 and self.stage_layers is not None
+        bare = job.stack.bare_ends and self.virtual_stages > 1
         if self.stages > layers + 2 * bare:
             found.append(
                 f"pp({self.pp}) * virtual_stages({self.virtual_stages}) = {self.stages} stages, "

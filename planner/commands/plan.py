@@ -157,7 +157,10 @@ def simulate(
 @app.command()
 def compare(
     job_file: JobFile,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are.")] = "",
+    layout: Annotated[
+        str,
+        typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are; as `simulate` takes it."),
+    ] = "",
     sync: Annotated[str, typer.Option(metavar="WAYS", help="all, or some like all_reduce,parameter_server.")] = "all",
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -166,10 +169,13 @@ def compare(
     from planner import show
     from planner.compare import compare as put_together
     from planner.compare import comparison_json
+    from planner.imports import read_layout
     from simulator.job import read_job
 
     job = read_job(job_file, overrides)
-    found = put_together(job, layout, sync)
+    given = read_layout(layout, job)
+    say(given.lines())
+    found = put_together(job, given.fields, sync)
     if as_json:
         print_json(comparison_json(found))
         return
