@@ -15,6 +15,7 @@ from simulator.price import hours_name
 from simulator.results import Breakdown
 from simulator.risk import HIGH_RISK
 from simulator.simulate import simulate
+from simulator.units import show_nodes
 
 # Terms below this part of the largest are counted together.
 LEAST_TERM = 0.1
@@ -131,7 +132,7 @@ def _kept(job: Job, layout: Layout, own: Plan) -> str:
         return f"{layout.short()} needs a multiple of {layout.world_size // copies} GPUs, not {job.world_size}"
     if other == own.layout:
         return ""
-    name = f"{other.short()} on {job.nodes} nodes"
+    name = f"{other.short()} on {show_nodes(job.nodes)}"
     try:
         problems = other.problems(job)
     except UserError as error:

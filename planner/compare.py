@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from simulator.errors import UserError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
-from simulator.layout_text import complete, parse_fields
+from simulator.layout_text import complete
 from simulator.results import Prediction
 from simulator.simulate import simulate
 from simulator.sync_bounds import centre_seconds, gather_seconds, ring_seconds, server_seconds, tree_seconds
@@ -54,12 +55,12 @@ class Comparison:
     textbook: tuple[tuple[str, str, float, float], ...]
 
 
-def compare(job: Job, text: str = "", syncs: str = "all") -> Comparison:
+def compare(job: Job, given: Mapping[str, Any], syncs: str = "all") -> Comparison:
     """Predict one layout under several ways to keep its replicas together.
 
     Args:
-        text: the layout, as `--layout` takes it. Its servers, staleness, sync_interval and outer_optimizer go to the
-            ways that have them.
+        given: the fields of the layout that the user names. Its servers, staleness, sync_interval and outer_optimizer
+            go to the ways that have them.
         syncs: "all", or ways separated by commas.
 
     Raises:
@@ -69,8 +70,7 @@ def compare(job: Job, text: str = "", syncs: str = "all") -> Comparison:
     for name in chosen:
         if name not in SYNCS:
             raise UserError(f"--sync '{name}' is not known; it is all, or some of {', '.join(SYNCS)}")
-    given = parse_fields(text)
-    given.pop("sync", None)
+    given = {name: value for name, value in given.items() if name != "sync"}
     own: dict[str, Any] = {str(name): given.pop(name) for name in OWN_FIELDS if name in given}
     # Any way but an all-reduce leaves what is not named to the replicas.
     base = dataclasses.replace(complete(given | {"sync": "local_sgd"}, job), sync="all_reduce")

@@ -102,7 +102,7 @@ def _compute(one: _Side, two: _Side) -> str:
         times = _instead(*map(show_seconds, added))
         said.append(f"gradients are added up over microbatches in {times}")
     if not one.job.stragglers.none:
-        said.append("and replicas and steps differ in speed")
+        said.append("replicas and steps differ in speed")
     return "; ".join(said) or "the same kernels"
 
 

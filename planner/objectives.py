@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from simulator.errors import UserError
 from simulator.job import Job
 from simulator.price import hours_name
 from simulator.risk import HIGH_RISK
-from simulator.units import show_duration, show_tokens
+from simulator.units import show_duration, show_nodes, show_tokens
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ def choose(rows: Sequence[Row], job: Job) -> Choice | None:
     if not in_time:
         return None
     best, riskier = min(safe or in_time, key=_value(job)), min(in_time, key=_value(job))
-    reason = f"{_title(job)}: {best.nodes} nodes, {costs(best, job)}"
+    reason = f"{_title(job)}: {show_nodes(best.nodes)}, {costs(best, job)}"
     if riskier is not best:
         risk = riskier.prediction.out_of_memory_probability
-        reason += f"; {riskier.nodes} nodes would be better, but run out of memory with a probability of {risk:.0%}"
+        reason += f"; better would be {show_nodes(riskier.nodes)}, but out of memory with a probability of {risk:.0%}"
     return Choice(best.nodes, reason)
 
 
@@ -101,18 +102,16 @@ def too_late(rows: Sequence[Row], job: Job, larger: Callable[[int], Row | None])
     goal = job.objective
     assert goal.deadline is not None and goal.tokens is not None
     nearest = min(rows, key=lambda row: (row.seconds, row.gpus))
-    listed = ", ".join(str(row.nodes) for row in rows)
+    on, listed = show_nodes(nearest.nodes), ", ".join(str(row.nodes) for row in rows)
+    met = f"is met on none of {listed} nodes" if len(rows) > 1 else f"is not met on {on}"
     tokens, deadline, needs = show_tokens(goal.tokens), show_duration(goal.deadline), show_duration(nearest.seconds)
-    message = (
-        f"objective.deadline = {deadline} for {tokens} tokens is met on none of {listed} nodes: "
-        f"the nearest is {nearest.nodes} nodes, which take {needs}"
-    )
-    remedies = [f"a deadline of {needs} on {nearest.nodes} nodes"]
+    message = f"objective.deadline = {deadline} for {tokens} tokens {met}: the nearest is {needs} on {on}"
+    remedies = [f"a deadline of {needs} on {on}"]
     done = goal.tokens * goal.deadline / nearest.seconds
-    remedies.append(f"{show_tokens(done)} tokens, which {nearest.nodes} nodes train in {deadline}")
+    remedies.append(f"{show_tokens(done)} tokens in {deadline} on {on}")
     if nearest.seconds * goal.share <= goal.deadline:
         undisturbed = show_duration(nearest.seconds * goal.share)
-        remedies.append(f"no failures at all: without objective.goodput {nearest.nodes} nodes take {undisturbed}")
+        remedies.append(f"no failures at all: without objective.goodput it is {undisturbed} on {on}")
     return TooLateError(message, [*_more_nodes(rows, job, larger), *remedies])
 
 
@@ -124,11 +123,14 @@ def _more_nodes(rows: Sequence[Row], job: Job, larger: Callable[[int], Row | Non
     """The fewest of a few times as many nodes that meet the deadline, or how far they come."""
     assert job.objective.deadline is not None
     most, fastest = max(row.nodes for row in rows), min(rows, key=lambda row: row.seconds)
-    least_hours, tried = min(row.gpu_hours for row in rows), 0
+    # Fewer are too few even if no GPU-hour more were needed than on the best of the rows.
+    hours = min(row.gpu_hours for row in rows)
+    least, tried = hours * 3600 / job.objective.deadline / job.cluster.gpus_per_node, 0
+    if least > most * MORE_NODES[-1]:
+        return [f"not more nodes: without any loss of efficiency it would take {math.ceil(least):,}"]
     for factor in MORE_NODES:
         nodes = most * factor
-        if least_hours * 3600 / (nodes * job.cluster.gpus_per_node) > job.objective.deadline:
-            # Too few even if no GPU-hour more were needed than on the best of the rows.
+        if nodes < least:
             continue
         row = larger(nodes)
         if row is None or row.seconds >= fastest.seconds:

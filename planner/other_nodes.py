@@ -15,6 +15,7 @@ from planner.search import plan
 from simulator.checks import MOST_DEVICES, check_job
 from simulator.errors import NothingFitsError, UserError
 from simulator.job import Job
+from simulator.units import show_nodes
 
 # What a reader waits for without having asked: seconds of planning for all the other sizes together.
 PATIENCE = 10.0
@@ -73,7 +74,7 @@ def job_on(job: Job, nodes: int, scale_batch: bool = False) -> Job:
     if nodes == job.nodes:
         return job
     other = dataclasses.replace(job, nodes=nodes, training=training)
-    check_job(other, f"{nodes} nodes")
+    check_job(other, show_nodes(nodes))
     return other
 
 
@@ -111,7 +112,7 @@ def over_nodes(
         except NothingFitsError as error:
             missing.append(Missing(count, str(error)))
         except UserError as error:
-            missing.append(Missing(count, str(error)))
+            missing.append(Missing(count, str(error).removeprefix(f"{show_nodes(count)}: ")))
     found = tuple(plans[count] for count in sorted(plans))
     return scaling_of(job, found, missing, scale_batch), found
 

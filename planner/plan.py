@@ -13,7 +13,7 @@ from simulator.files import STRICT, read_json, to_dataclass, write_json
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.results import Prediction
-from simulator.risk import out_of_memory_probability
+from simulator.risk import HIGH_RISK, out_of_memory_probability
 
 VERSION = 1
 
@@ -84,6 +84,21 @@ class Plan:
     def layout(self) -> Layout:
         return self.best.layout
 
+    @property
+    def against_faster_baseline(self) -> str:
+        """Why the baseline is not recommended where it is faster; empty where it is not, or does not fit."""
+        best, plain = self.best, self.baseline
+        if not plain.fits or plain.step_seconds >= best.step_seconds:
+            return ""
+        risk = plain.out_of_memory_probability
+        if risk > HIGH_RISK >= best.out_of_memory_probability:
+            return f"it runs out of memory with a probability of {risk:.0%}"
+        if self.choice and plain.layout in self.choice.ties:
+            return "the two tie"
+        if plain.step_seconds >= best.step_seconds * (1 - self.certificate.lower_bound_gap):
+            return "it is so by less than --gap lets the search stop at"
+        return "[search] leaves it out"
+
 
 def read_plan(path: Path | str) -> Plan:
     """The plan in a file that `layoutwise plan` wrote. Raises UserError if it is not one."""
@@ -101,8 +116,9 @@ def read_plan(path: Path | str) -> Plan:
         if not 0 <= prediction.out_of_memory_probability <= 1:
             risk = prediction.out_of_memory_probability
             raise UserError(f"plan '{path}': {name}.out_of_memory_probability = {risk:g} must be from 0 to 1")
-        if prediction.step_seconds <= 0:
-            raise UserError(f"plan '{path}': {name}.step_seconds = {prediction.step_seconds:g} must be above zero")
+        for key in ("step_seconds", "tokens_per_second"):
+            if getattr(prediction, key) <= 0:
+                raise UserError(f"plan '{path}': {name}.{key} = {getattr(prediction, key):g} must be above zero")
         if not prediction.fits and not prediction.problems:
             raise UserError(f"plan '{path}': {name}.fits = false, but {name}.problems is empty")
     problems = plan.layout.problems(plan.job)

@@ -11,7 +11,7 @@ from planner.changes import changes, more_nodes
 from planner.search import lower_bound
 from simulator.job import Job
 from simulator.layout import V_PLACEMENT, Layout
-from simulator.layout_text import difference
+from simulator.layout_text import change_text
 from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
@@ -111,7 +111,7 @@ def safer(job: Job, risky: Prediction) -> Remedy | None:
     if not less:
         return None
     enough = [t for t in less if t.risk <= HIGH_RISK] or [min(less, key=lambda t: t.need)]
-    found = _cheapest(enough, risky)
+    found = _cheapest(job, enough, risky)
     return found[0]
 
 
@@ -122,7 +122,7 @@ def _find(job: Job, refused: Prediction, accepts: Callable[[_Tried], bool]) -> R
     if not fitting:
         pairs = list(_pairs(costs, job, refused.layout, single))
         tried, fitting = [*single, *pairs], [t for t in pairs if accepts(t)]
-    found = _cheapest(fitting, refused)[:MOST_REMEDIES]
+    found = _cheapest(job, fitting, refused)[:MOST_REMEDIES]
     grows = not found or job.world_size <= MOST_DEVICES_GROWN
     larger = next(_on_more_nodes(costs, job, refused, tried, accepts), None) if grows else None
     nearest = min(tried, key=lambda t: t.over, default=None)
@@ -130,7 +130,7 @@ def _find(job: Job, refused: Prediction, accepts: Callable[[_Tried], bool]) -> R
     over = needed(job, refused.layout, refused.memory_per_stage) - capacity(job, refused.layout)
     if found or nearest is None or nearest.over >= over:
         return Remedies(every, None, 0.0)
-    return Remedies(every, _simulated(nearest, refused), nearest.over)
+    return Remedies(every, _simulated(job, nearest, refused), nearest.over)
 
 
 def _single(costs: _Costs, job: Job, layout: Layout) -> Iterator[_Tried]:
@@ -168,11 +168,11 @@ def _on_more_nodes(
             if accepts(found):
                 by_nodes.setdefault(larger.nodes, []).append(found)
         for same in by_nodes.values():
-            yield _cheapest(same, refused)[0]
+            yield _cheapest(job, same, refused)[0]
             return
 
 
-def _cheapest(fitting: list[_Tried], refused: Prediction) -> list[Remedy]:
+def _cheapest(job: Job, fitting: list[_Tried], refused: Prediction) -> list[Remedy]:
     """Of every field the cheapest change, in the order of the step time. Of a field only those are simulated that a
     bound does not rule out."""
     best: dict[str, Remedy] = {}
@@ -185,21 +185,15 @@ def _cheapest(fitting: list[_Tried], refused: Prediction) -> list[Remedy]:
         if len(best) >= LEAST_SIMULATED and spent + ops > MOST_OPS:
             continue
         spent += ops
-        found = _simulated(t, refused)
+        found = _simulated(job, t, refused)
         if known is None or found.step_seconds < known.step_seconds:
             best[t.name] = found
     return sorted(best.values(), key=lambda r: (r.step_seconds, r.change))
 
 
-def _simulated(tried: _Tried, refused: Prediction) -> Remedy:
+def _simulated(job: Job, tried: _Tried, refused: Prediction) -> Remedy:
     predicted = simulate(tried.job, tried.layout)
-    words = difference(refused.layout, tried.layout)
-    if tried.layout.zero_stage and tried.layout.dp_shard == 1 and "dp_shard" in words and "zero_stage" not in words:
-        # Where dp_shard is named as 1 --layout takes it that nothing is sharded, but cp shards.
-        words += f" zero_stage={tried.layout.zero_stage}"
-    if not tried.layout.zero_stage and tried.layout.cp > refused.layout.cp and "zero_stage" not in words:
-        # Where cp would shard --layout takes it that it does.
-        words += " zero_stage=0"
+    words = change_text(refused.layout, tried.layout, job, tried.job)
     if tried.job.nodes * tried.job.cluster.gpus_per_node != refused.layout.world_size and tried.name == "nodes":
         words = f"nodes={tried.job.nodes} {words}"
     return Remedy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from planner.objectives import allowance, costs, show_hours
@@ -10,8 +11,9 @@ from planner.remedies import show_risk
 from planner.scaling import DEFAULT_TOKENS, Missing, Row, Scaling, rows_of
 from simulator.files import plain
 from simulator.job import Job
+from simulator.layout_text import spelt_out
 from simulator.price import hours_name
-from simulator.units import show_duration, show_seconds, show_tokens
+from simulator.units import show_duration, show_nodes, show_seconds, show_tokens
 
 FRONTS = (
     "* no other number is better in one of time, cost and GPUs and as good in the others; ** nor in time and cost alone"
@@ -57,7 +59,7 @@ def _cells(row: Row, scaling: Scaling, priced: bool) -> list[str]:
         show_hours(row.gpu_hours),
         *([f"{row.dollars:,.0f}"] if priced and row.dollars is not None else []),
         show_risk(p.out_of_memory_probability),
-        p.layout.short(),
+        spelt_out(p.layout, dataclasses.replace(scaling.job, nodes=row.nodes)),
     ]
 
 
@@ -81,7 +83,7 @@ def notes(scaling: Scaling) -> list[str]:
 
 
 def missing_sentence(missing: Missing) -> str:
-    return f"{missing.nodes} nodes: {missing.reason}"
+    return f"{show_nodes(missing.nodes)}: {missing.reason}"
 
 
 def batch_sentence(scaling: Scaling) -> str:

@@ -35,6 +35,7 @@ from planner.ties import resolve
 from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
+from simulator.garbage import uncollected
 from simulator.job import Job
 from simulator.layout import AXES, SPLIT_BACKWARD, Layout
 from simulator.memory import capacity, memory_per_rank
@@ -72,10 +73,14 @@ def plan(
     Raises:
         NothingFitsError: no legal layout fits; the message names the nearest misses.
     """
+    with uncollected():
+        report = progress or (lambda what, fraction: None)
+        return _plan(job, top, report, gap, order or FASTEST, ties)
+
+
+def _plan(job: Job, top: int, report: Progress, gap: float, order: Order, ties: bool) -> Plan:
     started = time.perf_counter()
-    report = progress or (lambda what, fraction: None)
     report("listing layouts", 0.0)
-    order = order or FASTEST
     search = _Search(job, job.search, report, order)
     best = search.run(top, gap)
     if not best:
@@ -283,9 +288,13 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
 
 
 def _baseline(job: Job, order: Order) -> Prediction:
-    """The best plain data-parallel layout that fits; if none does, the one that comes nearest."""
+    """The best plain data-parallel layout that is unlikely to run out of memory, as the recommendation is; if there is
+    none, the best that fits; if none does, the one that comes nearest."""
     search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
-    found = search.run(1) or [simulate(job, layout) for _, layout in search.misses(1)]
+    found = search.run(1)
+    if found and found[0].out_of_memory_probability > HIGH_RISK:
+        found = search.run(1, safe=True) or found
+    found = found or [simulate(job, layout) for _, layout in search.misses(1)]
     return found[0] if found else _impossible_baseline(job, order)
 
 

@@ -31,6 +31,7 @@ from simulator.errors import NothingFitsError
 from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
+from simulator.layout_text import spelt_out
 from simulator.memory import capacity
 from simulator.price import dollars, gpu_hours, hours_name
 from simulator.profile import Profile
@@ -115,14 +116,14 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     if not plan.baseline.fits:
         console.print(f"plain data parallelism: {plan.baseline.problems[0]}")
-    elif plan.baseline.step_seconds < best.step_seconds:
-        console.print(escape("plain data parallelism is faster, but [search] leaves it out"))
+    elif why := plan.against_faster_baseline:
+        console.print(escape(f"plain data parallelism is faster, but {why}"))
     console.print("+SP sequence parallel, VP stages per rank, DP replicas x shards, MBS micro-batch size")
     if synced:
         console.print(
             escape("* not one gradient of the whole batch: another mathematics, tried because [search] names it")
         )
-    console.print(f"recommended: {best.layout.short()}")
+    console.print(f"recommended: {spelt_out(best.layout, job)}")
     for line in (*choice_lines(plan), interval_sentence(best), *(f"warning: {w}" for w in warnings(job, best))):
         if line:
             console.print(escape(line))
@@ -130,7 +131,8 @@ def print_plan(plan: Plan) -> None:
     if plan.riskier:
         faster, risk = best.step_seconds / plan.riskier.step_seconds - 1, plan.riskier.out_of_memory_probability
         console.print(
-            f"{faster:.1%} faster, but out of memory with a probability of {risk:.0%}: {plan.riskier.layout.short()}"
+            f"{faster:.1%} faster, but out of memory with a probability of {risk:.0%}: "
+            f"{spelt_out(plan.riskier.layout, job)}"
         )
     if warning := mathematics(best):
         console.print(escape(warning))

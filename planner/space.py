@@ -6,6 +6,7 @@ Nothing is judged here but arithmetic: `Layout.problems` says which candidates a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from simulator.columns import DEFAULTS, NAMED, Column, Columns
 from simulator.compute import UNFUSED
+from simulator.errors import UserError
 from simulator.job import Job
 from simulator.layout import MULTI_STAGE, RANK_ORDER, SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.program import MOST_UNSHARDED
@@ -26,6 +28,8 @@ LARGEST_VIRTUAL_STAGES = 8
 # [search] names cp.
 SHORTEST_PART, LONG_PART = 1024, 8192
 MOST_PARTS = 8
+# Above it a search would take minutes and gigabytes; the spaces of large jobs have less than a million.
+MOST_LAYOUTS = 4_000_000
 # Pipeline ranks far apart, or data-parallel ranks: the two orders that Megatron-LM has switches for.
 RANK_ORDERS = (RANK_ORDER, "tp-cp-ep-pp-dp")
 
@@ -47,6 +51,9 @@ def space(job: Job, search: Search | None = None) -> Columns:
     cut as evenly as its blocks allow and, where that is something else, such that the slowest rank has least to do
     beside embedding and head. Fields that change nothing for a layout (sequence_parallel without tp, virtual stages
     without pp) are not varied. The optimizer stays on the device unless `search` names offload.
+
+    Raises:
+        UserError: `search` names too many values to look at all their combinations.
     """
     return _Space(job, job.search if search is None else search).columns()
 
@@ -88,6 +95,7 @@ class _Space:
 
     def blocks(self) -> Iterator[Column]:
         """The layouts of one grid after the other: fields x layouts."""
+        count = 0
         for world in self.world_sizes():
             sizes = {
                 "tp": self.values("tp", self.tensor_sizes(world)),
@@ -102,7 +110,14 @@ class _Space:
                 recipes = self.recipe_rows(tp > 1, pp, ranks)
                 data = np.array(list(self.data_parallel(ranks, cp)), dtype=np.int64).reshape(-1, 3).T
                 grid = np.array([(tp, pp, cp, ep) for ep in sizes["ep"]], dtype=np.int64).reshape(-1, 4).T
+                count += grid.shape[1] * data.shape[1] * recipes.shape[1] * len(list(self.syncs()))
+                self.check(count)
                 yield _product(grid, data, recipes)
+
+    @staticmethod
+    def check(count: int) -> None:
+        if count > MOST_LAYOUTS:
+            raise UserError(f"[search] names more than {MOST_LAYOUTS:,} layouts; name fewer values")
 
     def with_syncs(self, columns: Columns) -> Columns:
         """Every row with every way to keep replicas together: an all-reduce, or what [search] names, because most
@@ -205,6 +220,7 @@ class _Space:
                 self.codes("offload", ["none"]),
                 list(self.schedules(pp)),
             )
+            self.check(math.prod(len(values) for values in fields))
             rows = [(*some, *schedule) for *some, schedule in itertools.product(*fields)]
             self.recipes[key] = np.array(rows, dtype=np.int64).reshape(-1, 8).T
         return self.recipes[key]

@@ -27,7 +27,7 @@ from simulator.job import Job
 from simulator.layout_text import difference
 from simulator.results import Prediction
 from simulator.simulate import simulate
-from simulator.units import BYTES, show_bytes, show_seconds
+from simulator.units import BYTES, show_bytes, show_nodes, show_seconds
 
 # Seconds of planning that a reader waits for without having asked.
 PATIENCE = 5.0
@@ -259,7 +259,7 @@ def _nodes(job: Job, value: str) -> tuple[Job, str]:
         raise UserError(f"--what-if nodes={value}: {count:g} nodes are no whole number")
     if count > 1 and job.cluster.scale_out is None:
         raise UserError(f"--what-if nodes={value}: cluster '{job.cluster.name}' has no network between nodes")
-    return dataclasses.replace(job, nodes=int(count)), f"{int(count)} nodes"
+    return dataclasses.replace(job, nodes=int(count)), show_nodes(int(count))
 
 
 _MAKERS: dict[str, Callable[[Job, str], tuple[Job, str]]] = {

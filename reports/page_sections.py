@@ -90,8 +90,8 @@ def _against_baseline(plan: Plan) -> str:
     if not baseline.fits:
         return f"plain data parallelism does not work: {baseline.problems[0]}"
     gain = baseline.step_seconds / best.step_seconds
-    if gain < 1:
-        return f"plain data parallelism would be {1 / gain:.3g} times as fast, but the job's [search] leaves it out"
+    if why := plan.against_faster_baseline:
+        return f"plain data parallelism would be {1 / gain:.3g} times as fast, but {why}"
     return f"{gain:.3g} times as fast as plain data parallelism"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,27 +70,34 @@ def join(prediction: Prediction, measured: MeasuredTimeline) -> list[OpTime]:
     """Every op of a known kind, rank by rank in the order in which it ran; one that a side does not have takes it no
     time. Spans of one name on one rank count together. A measured rank stands beside its pipeline rank, which is
     predicted for all that do the same. Where no rank has an op for its reduction, as DDP and FSDP without a pipeline,
-    it happened inside of the last backward, which is predicted to take as much longer."""
-    predicted, found = _seconds(prediction.timeline.spans), _seconds(measured.spans)
+    it happened inside of the last backward, which is predicted to take longer by what of it outlasts that."""
+    found = _seconds(measured.spans)
     within = not any(kind_of(name) == "REDUCE_GRAD" for taken in found.values() for name in taken)
+    spans = prediction.timeline.spans
+    predicted = _seconds(_reduced_within(spans) if within else spans)
     rows = []
     for rank in range(measured.layout.world_size):
         expected = predicted.get(measured.layout.coordinates(rank)["pp"], {})
         taken = found.get(rank, {})
-        expected = _reduced_within(expected) if within else expected
         rows += [OpTime(rank, n, expected.get(n, 0.0), taken.get(n, 0.0)) for n in dict.fromkeys([*taken, *expected])]
     return rows
 
 
-def _reduced_within(expected: dict[str, float]) -> dict[str, float]:
-    """Seconds by op, those of a reduction added to the backward before it."""
-    found, last = dict[str, float](), ""
-    for name, seconds in expected.items():
-        if kind_of(name) == "REDUCE_GRAD" and last:
-            found[last] += seconds
+def _reduced_within(spans: Sequence[Span]) -> list[Span]:
+    """The spans, with each reduction as a part of the backward before it that lasts until the reduction's end."""
+    found: list[Span] = []
+    last: dict[int, Span] = {}
+    ends: dict[int, float] = {}
+    for span in sorted(spans, key=lambda span: span.start):
+        kind, rank, end = kind_of(_joined_name(span)), span.rank, span.start + span.seconds
+        if kind == "REDUCE_GRAD" and rank in last:
+            beyond = max(0.0, end - max(span.start, ends[rank]))
+            found.append(dataclasses.replace(last[rank], start=end - beyond, seconds=beyond))
+            ends[rank] = max(ends[rank], end)
             continue
-        found[name] = seconds
-        last = name if kind_of(name) in ("B", "W") else last
+        found.append(span)
+        if kind in ("B", "W"):
+            last[rank], ends[rank] = span, max(ends.get(rank, 0.0), end)
     return found
 
 

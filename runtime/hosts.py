@@ -140,21 +140,27 @@ def _be_second(wire: Wire, told: int, command: Sequence[str]) -> NoReturn:
     """Say that this namespace is there, wait for the link to appear in it, and become its torchrun."""
     os.write(told, b"1")
     os.close(told)
-    deadline = time.monotonic() + _PATIENCE
-    while subprocess.run(["ip", "link", "show", DEVICE], capture_output=True).returncode:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the link to the first host did not appear")
-        time.sleep(0.02)
+    _await_link(DEVICE, "the link to the first host did not appear")
     _ip("link", "set", "lo", "up")
     _configure(wire, 1)
+    # A command that ends before the first host is ready would take the link with it.
+    _await_link("LOWER_UP", "the first host did not configure the link")
     _take_processors(1)
     os.execvp(command[0], _torchrun(command, 1))
+
+
+def _await_link(word: str, otherwise: str) -> None:
+    """Wait until `ip link show` of the device says this word. Raises TimeoutError with the sentence if it does not."""
+    deadline = time.monotonic() + _PATIENCE
+    while word not in subprocess.run(["ip", "link", "show", DEVICE], capture_output=True, text=True).stdout:
+        if time.monotonic() > deadline:
+            raise TimeoutError(otherwise)
+        time.sleep(0.02)
 
 
 def _configure(wire: Wire, host: int) -> None:
     """Give this end of the link its address and shape what leaves it."""
     _ip("addr", "add", f"{ADDRESSES[host]}/24", "dev", DEVICE)
-    _ip("link", "set", DEVICE, "up")
     parent = ["root"]
     if wire.delay:
         try:
@@ -169,6 +175,8 @@ def _configure(wire: Wire, host: int) -> None:
     if not math.isinf(wire.bandwidth):
         burst = max(_LEAST_BURST, int(wire.bandwidth * _BURST_SECONDS))
         _tc(*parent, "tbf", "rate", f"{wire.bandwidth * 8:.0f}bit", "burst", str(burst), "latency", _QUEUE)
+    # Last, because the other end takes it for a sign that this one is ready.
+    _ip("link", "set", DEVICE, "up")
 
 
 def _ip(*arguments: str) -> None:

@@ -185,6 +185,8 @@ def check_objective(objective: Objective, where: str) -> None:
         value = getattr(objective, key)
         if value is not None:
             _above_zero(where, f"objective.{key}", [value])
+            if key == "tokens" and value < 1:
+                raise UserError(f"{where}: objective.tokens = {value:g} must be at least 1")
         elif objective.goal == "deadline":
             example = 'tokens = "1T"' if key == "tokens" else 'deadline = "30 days"'
             raise UserError(f"{where}: objective.goal = 'deadline' needs objective.{key}, like {example}")

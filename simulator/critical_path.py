@@ -11,11 +11,12 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, Layout
-from simulator.messages import message_cost
-from simulator.schedules import Op, compute_order
+from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.messages import message_bytes, message_cost
+from simulator.placement import known_to
 from simulator.stage import StageCost, Work
 from simulator.step_end import norm_seconds, update_seconds
+from simulator.topological_order import KINDS, Edge, topological_order
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -98,6 +99,17 @@ def rank_update(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: i
 
 def message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
     """(latency, seconds on the link) of a message by the stages that it goes from and to, where they have two ranks."""
+    kept = known_to(job, "ways")
+    # A message depends on its size and on where the two ranks lie; layouts that differ otherwise share the answer.
+    lies = layout.rank(pp=1), layout.world_size if layout.pp > 1 else 1, layout.axes[-1] == "pp"
+    key = (*lies, layout.pp, layout.virtual_stages, layout.schedule in V_PLACEMENT, message_bytes(job, layout))
+    if key not in kept:
+        kept[key] = _message_ways(job, layout)
+    found: dict[tuple[int, int], tuple[float, float]] = kept[key]
+    return found
+
+
+def _message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
     ranks = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
     known: dict[tuple[int, int], tuple[float, float]] = {}
     found = {}
@@ -118,58 +130,31 @@ class _Pipeline:
     """Ranks that run their forwards and backwards in order, each as soon as its message is there."""
 
     def __init__(self, job: Job, layout: Layout, stages: tuple[StageCost, ...], edges: bool = False) -> None:
-        self.job, self.layout, self.stages = job, layout, stages
-        self.count = layout.microbatches(job.training.global_batch_size)
-        shape = (layout.pp, layout.virtual_stages, self.count)
-        self.orders = [compute_order(layout.schedule, rank, *shape) for rank in range(layout.pp)]
-        self.total = {kind: [getattr(cost, name).total for cost in stages] for kind, name in WORK.items()}
-        # Of each stage: where a forward's (a backward's) message goes: stage, rank, channel, latency, seconds.
-        ranks, ways = [layout.rank_of_stage(stage) for stage in range(layout.stages)], message_ways(job, layout)
-        sends: dict[int, list[tuple[int, int, int, float, float] | None]] = {}
-        for step in (1, -1):
-            sends[step] = [
-                (s + step, ranks[s + step], ranks[s] * layout.pp + ranks[s + step], *ways[s, s + step])
-                if (s, s + step) in ways
-                else None
-                for s in range(layout.stages)
-            ]
-        self.sends = {"F": sends[1], "B": sends[-1], "I": sends[-1]}
-        self.receives = {
-            "F": [(s - 1, s) in ways for s in range(layout.stages)],
-            "B": [(s + 1, s) in ways for s in range(layout.stages)],
-        }
-        self.receives["I"] = self.receives["B"]
-        self.pairs: dict[tuple[int, int], float] = {}
-        # The places of ops that wait for their parameters, and that hand over their gradients; when the collectives of
-        # a rank are done; when the pieces of a stage's parameters are there.
-        self.first: list[dict[int, list[int]]] = [{} for _ in self.orders]
-        self.final: list[dict[int, list[int]]] = [{} for _ in self.orders]
-        if edges:
-            self.final = [self._places(order, "BW", [cost.reduce for cost in stages]) for order in self.orders]
-        if edges and (layout.zero_stage < 2 or layout.schedule not in MULTI_STAGE):
-            self.first = [self._places(order, "F", [cost.gather for cost in stages]) for order in self.orders]
+        self.job, self.layout, self.stages, self.edges = job, layout, stages, edges
+        count = layout.microbatches(job.training.global_batch_size)
+        self.order = topological_order(layout.schedule, layout.pp, layout.virtual_stages, count)
+        total = [[getattr(cost, WORK[kind]).total for cost in stages] for kind in KINDS]
+        pairs = [pair_work(job, stages[one].forward, stages[other].backward).total for one, other in self.order.pairs]
+        self.total = [*itertools.chain(*total), 0.0, *pairs]
+        # What torch gathers ahead of time for several stages of a rank is ignored.
+        self.gathers = edges and (layout.zero_stage < 2 or layout.schedule not in MULTI_STAGE)
+        # When the collectives of a rank are done; when the pieces of a stage's parameters are there.
         self.stream = [0.0] * layout.pp
         self.gathered: dict[int, list[float]] = {}
 
-    @staticmethod
-    def _places(order: tuple[Op, ...], kinds: str, seconds: list[float]) -> dict[int, list[int]]:
-        """Where a rank's first forward or last gradient of its stages is, for those that take any of these seconds."""
-        found: dict[int, int] = {}
-        for place, op in enumerate(order):
-            for leaf in op.leaves:
-                if leaf.kind in kinds and leaf.stage is not None and (kinds != "F" or leaf.stage not in found):
-                    found[leaf.stage] = place
-        places: dict[int, list[int]] = {}
-        for stage, place in found.items():
-            if seconds[stage]:
-                places.setdefault(place, []).append(stage)
-        return places
+    def _ways(self) -> list[tuple[int, float, float]]:
+        """Of the forwards and the backwards of each stage: the channel of their messages, latency and seconds."""
+        layout, ways = self.layout, message_ways(self.job, self.layout)
+        ranks = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
+        return [
+            (ranks[s] * layout.pp + ranks[s + step], *ways[s, s + step]) if (s, s + step) in ways else (0, 0.0, 0.0)
+            for step in (1, -1)
+            for s in range(layout.stages)
+        ]
 
     def _gather(self, rank: int, stages: list[int], now: float) -> float:
-        """Queue the gathers of these stages, once; without overlap the rank waits for them."""
+        """Queue the gathers of these stages; without overlap the rank waits for them."""
         for stage in stages:
-            if stage in self.gathered:
-                continue
             cost = self.stages[stage]
             pieces = cost.units if self.job.stack.overlap_param_gather else 1
             start = max(now, self.stream[rank])
@@ -179,16 +164,22 @@ class _Pipeline:
                 now = self.stream[rank]
         return now
 
-    def _edge(self, rank: int, op: Op, now: float, first: list[int], final: list[int]) -> float:
-        """The end of an op that waits for its parameters piece by piece, or hands over its gradients."""
-        job = self.job
+    def _edge(self, rank: int, edge: Edge, now: float) -> float:
+        """The end of an op that waits for its parameters piece by piece, or hands over its gradients; or of the begin
+        of a gather."""
+        job, op = self.job, edge.op
+        first = [stage for stage in edge.first if self.gathers and self.stages[stage].gather]
+        final = [stage for stage in edge.final if self.edges and self.stages[stage].reduce]
+        if edge.work < 0:
+            return self._gather(rank, first, now)
+        work = self.total[edge.work]
         if op.parts:
-            now = max([now, *(self.gathered[stage][-1] for stage in first)]) + self._pair(op.parts)
+            now = max([now, *(self.gathered[stage][-1] for stage in first)]) + work
             for stage in final:
                 self.stream[rank] = max(now, self.stream[rank]) + self.stages[stage].reduce
             return now
         assert op.stage is not None
-        cost, work = self.stages[op.stage], self.total[op.kind][op.stage]
+        cost = self.stages[op.stage]
         gathered = self.gathered[op.stage] if first and job.stack.overlap_param_gather else []
         overlaps = bool(final) and job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
         pieces = len(gathered) or (cost.units if overlaps else 1)
@@ -203,63 +194,34 @@ class _Pipeline:
         return now
 
     def times(self) -> PipelineTimes:
-        """Run all ranks, each until it needs a message that nobody has sent yet."""
-        pp, count, overlap_p2p = self.layout.pp, self.count, self.job.stack.overlap_p2p
-        arrived = {kind: [-1.0] * (self.layout.stages * count) for kind in "FB"}
-        arrived["I"] = arrived["B"]
-        free, now, places = [0.0] * (pp * pp), [0.0] * pp, [0] * pp
-        waits: list[tuple[str, int] | None] = [None] * pp
-        total, receives, sends, firsts, finals = self.total, self.receives, self.sends, self.first, self.final
-        ready = list(range(pp))
-        while ready:
-            rank = ready.pop()
-            order, place, time = self.orders[rank], places[rank], now[rank]
-            for op in itertools.islice(order, place, None):
-                kind, stage, _, parts = op
-                first, final = firsts[rank].get(place), finals[rank].get(place)
-                if first:
-                    time = self._gather(rank, first, time)
-                for part, at, number, _ in parts or (op,):
-                    if part != "W" and receives[part][at]:  # type: ignore[index]
-                        key = at * count + number  # type: ignore[operator]
-                        arrival = arrived[part][key]
-                        if arrival < 0:
-                            waits[rank] = ("F" if part == "F" else "B", key)
-                            break
-                        if arrival > time:
-                            time = arrival
-                else:
-                    if first or final:
-                        time = self._edge(rank, op, time, first or [], final or [])
-                    else:
-                        time += total[kind][stage] if not parts else self._pair(parts)  # type: ignore[index]
-                    for part, at, number, _ in parts or (op,):
-                        way = sends[part][at] if part != "W" else None  # type: ignore[index]
-                        if way is None:
-                            continue
-                        target, peer, channel, latency, seconds = way
-                        left = free[channel]
-                        left = (left if left > time else time) + seconds
-                        free[channel] = left
-                        key = target * count + number  # type: ignore[operator]
-                        arrived[part][key] = left + latency
-                        if not overlap_p2p:
-                            time = left + latency
-                        if waits[peer] == ("F" if part == "F" else "B", key):
-                            waits[peer] = None
-                            ready.append(peer)
-                    if final and not self.job.stack.overlap_grad_reduce:
-                        time = max(time, self.stream[rank])
-                    place += 1
-                    continue
-                break
-            places[rank], now[rank] = place, time
-        assert places == [len(order) for order in self.orders], "ranks wait for each other"
+        """Walk along the order in which everything comes after what it waits for."""
+        order, total, ways, overlap_p2p = self.order, self.total, self._ways(), self.job.stack.overlap_p2p
+        arrived, free, now = [0.0] * order.tensors, [0.0] * self.layout.pp**2, [0.0] * self.layout.pp
+        edge: Edge | None = None
+        for rank, work, received, sent, way in zip(
+            order.ranks, order.works, order.received, order.sent, order.ways, strict=True
+        ):
+            time = now[rank]
+            if received >= 0:
+                arrival = arrived[received]
+                if arrival > time:
+                    time = arrival
+            if work >= 0:
+                time += total[work]
+            else:
+                edge = order.edges[-1 - work]
+                time = self._edge(rank, edge, time)
+            if sent >= 0:
+                channel, latency, seconds = ways[way]
+                left = free[channel]
+                left = (left if left > time else time) + seconds
+                free[channel] = left
+                arrived[sent] = left + latency
+                if not overlap_p2p:
+                    time = left + latency
+            if edge is not None:
+                if self.edges and not self.job.stack.overlap_grad_reduce and edge.final:
+                    time = max(time, self.stream[rank])
+                edge = None
+            now[rank] = time
         return PipelineTimes(max(*now, *self.stream))
-
-    def _pair(self, parts: tuple[Op, ...]) -> float:
-        key = parts[0].stage or 0, parts[1].stage or 0
-        if key not in self.pairs:
-            works = (getattr(self.stages[leaf.stage or 0], WORK[leaf.kind]) for leaf in parts)
-            self.pairs[key] = pair_work(self.job, *works).total
-        return self.pairs[key]

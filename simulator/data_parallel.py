@@ -14,7 +14,7 @@ embedding, the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +67,12 @@ def bucket_sizes(sizes: Sequence[float]) -> list[float]:
             found.append(filled)
             filled, most = 0.0, 25 * 2.0**20
     return [*found, filled] if filled else found
+
+
+def _of_each(units: Sequence[Unit], seconds: Callable[[Unit], float]) -> list[float]:
+    """Seconds of each unit; a stage has the same block many times."""
+    known = {id(unit): seconds(unit) for unit in {id(unit): unit for unit in units}.values()}
+    return [known[id(unit)] for unit in units]
 
 
 class Unit(Protocol):
@@ -162,7 +168,7 @@ class DataParallel:
         """
         if not self.gathers_every_microbatch or self.layout.pp > 1:
             return 0.0
-        gathers = [self.gather_seconds(u.parameters, u.experts) for u in units]
+        gathers = _of_each(units, lambda unit: self.gather_seconds(unit.parameters, unit.experts))
         if not self.job.stack.overlap_param_gather:
             return sum(gathers)
         beside = [u.forward_seconds for u in units[:-1]]
@@ -172,10 +178,13 @@ class DataParallel:
     def exposed_backward(self, units: Sequence[Unit]) -> float:
         """Seconds that a backward waits. Beside a unit's backward run the gather of the next unit and the reduction
         of the one behind; they share one network."""
-        backwards = units[::-1]
-        gathers = [self._backward_gather(u) for u in backwards]
-        reduces = self.layout.shards_gradients
-        scatters = [self.scatter_seconds(u.parameters, u.experts) if reduces else 0.0 for u in backwards]
+        backwards, reduces = units[::-1], self.layout.shards_gradients
+        if not (reduces or self.gathers_every_microbatch):
+            return 0.0
+        gathers = _of_each(backwards, self._backward_gather)
+        scatters = _of_each(
+            backwards, lambda unit: self.scatter_seconds(unit.parameters, unit.experts) if reduces else 0.0
+        )
         stack, exposed = self.job.stack, gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0

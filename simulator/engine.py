@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from simpy.core import EmptySchedule
 
 from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
+from simulator.garbage import uncollected
 from simulator.layout import Layout
 from simulator.messages import Channel, Message, message_cost
 from simulator.network import Network, Route, Routes
@@ -98,21 +98,20 @@ def run_program(
             raise UserError(f"slowdown names rank {rank}, but the layout has ranks 0 to {layout.world_size - 1}")
         if not 0 < factor < math.inf:
             raise UserError(f"slowdown of rank {rank} = {factor:g} must be above zero and finite")
-    with _uncollected():
+    with uncollected():
         return _Engine(job, layout, program, trace, unfold or bool(slowdown), slowdown).run()
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's cycle collector: it would search the many objects of a run again and again, a third of its
-    time, and events leave no cycles behind that could not wait for its end."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _last_gradients(order: tuple[Op, ...], stages: tuple[int, ...]) -> dict[int | None, Op]:
+    """Of each of these stages of a rank the op that finishes its gradients: found from the end, where they are."""
+    found: dict[int | None, Op] = {}
+    for op in reversed(order):
+        for leaf in reversed(op.parts or (op,)):
+            if leaf.kind in GRADIENT:
+                found.setdefault(leaf.stage, leaf)
+        if len(found) == len(stages):
+            break
+    return found
 
 
 class _Engine:
@@ -143,9 +142,11 @@ class _Engine:
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
-        self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
-        leaves = (leaf for order in program.orders for op in order for leaf in op.leaves)
-        self.final = {leaf.stage: leaf for leaf in leaves if leaf.kind in GRADIENT}
+        self.stages_of = [layout.stages_of(rank) for rank in range(layout.pp)]
+        self.rank_of = {stage: rank for rank, stages in enumerate(self.stages_of) for stage in stages}
+        self.final: dict[int | None, Op] = {}
+        for order, stages in zip(program.orders, self.stages_of, strict=True):
+            self.final |= _last_gradients(order, stages)
         self.work = {kind: [getattr(cost, work) for cost in program.stages] for kind, work in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
@@ -202,20 +203,25 @@ class _Engine:
             return [(self.handlers[op.kind], op) for op in ops]
         steps: list[Step] = []
         booked: dict[tuple[str, int], int] = {}
-        seconds, gathered = 0.0, set()
+        seconds, gathered, handlers = 0.0, set[int | None](), self.handlers
+        stages = self.stages_of[rank.index]
+        total = {(kind, stage): work[stage].total for kind, work in self.work.items() for stage in stages}
+        final, reducing = self.final, {stage for stage in stages if self.program.stages[stage].reduce > 0}
         for op in ops:
-            kind, stage = op.kind, op.stage
-            if kind in COMPUTE and stage not in gathered and not self._reduces(op):
-                assert stage is not None
-                seconds += self.work[kind][stage].total
-                booked[kind, stage] = booked.get((kind, stage), 0) + 1
+            kind, stage, _, parts = op
+            key = kind, stage
+            if key in total and stage not in gathered and (stage not in reducing or final[stage] != op):
+                seconds += total[key]
+                booked[key] = booked.get(key, 0) + 1
                 continue
-            steps += [(self._busy, seconds), (self.handlers[kind], op)] if seconds else [(self.handlers[kind], op)]
-            seconds = 0.0
+            if seconds:
+                steps.append((self._busy, seconds))
+                seconds = 0.0
+            steps.append((handlers[kind], op))
             if kind == "UNSHARD":
                 gathered.add(stage)
-            else:
-                gathered -= {leaf.stage for leaf in op.leaves if leaf.kind in COMPUTE}
+            elif gathered:
+                gathered -= {leaf.stage for leaf in parts or (op,) if leaf.kind in COMPUTE}
         steps += [(self._busy, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
             rank.spend_work(vars(self.work[kind][stage]), count)
@@ -378,24 +384,31 @@ class _Engine:
     def _channel(self, rank: Rank, target: int) -> Channel:
         fold = not self.unfold
         latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
+        inside, spec = 1.0, self.job.cluster
+        if rank.processors is not None and spec.scale_out and rank.number // self.per_node != target // self.per_node:
+            inside = min(1.0, spec.scale_out.bandwidth / spec.scale_up.bandwidth)
 
         def occupy(end: Callable[[], None]) -> None:
             if route is not None:
                 self.network.start(route, seconds * route.alone, end)
                 return
-            # Between hosts the wire takes its time, and hardly any of the processors'.
-            apart = rank.number // self.per_node != target // self.per_node
-            callbacks = (self.env.timeout(seconds) if apart else self._busy(rank, seconds)).callbacks
-            assert callbacks is not None
-            callbacks.append(lambda _: end())
+            # A wire between hosts takes the time of its rate, and processors what a message inside of a host takes.
+            moved = self._busy(rank, seconds * inside)
+            if inside < 1:
+                moved = self.env.all_of([self.env.timeout(seconds), moved])
+            assert moved.callbacks is not None
+            moved.callbacks.append(lambda _: end())
 
-        return Channel(self.env, latency, occupy)
+        begin = functools.partial(self.network.begin, route, seconds * route.alone) if route is not None else None
+        return Channel(self.env, latency, occupy, begin)
 
     def _receive(self, rank: Rank, op: Op) -> Process | None:
         """Wait for a neighbour's tensor, if it is not there yet."""
         assert op.stage is not None
         message = self._message(rank.number, op, op.stage)
         if message.arrival <= self.env.now and not self.trace:
+            # Nothing is left that could delay it.
+            message.flow = None
             return None
         return self._await(rank, message, op)
 

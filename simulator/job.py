@@ -192,15 +192,23 @@ def _training(
     return to_dataclass(Training, filled, f"{where} [training]")
 
 
+# Values of one field in [search]: no axis of a cluster of 16,384 devices has half as many sizes.
+MOST_SEARCHED = 256
+
+
 def _search(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
     names = [f.name for f in dataclasses.fields(Layout)]
     result = {}
     for key, value in table.items():
         if key not in names:
             raise UserError(f"{where}: unknown key 'search.{key}'{nearest(key, names)}")
-        values = value if isinstance(value, list) and key != "stage_layers" else [value]
+        # A list of numbers is one split into stages, a list of lists several.
+        several = isinstance(value, list) and (key != "stage_layers" or any(isinstance(one, list) for one in value))
+        values = value if several else [value]
         if not values:
             raise UserError(f"{where}: search.{key} = [] leaves no layout; name at least one value")
+        if len(values) > MOST_SEARCHED:
+            raise UserError(f"{where}: search.{key} has {len(values)} values; name at most {MOST_SEARCHED}")
         if key == "staleness":
             # TOML has no word for nothing.
             values = [None if one == "none" else one for one in values]

@@ -8,6 +8,7 @@ ep is no axis of its own: it regroups the ranks of dp_shard, cp and tp.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -31,6 +32,13 @@ SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 MOST_MICROBATCHES = 8192
 AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first: the rank order tp-cp-ep-dp-pp
 RANK_ORDER = "tp-cp-ep-dp-pp"
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes_in(rank_order: str) -> tuple[str, ...]:
+    spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
+    named = [axis for name in rank_order.split("-") for axis in spelt.get(name, (name,))]
+    return (*named, *(axis for axis in AXES if axis not in named))
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,7 @@ class Layout:
         >>> Layout(rank_order="ep-dp-tp-cp-pp").axes
         ('dp_shard', 'dp_replicate', 'tp', 'cp', 'pp')
         """
-        spelt = {"dp": ("dp_shard", "dp_replicate"), "ep": ()}
-        named = [axis for name in self.rank_order.split("-") for axis in spelt.get(name, (name,))]
-        return (*named, *(axis for axis in AXES if axis not in named))
+        return _axes_in(self.rank_order)
 
     @property
     def dp(self) -> int:
@@ -119,13 +125,17 @@ class Layout:
         return global_batch_size // (self.dp * self.micro_batch_size)
 
     def layers_per_stage(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does.
+        """Blocks of each stage; the remainder of an uneven division goes to the first stages, as torchtitan does. Up to
+        two stages more than blocks are those of the head and the embedding alone (Llama 3, arXiv 2407.21783, 3.3.2).
 
-        >>> Layout(pp=4).layers_per_stage(10)
-        (3, 3, 2, 2)
+        >>> Layout(pp=4).layers_per_stage(10), Layout(pp=4).layers_per_stage(2), Layout(pp=4).layers_per_stage(3)
+        ((3, 3, 2, 2), (0, 1, 1, 0), (1, 1, 1, 0))
         """
         if self.stage_layers is not None:
             return self.stage_layers
+        if self.pp > 1 and 0 < self.stages - num_hidden_layers <= 2:
+            ends = (0,) * (self.stages - num_hidden_layers - 1)
+            return (*ends, *[1] * num_hidden_layers, 0)
         share, rest = divmod(num_hidden_layers, self.stages)
         return tuple(share + (stage < rest) for stage in range(self.stages))
 
@@ -326,7 +336,7 @@ class Layout:
         found, layers = [], job.model.num_hidden_layers
         if self.schedule not in SCHEDULES:
             return [f"schedule = '{self.schedule}' is not known{nearest(self.schedule, SCHEDULES)}"]
-        bare = job.stack.bare_ends and self.virtual_stages > 1 and self.stage_layers is not None
+        bare = job.stack.bare_ends and self.virtual_stages > 1
         if self.stages > layers + 2 * bare:
             found.append(
                 f"pp({self.pp}) * virtual_stages({self.virtual_stages}) = {self.stages} stages, "

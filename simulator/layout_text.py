@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from simulator.errors import UserError, nearest
@@ -48,9 +49,53 @@ def difference(before: Layout, after: Layout) -> str:
     >>> difference(Layout(tp=8, dp_shard=4, zero_stage=1), Layout(tp=8, dp_shard=2, pp=2, zero_stage=1))
     'dp_shard=2 pp=2'
     """
+    return _words(_differing(before, after))
+
+
+def spelt_out(layout: Layout, job: Job) -> str:
+    """The layout in words that `parse_layout` reads as exactly it: the fields that differ from the default, and those
+    of which otherwise something else would follow.
+
+    Stacks with sequence parallelism have it wherever tp is above 1: "tp=2 sequence_parallel=false" where it is off.
+    """
+    default = Layout()
+    return _words(_pinned([{}], _differing(default, layout), layout, job)) or layout.short()
+
+
+def change_text(before: Layout, after: Layout, job: Job, larger: Job | None = None) -> str:
+    """What differs, in words that give exactly `after` for `larger` (the same job on more nodes, or the job itself),
+    whether they are pasted over all the fields of `before` or over the few that a user typed and left others to
+    follow from.
+
+    From tp=8 without shards to cp=2 tp=4 without them: "cp=2 tp=4 zero_stage=0", as cp shards by itself.
+    """
+    every = _differing(None, before)
+    few = dict(every)
+    for name in every:
+        fewer = {key: value for key, value in few.items() if key != name}
+        if complete(fewer, job) == before:
+            few = fewer
+    return _words(_pinned([every, few], _differing(before, after), after, larger or job))
+
+
+def _pinned(typed: Sequence[dict[str, Any]], named: dict[str, Any], wanted: Layout, job: Job) -> dict[str, Any]:
+    """`named`, and what must be named besides so that over each of the typed fields they complete to what is wanted."""
+    for fields in typed:
+        # What is named does not change any more, so every turn names more.
+        while wrong := _differing(complete(fields | named, job), wanted):
+            named = named | wrong
+    return named
+
+
+def _differing(found: Layout | None, wanted: Layout) -> dict[str, Any]:
+    """The fields of a layout that another has not, all of them beside none."""
     names = [field.name for field in dataclasses.fields(Layout)]
-    changed = [name for name in names if getattr(before, name) != getattr(after, name)]
-    return " ".join(f"{name}={_spelt(getattr(after, name))}" for name in changed)
+    values = {name: getattr(wanted, name) for name in names}
+    return {name: value for name, value in values.items() if found is None or getattr(found, name) != value}
+
+
+def _words(fields: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={_spelt(value)}" for name, value in fields.items())
 
 
 def _spelt(value: Any) -> str:

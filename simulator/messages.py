@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Generator
@@ -13,7 +14,7 @@ import simpy
 from simulator.cluster import GroupShape, group_shape
 from simulator.collectives import message_seconds
 from simulator.layout import Layout
-from simulator.network import Route, Routes
+from simulator.network import Flow, Route, Routes
 from simulator.placement import cluster_period, known_to
 
 if TYPE_CHECKING:
@@ -30,15 +31,25 @@ class Arrival(simpy.Event):
 
 @dataclass(eq=False, slots=True)
 class Message:
-    """A tensor on its way: `sent` is when its rank handed it over, `arrival` when it is there, known once the link is
-    done with it. `arrived` exists if somebody waits for that."""
+    """A tensor on its way: `sent` is when its rank handed it over, `arrival` when it is there: infinite while that is
+    not known, and a guess while its `flow` is on its way alone. `arrived` exists if somebody waits for it."""
 
     sent: float = math.inf
     arrival: float = math.inf
     arrived: Arrival | None = None
+    flow: Flow | None = None
+    channel: Channel | None = None
+
+    def announced(self) -> Callable[[], None]:
+        """From now on somebody is told when it has left; the function to call then."""
+        assert self.channel is not None
+        self.flow, self.arrival = None, math.inf
+        return self.channel.put_back(self)
 
     def wait(self, env: simpy.Environment) -> Generator[simpy.Event, Any, None]:
         """Wait until it is there."""
+        if self.flow is not None and self.flow.ends > env.now:
+            self.flow.announce()
         if self.arrival == math.inf:
             self.arrived = self.arrived or Arrival(env)
             yield self.arrived
@@ -49,35 +60,50 @@ class Message:
 @dataclass(eq=False, slots=True)
 class Channel:
     """The stream of messages from one rank to another, in the order in which they are sent. `occupy` makes the link
-    busy with one and calls back when it is done; `latency` seconds later the message is there."""
+    busy with one and calls back when it is done; `latency` seconds later the message is there. `begin` does so without
+    an event, if the link is free and as long as nobody meets it there: most messages arrive before anybody asks."""
 
     env: simpy.Environment
     latency: float
     occupy: Callable[[Callable[[], None]], None]
+    begin: Callable[[], Flow | None] | None = None
     queue: deque[tuple[Message, Callable[[float], None] | None]] = field(default_factory=deque)
+    flow: Flow | None = None
 
     def send(self, message: Message, moved: Callable[[float], None] | None = None) -> None:
         """Queue a message; `moved` is called with the time when its transfer began, when that has ended."""
-        message.sent = self.env.now
+        now = message.sent = self.env.now
+        if self.flow is not None and self.flow.ends > now:
+            self.flow.announce()
+        if not self.queue and self.begin is not None and moved is None and message.arrived is None:
+            flow = self.flow = message.flow = self.begin()
+            if flow is not None:
+                message.arrival = flow.ends + self.latency
+                message.channel = self
+                flow.announced = message.announced
+                return
         self.queue.append((message, moved))
         if len(self.queue) == 1:
             self._transfer()
 
+    def put_back(self, message: Message) -> Callable[[], None]:
+        """The message that is on its way quietly becomes one whose end is an event."""
+        self.flow = None
+        self.queue.append((message, None))
+        return functools.partial(self._end, self.env.now)
+
     def _transfer(self) -> None:
-        message, moved = self.queue[0]
-        start = self.env.now
+        self.occupy(functools.partial(self._end, self.env.now))
 
-        def end() -> None:
-            message.arrival = self.env.now + self.latency
-            if message.arrived is not None:
-                message.arrived.succeed_after(self.latency)
-            if moved is not None:
-                moved(start)
-            self.queue.popleft()
-            if self.queue:
-                self._transfer()
-
-        self.occupy(end)
+    def _end(self, start: float) -> None:
+        message, moved = self.queue.popleft()
+        message.arrival = self.env.now + self.latency
+        if message.arrived is not None:
+            message.arrived.succeed_after(self.latency)
+        if moved is not None:
+            moved(start)
+        if self.queue:
+            self._transfer()
 
 
 def message_cost(

@@ -50,7 +50,12 @@ class Route:
 
 @dataclass(eq=False, slots=True)
 class Flow:
-    """A transfer on its way: `left` bytes at time `updated`, leaving at `rate` since then."""
+    """A transfer on its way: `left` bytes at time `updated`, leaving at `rate` since then.
+
+    One that has met nobody yet may be quiet: it `ends` at a known time, no event says so, and it stays on its links
+    until somebody looks there. Whoever needs to know, or meets it, has it announced: then `announced` gives the
+    function that is called at its end.
+    """
 
     route: Route
     left: float
@@ -58,6 +63,16 @@ class Flow:
     updated: float
     rate: float = 0.0
     alarms: int = 0
+    ends: float = -math.inf
+    network: Network | None = None
+    announced: Callable[[], Callable[[], object]] | None = None
+
+    def announce(self) -> None:
+        """From now on an event marks its end."""
+        assert self.announced is not None and self.network is not None
+        self.done, ends = self.announced(), self.ends
+        self.ends = -math.inf
+        self.network.alarm(self, ends - self.network.env.now)
 
 
 def max_min_rates(flows: Collection[Flow]) -> dict[Flow, float]:
@@ -108,15 +123,42 @@ class Network:
 
     def start(self, route: Route, size: float, done: Callable[[], object]) -> None:
         """Send `size` bytes; `done` is called when the last one has left."""
+        meets = self._meets(route)
         flow = Flow(route, size, done, self.env.now)
-        meets = False
         for link, weight in route.links:
-            meets = meets or bool(link.flows)
             link.flows[flow] = weight
         if meets:
             self._share(_met(flow))
         else:
             self._set_rate(flow, route.alone)
+
+    def begin(self, route: Route, size: float) -> Flow | None:
+        """Send `size` bytes quietly, if nobody is on the way; None if somebody is."""
+        if self._meets(route):
+            return None
+        now, alone = self.env.now, route.alone
+        flow = Flow(route, size, _nothing, now, alone, 0, now + size / alone, self)
+        for link, weight in route.links:
+            link.flows[flow] = weight
+        return flow
+
+    def _meets(self, route: Route) -> bool:
+        """Whether anybody is on these links. Quiet flows that have ended leave them, others are announced."""
+        meets, now = False, self.env.now
+        for link, _ in route.links:
+            if not link.flows:
+                continue
+            # A quiet flow is alone on its links.
+            flow = next(iter(link.flows))
+            if flow.ends > now:
+                flow.announce()
+                meets = True
+            elif flow.ends > -math.inf:
+                for left, _ in flow.route.links:
+                    del left.flows[flow]
+            else:
+                meets = True
+        return meets
 
     def _share(self, flows: Collection[Flow]) -> None:
         for flow, rate in max_min_rates(flows).items():
@@ -127,8 +169,12 @@ class Network:
         now = self.env.now
         flow.left = max(0.0, flow.left - flow.rate * (now - flow.updated))
         flow.rate, flow.updated = rate, now
+        self.alarm(flow, flow.left / flow.rate)
+
+    def alarm(self, flow: Flow, seconds: float) -> None:
+        """Mark the end of a flow, unless its rate changes."""
         flow.alarms += 1
-        alarm = self.env.timeout(flow.left / flow.rate, (flow, flow.alarms))
+        alarm = self.env.timeout(seconds, (flow, flow.alarms))
         assert alarm.callbacks is not None
         alarm.callbacks.append(self._end)
 
@@ -149,6 +195,10 @@ class Network:
             for other in together:
                 met.pop(other, None)
         flow.done()
+
+
+def _nothing() -> None:
+    """Nobody waits for the end of a quiet flow."""
 
 
 def _met(flow: Flow) -> dict[Flow, None]:

@@ -58,6 +58,8 @@ def cluster_table(name: str, folder: Path | None = None) -> dict[str, Any]:
             f"cluster '{name}' is no .toml; `layoutwise cluster {name} --gpu h100 -o cluster.toml` makes one of what "
             "`nvidia-smi topo -m` prints"
         )
+    if name == THIS_MACHINE:
+        raise UserError(f"cluster '{THIS_MACHINE}' is no file but a profile, which `layoutwise measure` measures")
     return read_toml(_find("clusters", name, ".toml", folder, "cluster"), "cluster")
 
 

@@ -15,10 +15,11 @@ virtual time; memory.py counts from the same ops what is alive.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import MULTI_STAGE, Layout, Schedule
 from simulator.schedules import Op, compute_order
 from simulator.stage import StageCost, StageCosts
 
@@ -42,12 +43,27 @@ def build_program(job: Job, layout: Layout) -> Program:
     """Compile a legal layout. Raises nothing: legality is `Layout.problems`, asked before."""
     stages = stage_costs(job, layout)
     microbatches = layout.microbatches(job.training.global_batch_size)
-    shape = (layout.pp, layout.virtual_stages, microbatches)
-    orders = tuple(
-        tuple(with_communication(compute_order(layout.schedule, rank, *shape), layout, stages))
-        for rank in range(layout.pp)
+    shape = (layout.schedule, layout.pp, layout.virtual_stages, microbatches)
+    moves = tuple((stage.gather > 0, stage.reduce > 0) for stage in stages)
+    return Program(_orders(*shape, layout.zero_stage, moves), stages)
+
+
+@functools.lru_cache(maxsize=8)
+def _orders(
+    schedule: Schedule,
+    ranks: int,
+    chunks: int,
+    microbatches: int,
+    zero_stage: int,
+    moves: tuple[tuple[bool, bool], ...],
+) -> tuple[tuple[Op, ...], ...]:
+    """The ops of every rank where stages gather and reduce or not: layouts that differ in seconds only share them."""
+    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule, zero_stage=zero_stage)  # type: ignore[arg-type]
+    stages = [Moves(*some) for some in moves]
+    shape = (ranks, chunks, microbatches)
+    return tuple(
+        tuple(with_communication(compute_order(schedule, rank, *shape), layout, stages)) for rank in range(ranks)
     )
-    return Program(orders, stages)
 
 
 def own_seconds(program: Program, rank: int) -> float:
@@ -63,7 +79,14 @@ def stage_costs(job: Job, layout: Layout) -> tuple[StageCost, ...]:
     return StageCosts(job, layout).stages()
 
 
-def with_communication(order: tuple[Op, ...], layout: Layout, stages: tuple[StageCost, ...]) -> list[Op]:
+class Moves(NamedTuple):
+    """Whether a stage's parameters are gathered, and its gradients reduced, once a step."""
+
+    gather: bool
+    reduce: bool
+
+
+def with_communication(order: tuple[Op, ...], layout: Layout, stages: Sequence[StageCost | Moves]) -> list[Op]:
     """Add to the forwards and backwards of a rank what must move before and after them.
 
     Two stages on one rank, as at the turn of a V, hand over without a message. A receive stands right before the op

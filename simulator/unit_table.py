@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from simulator.columns import NAMED, Columns, distinct
 from simulator.layout import AXES
-from simulator.placement import Groups, distinct_groups
+from simulator.placement import Groups, distinct_groups, known_to
 from simulator.stage import StageCosts, UnitCost
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class UnitTable:
     def __init__(self, job: Job, columns: Columns) -> None:
         self.job, model = job, job.model
         # Adding up gradients depends on the number of microbatches: `accumulation` has it for each row.
-        self.alone = dataclasses.replace(job, stack=dataclasses.replace(job.stack, fused_accumulation=True))
-        self.alone.__dict__["graph"] = job.graph
+        self.alone = _without_accumulation(job)
         blocks = [
             (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
             for i in range(model.num_hidden_layers)
@@ -83,6 +82,18 @@ class UnitTable:
         hidden = unit.forward.spent_on(names) + unit.backward.spent_on(names)
         seconds = (unit.forward.total, unit.backward.total, unit.backward_weight.total, hidden, unit.backward.host)
         return [*seconds, *(getattr(unit, name) for name in SIZES)]
+
+
+def _without_accumulation(job: Job) -> Job:
+    """The same job where adding up gradients takes no time: one for all tables, because it keeps what units cost."""
+    if job.stack.fused_accumulation:
+        return job
+    known = known_to(job, "without accumulation")
+    if not known:
+        known["job"] = dataclasses.replace(job, stack=dataclasses.replace(job.stack, fused_accumulation=True))
+        known["job"].__dict__["graph"] = job.graph
+    found: Job = known["job"]
+    return found
 
 
 _KNOWN = {*AXES, "ep", "zero_stage", "micro_batch_size", "virtual_stages", *NAMED}

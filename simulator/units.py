@@ -110,6 +110,11 @@ def duration_unit(seconds: float) -> tuple[str, float]:
     return next((unit for unit in units if seconds >= unit[1]), ("s", 1.0))
 
 
+def show_nodes(count: int) -> str:
+    """`"1 node"`, `"8 nodes"`."""
+    return f"{count} node" if count == 1 else f"{count} nodes"
+
+
 def show_tokens(tokens: float) -> str:
     """As a user writes it: `"1.5T"`, `"300B"`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):

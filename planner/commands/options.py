@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,9 @@ class WithOptionalWhatIf(TyperCommand):
         for place, word in enumerate(args):
             filled.append(word)
             behind = args[place + 1] if place + 1 < len(args) else "-"
-            if word == "--what-if" and "=" not in behind and behind not in ("all", "none"):
+            # A bare word that is no plan is a key without its value, which gets a sentence of its own.
+            given = "=" in behind or (re.fullmatch("[a-z][a-z-]*", behind) and not Path(behind).exists())
+            if word == "--what-if" and not given:
                 filled.append("all")
         return super().parse_args(ctx, filled)
 

@@ -14,8 +14,8 @@ from planner.commands.options import AsJson, Folder, JobFile, Overrides, PlanFil
 from planner.commands.terminal import print_json, progress, say
 from simulator.errors import NothingFitsError, UserError
 
-# Layouts that a plan ranks where nobody says how many.
-RANKED = 5
+# Each layout that is ranked is simulated, on large jobs for half a second; so many are where nobody says how many.
+MOST_RANKED, RANKED = 100, 5
 
 
 def _share(text: str) -> float:
@@ -36,7 +36,7 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = None,
     output: Folder = Path("."),
-    top: Annotated[int | None, typer.Option(min=1, help="How many layouts to rank; 5.")] = None,
+    top: Annotated[int | None, typer.Option(help="How many layouts to rank, each one simulated; 5.")] = None,
     gap: Annotated[str, typer.Option(metavar="SHARE", help="Stop where nothing left can be faster by more.")] = "0%",
     fastest: Annotated[
         bool, typer.Option("--fastest", help="Take the shortest predicted step, however little it wins by.")
@@ -64,6 +64,8 @@ def plan(
     from simulator.files import check_writable
     from simulator.job import read_job
 
+    if top is not None and not 1 <= top <= MOST_RANKED:
+        raise UserError(f"--top {top} must be from 1 to {MOST_RANKED}: every layout that is ranked is simulated")
     # In quotes, so that a number without a unit is not taken for seconds.
     quoted = None if deadline is None else json.dumps(deadline)
     given = {"goal": objective, "tokens": tokens, "deadline": quoted}
@@ -155,7 +157,10 @@ def simulate(
 @app.command()
 def compare(
     job_file: JobFile,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are.")] = "",
+    layout: Annotated[
+        str,
+        typer.Option(metavar="LAYOUT", help="What lies in a replica and how many there are; as `simulate` takes it."),
+    ] = "",
     sync: Annotated[str, typer.Option(metavar="WAYS", help="all, or some like all_reduce,parameter_server.")] = "all",
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -164,10 +169,13 @@ def compare(
     from planner import show
     from planner.compare import compare as put_together
     from planner.compare import comparison_json
+    from planner.imports import read_layout
     from simulator.job import read_job
 
     job = read_job(job_file, overrides)
-    found = put_together(job, layout, sync)
+    given = read_layout(layout, job)
+    say(given.lines())
+    found = put_together(job, given.fields, sync)
     if as_json:
         print_json(comparison_json(found))
         return

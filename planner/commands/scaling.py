@@ -33,6 +33,8 @@ def plan_over_nodes(
     from planner.scaling import write_scaling
     from planner.scaling_table import heading, missing_sentence, notes, scaling_json, table
     from planner.search import plan as search
+    from simulator.layout_text import spelt_out
+    from simulator.units import show_nodes
 
     counts = node_counts(job, nodes)
     if nodes is None and not job.objective.nodes:
@@ -59,7 +61,7 @@ def plan_over_nodes(
         for note in notes(scaling):
             typer.echo(note)
         if chosen is not None:
-            typer.echo(f"recommended: {chosen.job.nodes} nodes, {chosen.layout.short()}")
+            typer.echo(f"recommended: {show_nodes(chosen.job.nodes)}, {spelt_out(chosen.layout, chosen.job)}")
         for path in written:
             typer.echo(f"written to {path}")
     if chosen is None:

@@ -216,8 +216,10 @@ def stage_letters(layers: tuple[int, ...]) -> str:
     'Et*3|(t*4|)*3t*2L'
     >>> stage_letters((2, 1))
     'Et*2|tL'
+    >>> stage_letters((0, 1, 1, 0))
+    'E|(t|)*2L'
     """
-    words = [f"t*{count}" if count > 1 else "t" for count in layers]
+    words = [f"t*{count}" if count > 1 else "t" * count for count in layers]
     middle, place = "", 1
     while place < len(words) - 1:
         run = next((n for n in range(place, len(words) - 1) if words[n] != words[place]), len(words) - 1) - place

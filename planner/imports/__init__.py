@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,11 +31,13 @@ _FRAMEWORKS: tuple[tuple[str, tuple[str, ...], Reader], ...] = (
 class ReadLayout:
     """A layout as it was written by the user, and what else that text said.
 
-    framework is whose words they were, empty for our own. notes are sentences: what the text says of the job and the
-    job says otherwise, and what a Layout has no word for. ignored are names that do not concern the layout.
+    fields are those that the text names. framework is whose words they were, empty for our own. notes are sentences:
+    what the text says of the job and the job says otherwise, and what a Layout has no word for. ignored are names that
+    do not concern the layout.
     """
 
     layout: Layout
+    fields: dict[str, Any]
     framework: str = ""
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -60,20 +63,25 @@ def read_layout(text: str, job: Job) -> ReadLayout:
     if text.startswith("@"):
         where = f"'{text[1:]}'"
         text = read_text(text[1:], "layout")
+        if not text.strip():
+            raise UserError(f"{where} is empty; a layout is like tp=8 pp=4")
     settings = _settings(text)
     if settings is None:
-        return ReadLayout(complete(parse_fields(_own_words(text)), job))
-    config = settings.value("deepspeed_config", "deepspeed")
-    if isinstance(config, str) and config.endswith(".json"):
-        settings = from_json(read_text(Path(config), "DeepSpeed configuration"))
-    for framework, marks, read in _FRAMEWORKS:
-        if settings.has(*marks):
-            fields, said, notes = read(settings, job)
-            layout = complete(_canonical(fields, job), job)
-            ignored = tuple(name for name in settings.left() if not _of_launcher(name))
-            return ReadLayout(layout, framework, tuple(_differences(said, job) + notes), ignored)
-    known = "Megatron-LM (--tensor-model-parallel-size), torchtitan (--parallelism.tensor_parallel_degree) or DeepSpeed"
-    raise UserError(f"{where} names nothing of a layout in the words of {known}")
+        own = parse_fields(_own_words(text))
+        return ReadLayout(complete(own, job), own)
+    settings = _deepspeed_file(settings)
+    meant = [one for one in _FRAMEWORKS if settings.has(*one[1])]
+    if not meant:
+        known = "Megatron-LM (--tensor-model-parallel-size), torchtitan (--parallelism.tensor_parallel_degree)"
+        raise UserError(f"{where} names nothing of a layout in the words of {known} or DeepSpeed")
+    if len(meant) > 1:
+        words = [f"{_first(settings, marks)} of {framework}" for framework, marks, _ in meant]
+        raise UserError(f"{where} mixes the words of several frameworks, {' and '.join(words)}: leave one out")
+    ((framework, _, read),) = meant
+    fields, said, notes = read(settings, job)
+    ignored = tuple(name for name in settings.left() if not _of_launcher(name))
+    fields = _canonical(fields, job)
+    return ReadLayout(complete(fields, job), fields, framework, tuple(_differences(said, job) + notes), ignored)
 
 
 def _settings(text: str) -> Settings | None:
@@ -85,12 +93,42 @@ def _settings(text: str) -> Settings | None:
     if re.search(r"^\s*\w+(\.\w+)+\s*=[^=]", text, re.MULTILINE):
         return from_python(text)
     if re.search(r"(^|[\s(=\"'])--[A-Za-z]", text):
+        _check_not_mixed(text)
         return from_command(text)
     return None
 
 
+def _first(settings: Settings, names: tuple[str, ...]) -> str:
+    """The first of these names that is there, as it was written."""
+    return next(settings.shown[name] for name in names if settings.has(name))
+
+
+def _deepspeed_file(settings: Settings) -> Settings:
+    """What the JSON says that DeepSpeed's launcher was given, where a command names one."""
+    given = [settings.value(name) for name in ("deepspeed_config", "deepspeed")]
+    config = next((one for one in given if isinstance(one, str) and one.endswith(".json")), None)
+    if config is None:
+        return settings
+    if settings.has(*megatron.MARKS):
+        raise UserError(
+            f"{_first(settings, megatron.MARKS)} and '{config}' say a part of the layout each; write all of it in our "
+            "words, like tp=8 pp=4 dp_shard=8 zero_stage=1"
+        )
+    return from_json(read_text(Path(config), "DeepSpeed configuration"))
+
+
+def _check_not_mixed(text: str) -> None:
+    """Raises UserError for our words beside flags, which the shell would take for variables that nobody uses."""
+    own = {one.name for one in dataclasses.fields(Layout)}
+    words = _own_words(text).split()
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, _ = word.partition("=")
+        if equals and name in own and not before.startswith("--") and f"${name}" not in text.replace("{", ""):
+            raise UserError(f"the layout mixes '{word}' with flags of another framework: write all of it in one way")
+
+
 def _own_words(text: str) -> str:
-    """A file of our own words may have comments and lines."""
+    """A text without its comments, in one line."""
     return " ".join(line.split("#")[0] for line in text.splitlines())
 
 

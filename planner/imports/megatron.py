@@ -37,6 +37,8 @@ _STACK_FLAGS = (
     "microbatch_group_size_per_vp_stage", "grad_reduce_in_bf16", "grad_reduce_in_fp32", "overlap_cpu_optimizer_d2h_h2d",
     "use_precision_aware_optimizer",
 )  # fmt: skip
+# Blocks of a pipeline written out; nested repetitions reach any number.
+_MOST_ITEMS = 100_000
 _ITEM = re.compile(r"[EtmL]|\||\*\d+|\(|\)|,")
 
 
@@ -188,11 +190,11 @@ def stage_counts(letters: str) -> tuple[int, ...]:
     (3, 4, 4, 4, 2)
     """
     tokens = _ITEM.findall(letters.replace(" ", ""))
+    if len(tokens) > 1000:
+        raise UserError(f"pipeline-model-parallel-layout = '{letters[:40]}...' has {len(tokens)} signs, 1,000 at most")
     if "".join(tokens) != letters.replace(" ", "") or tokens.count("(") != tokens.count(")"):
         raise UserError(f"pipeline-model-parallel-layout = '{letters}' is not like Et*3|(t*4|)*3t*2L")
     plain, _ = _expanded(tokens, 0)
-    if len(plain) > 100_000:
-        raise UserError(f"pipeline-model-parallel-layout = '{letters[:40]}' has more than 100,000 items")
     return tuple(stage.count("t") for stage in plain.split("|"))
 
 
@@ -204,7 +206,10 @@ def _expanded(tokens: list[str], place: int) -> tuple[str, int]:
         item, place = _expanded(tokens, place + 1) if token == "(" else (token, place)
         place += 1
         if place < len(tokens) and tokens[place].startswith("*"):
-            item *= min(int(tokens[place][1:]), 100_000)
+            times = tokens[place][1:]
+            if len(times) > 6 or len(text) + len(item) * int(times) > _MOST_ITEMS:
+                raise UserError(f"pipeline-model-parallel-layout has more than {_MOST_ITEMS:,} items")
+            item *= int(times)
             place += 1
         text += "" if item == "," else item
     return text, place

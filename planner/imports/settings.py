@@ -22,6 +22,8 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^}]*))?\})")
 _NUMBER = re.compile(r"-?[0-9]+")
 # Longer files than any script or configuration are no such thing.
 _LONGEST = 1_000_000
+# No size of anything has more digits, and Python itself refuses to read thousands of them.
+_DIGITS = 18
 # Flags with several values.
 _LISTS = ("recompute-modules", "recompute_modules")
 
@@ -68,10 +70,10 @@ class Settings:
                 f"'{self.shown[name]}': the variable {variable[1] or variable[2]} is not set in the pasted text; write "
                 "its value"
             )
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
+        if isinstance(value, str) and _NUMBER.fullmatch(value) and len(value) <= _DIGITS:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"'{self.shown[name]}' = {_spelt(value)} must be an integer of at least {least}")
+            raise UserError(f"'{self.shown[name]}' = {_spelt(value)[:40]} must be an integer of at least {least}")
         return value
 
     def flag(self, *names: str) -> bool:
@@ -162,7 +164,7 @@ def from_json(text: str) -> Settings:
     """Names of a JSON object; those of a nested one carry its name: `zero_optimization.stage`."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the pasted JSON cannot be read: {error}; is it cut off?") from None
     return _nested(data)
 
@@ -170,7 +172,7 @@ def from_json(text: str) -> Settings:
 def from_toml(text: str) -> Settings:
     try:
         data = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the pasted TOML cannot be read: {error}") from None
     found = Settings()
     for table, values in data.items():
@@ -198,17 +200,18 @@ def from_python(text: str) -> Settings:
     its constants in capitals. Nothing is run; a value that is no literal is kept as its source."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError) as error:
+        nodes = list(ast.walk(tree))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"the pasted Python cannot be read: {error}") from None
     found = Settings()
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.Assign) or len(node.targets) != 1:
             continue
         target = node.targets[0]
         if isinstance(target, ast.Attribute) or (isinstance(target, ast.Name) and target.id.isupper()):
             try:
                 value = ast.literal_eval(node.value)
-            except ValueError:
+            except (ValueError, TypeError):
                 value = ast.unparse(node.value)
             found.add(ast.unparse(target), value)
     return found

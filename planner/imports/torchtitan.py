@@ -7,6 +7,7 @@ torchtitan/distributed/fsdp.py (get_fsdp_reshard_after_forward_policy).
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from planner.export import torchtitan as written
@@ -87,10 +88,12 @@ def _stages(settings: Settings, job: Job, pp: int) -> dict[str, Any]:
     last = settings.integer("pipeline_parallel_last_stage_less_layers", least=0)
     listed = settings.value("LAYERS")
     less = (1 if first is None else first, 1 if last is None else last)
-    if isinstance(modules, list):
-        counts = tuple(sum(name.startswith("layers.") for name in part) for part in modules)
-    elif isinstance(listed, tuple | list):
-        counts = tuple(int(count) for count in listed)
+    if isinstance(modules, list) or (modules is not None and listed is None):
+        counts = _module_counts(modules)
+    elif listed is not None:
+        if not isinstance(listed, tuple | list) or not all(type(count) is int for count in listed):
+            raise UserError(f"'LAYERS' = {str(listed)[:40]} must be the layers of every stage, like (8, 8)")
+        counts = tuple(listed)
     else:
         effective = job.model.num_hidden_layers + sum(less)
         stages = -(-effective // each) if each else pp * (2 if schedule in MULTI_STAGE else 1)
@@ -98,6 +101,22 @@ def _stages(settings: Settings, job: Job, pp: int) -> dict[str, Any]:
     if len(counts) % pp:
         raise UserError(f"{len(counts)} stages are no multiple of pipeline_parallel_degree = {pp}")
     return {"schedule": schedule, "virtual_stages": len(counts) // pp, "stage_layers": counts}
+
+
+def _module_counts(modules: Any) -> tuple[int, ...]:
+    """Layers of every stage; a command line has the lists as JSON.
+
+    >>> _module_counts('[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]')
+    (1, 1)
+    """
+    try:
+        parts = json.loads(modules) if isinstance(modules, str) else modules
+        return tuple(sum(name.startswith("layers.") for name in part) for part in parts)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"module_fqns_per_model_part = {str(modules)[:60]} must list the modules of every stage, like "
+            '[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]'
+        ) from None
 
 
 def _spread(layers: int, stages: int, less: tuple[int, int]) -> tuple[int, ...]:

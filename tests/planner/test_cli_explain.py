@@ -62,6 +62,8 @@ def test_what_if_takes_a_value_or_none(
 def test_an_unknown_change_is_one_sentence(planned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert call(monkeypatch, "explain", "plan.json", "--what-if", "network=2x") == 2
     assert "unknown key 'network'" in capsys.readouterr().err
+    assert call(monkeypatch, "explain", "plan.json", "--what-if", "memory") == 2
+    assert "'memory' is not of the form key=value" in capsys.readouterr().err
 
 
 def test_json_is_the_contract(planned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import call
 
 from planner.compare import compare, comparison_json
 from planner.explain import Explanation, mathematics, remarks
@@ -16,7 +17,7 @@ from planner.search import plan
 from planner.space import candidates
 from simulator.errors import UserError
 from simulator.job import Job, build_job, read_job
-from simulator.layout_text import parse_layout
+from simulator.layout_text import parse_fields, parse_layout
 from simulator.simulate import simulate
 from simulator.sync_rules import changes_mathematics
 
@@ -35,7 +36,7 @@ def job(search: dict[str, object] | None = None) -> Job:
 
 
 def test_the_example_is_compared_in_every_way() -> None:
-    found = compare(read_job(EXAMPLE), "dp_shard=4 dp_replicate=4 zero_stage=2")
+    found = compare(read_job(EXAMPLE), parse_fields("dp_shard=4 dp_replicate=4 zero_stage=2"))
     rows = {way.name: way for way in found.ways}
     assert set(rows) == {
         "all-reduce", "centre: reduce, broadcast", "servers, synchronous", "servers, at most 4 steps apart",
@@ -52,12 +53,13 @@ def test_the_example_is_compared_in_every_way() -> None:
 
 
 def test_sharded_replicas_are_a_row_where_nothing_else_is_sharded() -> None:
-    names = [way.name for way in compare(job(), "", "all_reduce").ways]
+    names = [way.name for way in compare(job(), {}, "all_reduce").ways]
     assert names == ["all-reduce", "all-gather (ZeRO-3)"]
 
 
 def test_json_has_every_row_and_the_textbook() -> None:
-    document = json.loads(json.dumps(comparison_json(compare(job(), "servers=1 staleness=2 sync_interval=7"))))
+    given = {"servers": 1, "staleness": 2, "sync_interval": 7}
+    document = json.loads(json.dumps(comparison_json(compare(job(), given))))
     assert document["replicas"] == 8
     assert [row["name"] for row in document["textbook"]][:2] == ["ring", "double tree"]
     by_name = {row["name"]: row for row in document["ways"]}
@@ -69,7 +71,7 @@ def test_json_has_every_row_and_the_textbook() -> None:
 
 
 def test_one_row_says_what_simulate_says() -> None:
-    way = compare(job(), "", "local_sgd").ways[0]
+    way = compare(job(), {}, "local_sgd").ways[0]
     assert way.prediction == simulate(job(), way.layout)
 
 
@@ -83,7 +85,7 @@ def test_one_row_says_what_simulate_says() -> None:
 )
 def test_what_cannot_be_compared_is_a_sentence(text: str, syncs: str, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        compare(job(), text, syncs)
+        compare(job(), parse_fields(text), syncs)
     for word in words:
         assert word in str(error.value)
 
@@ -155,7 +157,18 @@ def test_ways_that_a_stack_lacks_are_named_with_the_reason(capsys: pytest.Captur
         {"model": "gpt2", "cluster": "workstation-4x4090", "nodes": 1, "training": {"stack": "torchtitan"}},
         "job 'test'",
     )
-    found = compare(where, "micro_batch_size=4")
+    found = compare(where, {"micro_batch_size": 4})
     assert [way.name for way in found.ways if way.prediction] == ["all-reduce", "all-gather (ZeRO-3)"]
     print_comparison(found, where)
     assert "local SGD, 50 steps: stack torchtitan has no sync = 'local_sgd'" in capsys.readouterr().out
+
+
+def test_flags_of_another_framework_are_a_layout_here_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `simulate --layout` reads `compare --layout` reads."""
+    flags = "--micro-batch-size 2 --recompute-granularity full"
+    assert call(monkeypatch, "compare", EXAMPLE, "--sync", "all_reduce", "--json", "--layout", flags) == 0
+    printed = capsys.readouterr()
+    layout = json.loads(printed.out)["ways"][0]["layout"]
+    assert (layout["recompute"], layout["micro_batch_size"]) == ("full", 2) and "read as Megatron-LM's" in printed.err

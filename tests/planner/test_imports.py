@@ -6,6 +6,7 @@ The law: what an exporter writes is read back as the same layout, for every layo
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ def test_what_the_text_says_of_the_job_is_compared_with_the_job() -> None:
 
 
 REFUSED = {
+    "nested repetitions": (
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'E(((t*99999)*99999)*99999)L'",
+        "more than 100,000 items"),
+    "many digits": ("--tensor-model-parallel-size " + "9" * 5000, "must be an integer of at least 1"),
+    "deep JSON": ('{"a":' * 100_000, "JSON cannot be read"),
+    "deep Python": ("a.tensor_model_parallel_size = " + "-" * 5000 + "1", "Python cannot be read"),
+    "layers that are none": (
+        "a.pipeline_parallel_degree = 4\nLAYERS = ['a']", "must be the layers of every stage"),
+    "modules that are none": (
+        "--parallelism.pipeline_parallel_degree 4 --parallelism.module_fqns_per_model_part stages",
+        "must list the modules of every stage"),
+    "two frameworks": (
+        "--parallelism.tensor_parallel_degree 8 --tensor-model-parallel-size 4", "mixes the words of several"),
+    "ours and theirs": ("tp=8 --pipeline-model-parallel-size 2", "mixes 'tp=8' with flags"),
+    "DeepSpeed's file too": (
+        "--tensor-model-parallel-size 8 --deepspeed --deepspeed_config ds.json", "say a part of the layout each"),
     "twice": ("--tensor-model-parallel-size 4 --tensor-model-parallel-size 8", "is given twice, as '4' and as '8'"),
     "two ways": (
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4 "
@@ -247,3 +264,37 @@ def test_commands_take_a_file_and_say_how_they_read_it(
         == 0
     )
     assert "yours (dp_replicate=4 tp=2 sequence_parallel=true)" in capsys.readouterr().out
+
+
+def test_modules_of_a_command_line_are_read() -> None:
+    """Ten and 22 of the 32 layers: lists in JSON, as torchtitan's own parser takes them."""
+    numbers = [f"layers.{i}" for i in range(32)]
+    modules = json.dumps([["tok_embeddings", *numbers[:10]], [*numbers[10:], "norm", "output"]])
+    text = f"--parallelism.pipeline_parallel_degree 2 --parallelism.module_fqns_per_model_part '{modules}'"
+    assert read_layout(text, job_of("llama-3.1-8b", "torchtitan")).layout.stage_layers == (10, 22)
+
+
+def test_an_empty_file_is_no_layout(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(UserError, match="is empty; a layout is like"):
+        read_layout(f"@{tmp_path / 'empty'}", job_of("llama-3.1-8b", "megatron-core"))
+
+
+def test_a_variable_of_a_script_is_none_of_our_words() -> None:
+    found = read_layout("tp=8\npretrain.py --tensor-model-parallel-size ${tp}", job_of("llama-3.1-8b", "megatron-core"))
+    assert found.layout.tp == 8
+
+
+def test_deepspeed_takes_its_file_from_the_command(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 96, "zero_optimization": {"stage": 3}}')
+    text = f"deepspeed train.py --deepspeed --deepspeed_config {tmp_path / 'ds.json'}"
+    assert read_layout(text, job_of("llama-3.1-8b", "layoutwise-cuda")).layout.zero_stage == 3
+
+
+def test_stages_of_the_embedding_and_of_the_head_alone() -> None:
+    """Llama 3's pipeline (arXiv 2407.21783, section 3.3.2), 34 stages for 32 layers, in Megatron's words."""
+    job = job_of("llama-3.1-8b", "megatron-core")
+    text = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'E|(t|)*32L' --use-distributed-optimizer"
+    layout = read_layout(text, job).layout
+    assert layout.virtual_stages == 17 and layout.layers_per_stage(32) == (0, *[1] * 32, 0)
+    assert layout == parse_layout("pp=2 virtual_stages=17 dp_shard=8 zero_stage=1", job)

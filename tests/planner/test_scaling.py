@@ -129,7 +129,7 @@ def test_a_riskier_number_of_nodes_is_named() -> None:
     task = small_job(objective={"goal": "cheapest"})
     choice = choose(rows(task, [1.0, 0.6], [0.4, 0.0]), task)
     assert choice is not None and choice.nodes == 2
-    assert "1 nodes would be better, but run out of memory with a probability of 40%" in choice.reason
+    assert "better would be 1 node, but out of memory with a probability of 40%" in choice.reason
 
 
 def test_a_missed_deadline_says_what_would_make_it() -> None:
@@ -148,16 +148,29 @@ def test_a_missed_deadline_says_what_would_make_it() -> None:
 
     error = too_late(found, task, larger)
     assert error.exit_code == 3 and "30.0 days for 1T tokens is met on none of 1, 2 nodes" in str(error)
-    assert "the nearest is 2 nodes, which take 100 days" in str(error)
+    assert "the nearest is 100 days on 2 nodes" in str(error)
     assert asked == [8] and error.remedies[0].startswith("--nodes 8: 1T tokens in 25.0 days")
-    assert error.remedies[1:] == ("a deadline of 100 days on 2 nodes", "300B tokens, which 2 nodes train in 30.0 days")
+    assert error.remedies[1:] == ("a deadline of 100 days on 2 nodes", "300B tokens in 30.0 days on 2 nodes")
     # Where more nodes are no faster only the others are left.
     error = too_late(found, task, lambda nodes: found[0])
     assert error.remedies[0].startswith("no number of nodes near these")
     # A loss of three quarters is what makes 25 days 100.
     lossy = small_job(objective=DEADLINE | {"goodput": 0.25})
     error = too_late(rows(lossy, [step / 4]), lossy, lambda nodes: None)
-    assert error.remedies[-1] == "no failures at all: without objective.goodput 1 nodes take 25.0 days"
+    assert error.remedies[-1] == "no failures at all: without objective.goodput it is 25.0 days on 1 node"
+    assert "is not met on 1 node: the nearest is 100 days" in str(error)
+
+
+def test_a_deadline_that_no_number_of_nodes_near_could_meet_says_how_many_would() -> None:
+    """100 days on two nodes, or 200 node-days, in one hour are 4,800 nodes; 32 are the most that are tried."""
+    task = small_job(objective=DEADLINE | {"deadline": "1 h"})
+    step = 100 * 86400 / (1e12 / 65536)
+
+    def larger(nodes: int) -> Row | None:
+        raise AssertionError("none of those that are tried could be enough")
+
+    error = too_late(rows(task, [2 * step, step]), task, larger)
+    assert error.remedies[0] == "not more nodes: without any loss of efficiency it would take 4,800"
 
 
 # The bend

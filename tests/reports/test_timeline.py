@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,20 @@ def test_every_rank_stands_beside_its_pipeline_rank(predicted: Prediction) -> No
     # What one side alone has takes the other no time.
     assert OpTime(3, "PP:1UNSHARD", 0, 0.5) in rows
     assert OpTime(1, "PP:0REDUCE_GRAD", 0.5, 0) in rows
+
+
+def test_a_reduction_beside_the_backward_makes_it_longer_by_what_outlasts_it() -> None:
+    """A backward from 1 to 3 s, its reduction from 2 to 4 s: measured without an op of its own it is in a backward of
+    3 s, not of 4. The second stage reduces while it computes, so that its backward stays as it is."""
+    told = (
+        *spans(0, ("compute", "PP:0B0", 1, 2), ("dp", "PP:0B0", 2, 2)),
+        *spans(1, ("compute", "PP:1B0", 1, 2), ("dp", "PP:1B0", 1.5, 1)),
+    )
+    overlapped: Any = SimpleNamespace(timeline=SimpleNamespace(spans=told))
+    found = tuple(span for span in MEASURED.spans if "REDUCE" not in span.name)
+    rows = {(row.rank, row.name): row.predicted for row in join(overlapped, dataclasses.replace(MEASURED, spans=found))}
+    assert (rows[0, "PP:0B0"], rows[2, "PP:1B0"]) == (3, 2)
+    assert not any("REDUCE" in name for _, name in rows)
 
 
 def test_totals(predicted: Prediction) -> None:

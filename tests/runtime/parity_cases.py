@@ -69,6 +69,8 @@ _TWO = [
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2)),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=2, recompute="full"), "tiny-gpt-untied"),
     Case(Layout(pp=2, schedule="1F1B", micro_batch_size=1, stage_layers=(3, 1))),
+    # Ends that hold the embedding and the head alone.
+    Case(Layout(**_INTERLEAVED, micro_batch_size=2, stage_layers=(0, 2, 2, 0))),
     Case(Layout(**_INTERLEAVED, micro_batch_size=2)),
     Case(Layout(**_BREADTH, micro_batch_size=2)),
     Case(Layout(**_ZB1P, micro_batch_size=2)),
@@ -141,6 +143,7 @@ _LONG_TWO = [
     Case(Layout(**_BREADTH, micro_batch_size=2, stage_layers=(1, 3, 2, 2)), "tiny-deep"),
     Case(Layout(**_ZB1P, micro_batch_size=2, stage_layers=(1, 2, 2, 3)), "tiny-deep"),
     Case(Layout(**_ZBV, micro_batch_size=2, stage_layers=(2, 1, 3, 2)), "tiny-deep"),
+    Case(Layout(**_ZBV, micro_batch_size=2, stage_layers=(0, 4, 4, 0)), "tiny-deep"),
     Case(Layout(**_DUAL, micro_batch_size=1, stage_layers=(2, 3, 1, 2)), "tiny-deep"),
     # Three microbatches, which no number of stages divides.
     Case(Layout(**_ZBV, micro_batch_size=1), training={"global_batch_size": 3}),
@@ -156,6 +159,7 @@ _LONG_FOUR = [
     Case(Layout(**_DUAL, **_REPLICATE, micro_batch_size=1)),
     Case(Layout(**_ZB1P, dp_shard=2, zero_stage=2, micro_batch_size=1)),
     Case(Layout(**_ZBV, **_TENSOR, micro_batch_size=2)),
+    Case(Layout(**_INTERLEAVED, **_SHARD, micro_batch_size=1, stage_layers=(0, 2, 2, 0))),
     Case(Layout(**_DUAL, tp=2, micro_batch_size=2), "tiny-gpt-untied"),
     Case(Layout(pp=4, schedule="1F1B", micro_batch_size=1, stage_layers=(1, 3, 2, 2)), "tiny-deep"),
     Case(Layout(pp=4, schedule="ZBVZeroBubble", virtual_stages=2, micro_batch_size=1), "tiny-deep"),

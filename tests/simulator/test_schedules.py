@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_flight import peak_in_flight
 
 from simulator.layout import MULTI_STAGE, SCHEDULES, SPLIT_BACKWARD, V_PLACEMENT, Layout
 from simulator.program import sharded_order, with_communication
-from simulator.schedules import Op, compute_order, peak_in_flight
+from simulator.schedules import Op, compute_order
 from simulator.stage import StageCost, Work
 
 torch_schedules = pytest.importorskip("torch.distributed.pipelining.schedules")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_flight import peak_in_flight
 
 from planner.search import lower_bound
 from planner.space import space
@@ -17,7 +18,6 @@ from simulator.layout import Layout
 from simulator.lifetimes import as_good_as
 from simulator.memory import fullest, memory_per_rank
 from simulator.program import build_program, stage_costs
-from simulator.schedules import peak_in_flight
 from simulator.screen import before_backward, screen
 from simulator.simulate import simulate
 from simulator.stage_split import balanced_layers

@@ -157,3 +157,17 @@ def test_a_collective_alone_takes_what_was_measured() -> None:
     shape = layout_groups(job, Layout(dp_replicate=4))[0].replicate
     gradients = 4.0 * job.model.parameters()
     assert found.breakdown.dp == pytest.approx(collective_seconds("all_reduce", gradients, shape, MACHINE), rel=0.02)
+
+
+def test_messages_over_a_wire_that_nothing_limits_need_processors_as_inside() -> None:
+    """A link that is none is the loopback: what passes it costs processors what a message inside of a host costs, and
+    on hosts as fast as the machine the step is the same."""
+    spec = two_hosts(MACHINE, Wire())
+    together = dataclasses.replace(MACHINE, concurrency=(1.0, 1.0, 1.0, 1.0), gpus_per_node=4, oversubscribe=1.0)
+    hosts = dataclasses.replace(spec, concurrency=(1.0, 1.0))
+    layout = Layout(pp=4)
+    steps = [simulate(job_on(one, nodes), layout).step_seconds for one, nodes in ((hosts, 2), (together, 1))]
+    # The norm's all-reduce crosses the wire as one of two hosts.
+    assert steps[0] == pytest.approx(steps[1], rel=1e-3)
+    slow = dataclasses.replace(spec, concurrency=(1.0, 0.25))
+    assert simulate(job_on(slow, 2), layout).step_seconds > steps[0]
