@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from planner.plan import Plan
 from reports.page_charts import GIB
 from reports.page_html import copy_box, esc
-from simulator.job import Job
-from simulator.layout import Layout
-from simulator.layout_text import parse_layout
+from simulator.layout import written
+from simulator.layout_text import spelt_out
 from simulator.price import dollars
 from simulator.results import Prediction
 from simulator.units import show_seconds
@@ -34,24 +32,6 @@ def candidates(plan: Plan) -> list[Named]:
             found[place] = Named(f"{one.name}, data parallel", one.prediction)
             return found
     return [*found, Named("data parallel", plan.baseline)]
-
-
-def pasteable(layout: Layout, job: Job) -> str:
-    """What `--layout` takes for exactly this layout: the fields that do not follow from the others."""
-    names = {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
-    given = [name for name in names if names[name] != getattr(Layout(), name)]
-    while True:
-        read = parse_layout(" ".join(f"{name}={_word(names[name])}" for name in given), job)
-        wrong = [name for name in names if getattr(read, name) != names[name] and name not in given]
-        if not wrong:
-            return " ".join(f"{name}={_word(names[name])}" for name in names if name in given)
-        given += wrong
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def candidate_table(plan: Plan) -> str:
@@ -91,7 +71,7 @@ def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: 
     p, layout, job = one.prediction, one.prediction.layout, plan.job
     data = f"{layout.dp_replicate} × {layout.dp_shard}" if layout.zero_stage else str(layout.dp_replicate)
     risk, cost = getattr(p, "out_of_memory_probability", None), dollars(p, job)
-    text = pasteable(layout, job)
+    text = spelt_out(layout, job)
     fits = "yes" if p.fits else f"no: {p.problems[0]}"
     cells: list[tuple[str, object, str]] = [
         (one.name, place, "text"),
@@ -112,7 +92,7 @@ def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: 
         (layout.schedule if layout.pp > 1 else "–", layout.schedule if layout.pp > 1 else "", "text axis"),
         (layout.recompute, layout.recompute, "text axis"),
     ]
-    fields = {field.name: _word(getattr(layout, field.name)) for field in dataclasses.fields(layout)}
+    fields = {field.name: written(getattr(layout, field.name)) for field in dataclasses.fields(layout)}
     fields |= {"step": f"{p.step_seconds:.6g}", "mfu": f"{100 * p.mfu:.6g}", "gib": f"{p.memory.peak / GIB:.6g}"}
     fields |= {"speed": f"{p.tokens_per_second_per_gpu:.6g}", "name": one.name.replace(" ", "-").replace(",", "")}
     search = " ".join(f"{name}={value}" for name, value in fields.items())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from planner.plan import Plan
 from planner.scaling import Scaling
-from reports.page_candidates import candidates, pasteable
+from reports.page_candidates import candidates
 from reports.page_charts import GIB, MEMORY, Table
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
 from reports.page_inputs import Exam, Inputs, error_figures, exam_groups, step_interval
@@ -16,6 +16,7 @@ from reports.tables import Comparison
 from simulator.error_bars import unseen_mfu
 from simulator.job import Job
 from simulator.layout import Layout
+from simulator.layout_text import spelt_out
 from simulator.memory import capacity
 from simulator.price import dollars, hours_name
 from simulator.results import TIME_MEANING, Breakdown, MeasuredTimeline, Prediction
@@ -122,7 +123,7 @@ def answer(plan: Plan) -> str:
     )
     return (
         f'<p class="lead">{esc(recommendation(plan))}</p>{_choice(plan)}'
-        f'<dl class="tiles">{boxes}</dl>{copy_box(pasteable(best.layout, job), "layout")}'
+        f'<dl class="tiles">{boxes}</dl>{copy_box(spelt_out(best.layout, job), "layout")}'
     )
 
 

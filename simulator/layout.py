@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from simulator.errors import nearest
 from simulator.expert_parallel import expert_tp
@@ -449,6 +449,17 @@ class Layout:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-                parts.append(f"{field.name}={value if isinstance(value, str) else shown}")
+                parts.append(f"{field.name}={written(value)}")
         return " ".join(parts) or "one process"
+
+
+def written(value: Any) -> str:
+    """A field's value as `--layout` takes it; of a tuple four and more alike are written once.
+
+    >>> written((1, 2, 2, 2, 2, 1))
+    '1,2*4,1'
+    """
+    if not isinstance(value, tuple):
+        return value if isinstance(value, str) else str(value).lower()
+    runs = [(one, len(list(same))) for one, same in itertools.groupby(value)]
+    return ",".join(f"{one}*{count}" if count > 3 else ",".join([str(one)] * count) for one, count in runs)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from simulator.errors import UserError, nearest
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import MULTI_STAGE, Layout, written
 
 
 def parse_layout(text: str, job: Job) -> Layout:
@@ -95,13 +95,7 @@ def _differing(found: Layout | None, wanted: Layout) -> dict[str, Any]:
 
 
 def _words(fields: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={_spelt(value)}" for name, value in fields.items())
-
-
-def _spelt(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return value if isinstance(value, str) else str(value).lower()
+    return " ".join(f"{name}={written(value)}" for name, value in fields.items())
 
 
 def complete(given: dict[str, Any], job: Job) -> Layout:
@@ -144,8 +138,14 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     optional = type(None) in get_args(hint)
     if optional and text == "none":
         return None
-    single = hint in (int, int | None)
-    parts = [text] if single else text.split(",")
-    if not all(re.fullmatch(r"-?[0-9]{1,12}", part) for part in parts):
-        raise UserError(f"layout: {name} = '{text}' must be an integer{' or none' if optional else ''}")
-    return int(text) if single else tuple(map(int, parts))
+    if hint in (int, int | None):
+        if not re.fullmatch(r"-?[0-9]{1,12}", text):
+            raise UserError(f"layout: {name} = '{text}' must be an integer{' or none' if optional else ''}")
+        return int(text)
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(-?[0-9]{1,12})(?:\*([0-9]{1,4}))?", part)
+        if not found:
+            raise UserError(f"layout: {name} = '{text}' must be integers like 2,3,3,2 or 2,3*14,2, or none")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return tuple(counts)

@@ -56,7 +56,8 @@ def test_simulate_json_is_the_contract(
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
         "layout", "fits", "problems", "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu",
-        "breakdown", "memory", "memory_per_stage", "memory_parts", "out_of_memory_probability", "interval", "warnings", "remedies",
+        "breakdown", "memory", "memory_per_stage", "memory_parts", "out_of_memory_probability",
+        "interval", "warnings", "remedies",
     }  # fmt: skip
     assert sum(document["breakdown"].values()) == pytest.approx(document["step_seconds"])
     assert list(document["breakdown"]) == [

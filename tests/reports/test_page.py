@@ -19,7 +19,7 @@ from pages import exam_document, make_folder, make_plan, scaling_beside
 from planner.plan import Plan
 from planner.scaling import write_scaling
 from reports.page import embedded, page, write_report
-from reports.page_candidates import candidates, pasteable
+from reports.page_candidates import candidates
 from reports.page_charts import pareto_chart, scaling_chart, thinned
 from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
 from reports.page_sections import in_words, recommendation
@@ -27,7 +27,7 @@ from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
 from simulator.errors import UserError
 from simulator.job import build_job
 from simulator.layout import Layout
-from simulator.layout_text import parse_layout
+from simulator.layout_text import parse_layout, spelt_out
 from simulator.price import dollars
 from simulator.results import Prediction, Span, Timeline
 from simulator.simulate import simulate
@@ -200,7 +200,7 @@ def test_layouts_in_words() -> None:
 )  # fmt: skip
 def test_pasted_layouts_come_back(layout: Layout) -> None:
     job = build_job({"model": "llama-3.1-8b", "cluster": "dgx-h100", "nodes": 2}, "test")
-    assert parse_layout(pasteable(layout, job), job) == layout
+    assert parse_layout(spelt_out(layout, job), job) == layout
 
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{css}}\u2028<!--"

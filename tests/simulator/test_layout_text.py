@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.space import candidates
+from simulator.errors import UserError
 from simulator.job import Job, build_job
-from simulator.layout import Layout
+from simulator.layout import Layout, written
 from simulator.layout_text import change_text, parse_layout, spelt_out
 
 
@@ -68,3 +69,14 @@ def test_sequence_parallelism_that_is_off_is_spelt_out() -> None:
     off = Layout(dp_shard=4, tp=2, zero_stage=3)
     assert spelt_out(off, job("torchtitan")) == "dp_shard=4 tp=2 zero_stage=3 sequence_parallel=false"
     assert spelt_out(dataclasses.replace(off, sequence_parallel=True), job("torchtitan")).endswith("=true")
+
+
+def test_layers_of_many_alike_stages_are_written_once() -> None:
+    """62 stages of 2 between two of 1; three alike are written out."""
+    task, layers = job("megatron-core"), (1, *[2] * 62, 1)
+    assert written(layers) == "1,2*62,1" and written((3, 3, 3, 2)) == "3,3,3,2"
+    assert parse_layout("pp=8 virtual_stages=8 stage_layers=1,2*62,1", task).stage_layers == layers
+    assert parse_layout("pp=4 stage_layers=3,3,3,2", task).stage_layers == (3, 3, 3, 2)
+    for wrong in ("1,a", "2*", "*3", "2*99999"):
+        with pytest.raises(UserError, match=r"stage_layers = '.*' must be integers like 2,3,3,2"):
+            parse_layout(f"pp=2 stage_layers={wrong}", task)
