@@ -1,7 +1,7 @@
 # Written by layoutwise 0.0.0 for Megatron-LM (megatron-core 0.19.2).
 # llama-3.1-70b on 8 x dgx-h100 (64 ranks), 64 x 8192 tokens a step, bf16
 # layout: dp_replicate=2 dp_shard=2 tp=4 pp=4 zero_stage=1 micro_batch_size=2 schedule=Interleaved1F1B
-# virtual_stages=2 stage_layers=9,10,10,10,10,10,10,11 recompute=selective sequence_parallel=true
+# virtual_stages=2 stage_layers=9,10*6,11 recompute=selective sequence_parallel=true
 # predicted for the stack megatron-core: 1.5 s a step, 1,234 tokens/s per GPU, 60.5 GiB at the peak
 # source megatron.sh; torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500
 # pretrain_gpt.py "${LAYOUT[@]}" and the flags of model, data and optimizer.

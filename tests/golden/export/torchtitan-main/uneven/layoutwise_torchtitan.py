@@ -1,7 +1,7 @@
 # Written by layoutwise 0.0.0 for torchtitan main (f204eb63).
 # llama-3.1-70b on 8 x dgx-h100 (64 ranks), 64 x 8192 tokens a step, bf16
-# layout: dp_shard=4 tp=4 pp=4 zero_stage=3 schedule=Interleaved1F1B virtual_stages=2
-# stage_layers=9,10,10,10,10,10,10,11 recompute=full sequence_parallel=true
+# layout: dp_shard=4 tp=4 pp=4 zero_stage=3 schedule=Interleaved1F1B virtual_stages=2 stage_layers=9,10*6,11
+# recompute=full sequence_parallel=true
 # predicted for the stack torchtitan: 1.5 s a step, 1,234 tokens/s per GPU, 60.5 GiB at the peak
 # torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 -m torchtitan.train
 # --module layoutwise_torchtitan --config llama3_70b_layout
