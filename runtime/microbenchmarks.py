@@ -39,6 +39,8 @@ class Grid:
     matmul: (m, n, k) of forward products; each is measured in the two forms of its backward too.
     memory, collective: bytes. attention: sequence lengths at `tokens` tokens and `width` = heads · head_dim.
     seconds: the least length of one timing. pool: elements that operands are cut from, larger than the caches.
+    between: seconds that a rank computes before each collective where it shares processors with what moves the bytes;
+    0 calls collectives one behind the other.
     """
 
     matmul: tuple[tuple[int, int, int], ...]
@@ -52,6 +54,7 @@ class Grid:
     repeats: int
     seconds: float
     pool: int = 16 * MIB
+    between: float = 0.0
 
 
 _WEIGHTS = ((128, 128), (384, 128), (256, 256), (1024, 256), (256, 1024), (512, 512), (2048, 512), (512, 2048))
@@ -82,6 +85,7 @@ GRIDS = {
         concurrency_tokens=1024,
         repeats=5,
         seconds=3e-3,
+        between=8e-3,
     ),
     "quick": Grid(
         matmul=((64, 128, 128), (256, 256, 128), (256, 512, 256)),
@@ -94,6 +98,7 @@ GRIDS = {
         concurrency_tokens=128,
         repeats=3,
         seconds=1e-3,
+        between=2e-3,
     ),
 }
 
@@ -277,52 +282,140 @@ def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
     return found
 
 
-def collective_cases(grid: Grid, device: torch.device) -> list[Case]:
-    """Collectives over all ranks, by the bytes of the whole buffer; messages between ranks 0 and 1."""
+@dataclass(frozen=True)
+class Group:
+    """The ranks that a collective joins: of all, or of neighbours while their siblings do the same."""
+
+    ranks: int
+    process_group: dist.ProcessGroup | None = None
+
+
+def groups() -> list[Group]:
+    """All ranks, and pairs of neighbours among more than two that share processors."""
+    world = dist.get_world_size()
+    found = [Group(world)]
+    if world > 2 and world % 2 == 0 and not torch.cuda.is_available():
+        pairs, _ = dist.new_subgroups(2)
+        found.append(Group(2, pairs))
+    return found
+
+
+def collective_cases(grid: Grid, device: torch.device, group: Group) -> list[Case]:
+    """Collectives of a group, by the bytes of the whole buffer; messages between ranks 0 and 1."""
     # torch 2.13 renames the two; older releases have only the long names.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    ranks = dist.get_world_size()
+    ranks, among = group.ranks, group.process_group
+    shared = () if ranks == dist.get_world_size() else (dist.get_world_size(),)
     cases = []
     for size in grid.collective:
         elements = size // 4 // ranks * ranks
         # Zeros, so that summing them again and again stays finite.
         whole, part = torch.zeros(elements, device=device), torch.zeros(elements // ranks, device=device)
         other = torch.zeros_like(whole)
-        calls = {
-            "all_reduce": _on(dist.all_reduce, [[whole]]),
-            "all_gather": _on(all_gather, [[whole, part]]),
-            "reduce_scatter": _on(reduce_scatter, [[part, whole]]),
-            "all_to_all": _on(dist.all_to_all_single, [[other, whole]]),
+        calls: dict[str, Callable[[int], object]] = {
+            "all_reduce": _among(among, dist.all_reduce, whole),
+            "all_gather": _among(among, all_gather, whole, part),
+            "reduce_scatter": _among(among, reduce_scatter, part, whole),
+            "all_to_all": _among(among, dist.all_to_all_single, other, whole),
         }
-        if ranks == 2:
+        if dist.get_world_size() == 2:
             calls["send_recv"] = functools.partial(_message, whole)
-        cases += [Case(kind, (ranks, 4.0 * elements), call) for kind, call in calls.items()]
+        cases += [Case(kind, (ranks, 4.0 * elements, *shared), call) for kind, call in calls.items()]
     return cases
+
+
+def _among(
+    group: dist.ProcessGroup | None, function: Callable[..., object], *tensors: Tensor
+) -> Callable[[int], object]:
+    return lambda i: function(*tensors, group=group)
 
 
 def _message(tensor: Tensor, i: int) -> None:
     """A message from rank 0 to rank 1, and back the next time: the receiver of one is the sender of the next."""
-    operation = dist.isend if dist.get_rank() == i % 2 else dist.irecv
+    operation = dist.isend if _sends(i) else dist.irecv
     for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, 1 - dist.get_rank())]):
         work.wait()
 
 
-def collective_samples(grid: Grid, device: torch.device) -> list[Sample]:
-    """Median seconds of each case on the slowest rank."""
-    cases = collective_cases(grid, device)
-    estimate = torch.tensor([[_time_together(case, 2, device) for _ in range(2)] for case in cases]).amin(1)
+def _sends(i: int) -> bool:
+    return dist.get_rank() == i % 2
+
+
+class Between:
+    """What a rank computes before each collective, as it does in a step: products of about `seconds`, on operands that
+    are new to the caches. A collective then begins where the ranks are not quite together, its threads have slept, and
+    the processors are at work for others.
+
+    Args:
+        seconds: of one rank alone; with 0 nothing is computed.
+    """
+
+    def __init__(self, seconds: float, grid: Grid, device: torch.device) -> None:
+        operands = Operands(device, torch.float32, grid.pool)
+        self.sets = operands.sets((256, 512), (512, 512))
+        product = Case("", (), _on(functools.partial(F.linear), self.sets))
+        alone = min(_time(product, 20, device) for _ in range(5)) if seconds else 1.0
+        count = torch.tensor(seconds / alone)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        self.count, self.next = round(count.item()), 0
+
+    def __call__(self) -> None:
+        for _ in range(self.count):
+            self.next += 1
+            F.linear(*self.sets[self.next % len(self.sets)])
+
+    def before(self, case: Case) -> Case:
+        """The case with the computing before it. Of the two ranks of a message the one that sends computes: the other
+        waits for it."""
+        message = case.kind == "send_recv"
+
+        def call(i: int) -> object:
+            if not message or _sends(i):
+                self()
+            return case.call(i)
+
+        return Case(case.kind, case.sizes, call)
+
+    def seconds(self, device: torch.device) -> tuple[float, float]:
+        """Seconds of the computing without a collective: of all ranks at once, by the mean of their rates as the
+        speed of ranks that share processors is (concurrency_seconds), and of one while the others wait."""
+        if not self.count:
+            return 0.0, 0.0
+        together = _time_together(Case("", (), lambda i: self()), 8, device)
+        first = _time_together(Case("", (), lambda i: self() if dist.get_rank() == 0 else None), 8, device)
+        rate, longest = torch.tensor(1 / together), torch.tensor(first)
+        dist.all_reduce(rate)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        return dist.get_world_size() / rate.item(), longest.item()
+
+
+def collective_samples(grid: Grid, device: torch.device, group: Group) -> list[Sample]:
+    """Median seconds of each case on the slowest rank: what it adds to computing, waiting for the others included.
+
+    Never less than a quarter of what it takes when nothing else is done: computing is taken off, and where a
+    collective is short next to it the rest is noise.
+    """
+    cases = collective_cases(grid, device, group)
+    least = torch.tensor([[_time_together(case, 2, device) for _ in range(3)] for case in cases]).amin(1)
     # All ranks must make the same number of calls; an even one, so that messages go there and back.
-    dist.all_reduce(estimate, dist.ReduceOp.MAX)
-    counts = [2 * max(1, min(25, int(2 * grid.seconds / seconds))) for seconds in estimate.tolist()]
-    rounds = torch.tensor(
-        [
-            [_time_together(case, count, device) for case, count in zip(cases, counts, strict=True)]
-            for _ in range(grid.repeats)
-        ]
-    )
-    dist.all_reduce(rounds, dist.ReduceOp.MAX)
-    return [sample(case.kind, case.sizes, times) for case, times in zip(cases, rounds.T.tolist(), strict=True)]
+    dist.all_reduce(least, dist.ReduceOp.MAX)
+    between = Between(grid.between if device.type == "cpu" else 0.0, grid, device)
+    longest = 25 if not between.count else 4
+    counts = [2 * max(1, min(longest, int(2 * grid.seconds / seconds))) for seconds in least.tolist()]
+    rounds, computing = [], []
+    for _ in range(grid.repeats):
+        rounds.append([_time_together(between.before(c), n, device) for c, n in zip(cases, counts, strict=True)])
+        computing += [between.seconds(device) for _ in range(3)]
+    slowest = torch.tensor(rounds)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    # Computing hardly changes from round to round: its median leaves less noise than each round's own.
+    together, sending = np.median(computing, axis=0)
+    found = []
+    for case, times, seconds in zip(cases, slowest.T.tolist(), least.tolist(), strict=True):
+        off = sending if case.kind == "send_recv" else together
+        found.append(sample(case.kind, case.sizes, [max(time - off, 0.25 * seconds) for time in times]))
+    return found
 
 
 def _time_together(case: Case, count: int, device: torch.device) -> float:
@@ -386,7 +479,10 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
             ("attention", kernels(attention_cases)),
         ]
     else:
-        steps = [(f"collectives of {ranks}", lambda: collective_samples(grid, device))]
+        steps = [
+            (f"collectives of {group.ranks}", functools.partial(collective_samples, grid, device, group))
+            for group in groups()
+        ]
         if ranks == 2:
             steps.append(("compute beside communication", lambda: overlap_samples(grid, device)))
     if device.type == "cpu":

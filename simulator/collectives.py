@@ -107,7 +107,7 @@ def _tree_gain(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> 
 
 
 def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
-    fit = _fit(spec.scale_up.collectives[collective], shape.ranks)
+    fit = fit_of(spec.scale_up.collectives[collective], shape.ranks, shape.sharing)
     return fit.latency + x / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(x)
 
 
@@ -117,10 +117,10 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
     assert spec.scale_out is not None
     if spec.concurrency:
         inside = dataclasses.replace(shape, domains=1, bandwidth=spec.scale_up.bandwidth, spine=math.inf)
-        wire = _fit(spec.scale_out.collectives[collective], shape.domains)
+        wire = fit_of(spec.scale_out.collectives[collective], shape.domains, shape.sharing)
         seconds = wire.latency + x / (wire.efficiency * shape.slowest) + wire.ramp * math.sqrt(x)
         return max(seconds, _inside_seconds(collective, x, inside, spec))
-    outside = _fit(spec.scale_out.collectives[collective], shape.domains)
+    outside = fit_of(spec.scale_out.collectives[collective], shape.domains)
     cards = outside.efficiency * shape.slowest
     rings = [
         steps + x / (share * min(cards, _domain_bandwidth("all_gather", shape, spec)))
@@ -144,7 +144,7 @@ def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSp
     bandwidth = link.bandwidth
     if 0 < link.devices_per_root < shape.ranks_per_domain:
         bandwidth = min(bandwidth, link.root_bandwidth * shape.ranks_per_domain / spec.domain)
-    return _fit(fits, shape.ranks_per_domain).efficiency * bandwidth
+    return fit_of(fits, shape.ranks_per_domain).efficiency * bandwidth
 
 
 def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -152,13 +152,14 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     cards and (n - l)/n of the uplinks of its leaf of l ranks; the slowest of the three counts, because they go at the
     same time. Every peer outside costs a posted message (NVIDIA/nccl@5067397c, src/graph/tuning.cc)."""
     n, g = shape.ranks, shape.ranks_per_domain
-    inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
+    up = spec.scale_up.collectives
+    inside = fit_of(up.get("all_to_all") or up["all_gather"], g, shape.sharing)
     if shape.domains == 1:
         x = bus_bytes("all_to_all", n, size)
         times = [x / shape.bandwidth, _crossing_seconds(size, shape)]
         return inside.latency + max(times) / inside.efficiency + inside.ramp * math.sqrt(x)
     assert spec.scale_out is not None
-    outside = _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
+    outside = fit_of(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
     leaving = size * (n - g) / n
     cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / outside.efficiency
     times = [size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards]
@@ -188,10 +189,17 @@ def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[
     """(latency, transfer) of one point-to-point message: the link is busy for the transfer alone."""
     link = spec.scale_up if shape.domains == 1 else spec.scale_out
     assert link is not None
-    fit = _fit(link.collectives["send_recv"], 2)
+    fit = fit_of(link.collectives["send_recv"], 2, shape.sharing)
     return fit.latency, size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
 
 
-def _fit(fits: tuple[CollectiveFit, ...], ranks: int) -> CollectiveFit:
-    """The constants that hold from the largest known number of ranks that is not more than this one."""
-    return max((f for f in fits if f.ranks <= ranks), key=lambda f: f.ranks, default=fits[0])
+def active_ranks(collectives: Mapping[str, tuple[CollectiveFit, ...]], ranks: int, sharing: int) -> int:
+    """How many ranks shared a node's processors while the collectives of a group were measured (`fit_of`)."""
+    return sharing if any(f.active == sharing for fits in collectives.values() for f in fits) else ranks
+
+
+def fit_of(fits: tuple[CollectiveFit, ...], ranks: int, sharing: int = 0) -> CollectiveFit:
+    """The constants that hold from the largest known number of ranks that is not more than this one. Among ranks that
+    share processors those that were measured while as many did, or else while the group's own did."""
+    known = tuple(f for f in fits if f.active == sharing) or tuple(f for f in fits if f.active in (0, f.ranks)) or fits
+    return max((f for f in known if f.ranks <= ranks), key=lambda f: f.ranks, default=known[0])

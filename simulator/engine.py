@@ -11,8 +11,8 @@ wait for the ranks of their group, its messages go to the very peer. Both give t
 
 On a machine without GPUs the ranks of a node share its processors (processors.py): k ranks that compute at once run
 at the measured speed of k, and communication over the loopback needs processors like everything else. The seconds of a
-collective of n ranks were measured while all n of them shared the processors, so that they hold as they are where no
-more than those n are active.
+collective were measured while all ranks of the node shared the processors (CollectiveFit.active), or where no such
+measurement is known while its own did, so that they hold as they are where no more than those are active.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import simpy
 from simpy.core import EmptySchedule
 
+from simulator.collectives import active_ranks
 from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
 from simulator.garbage import uncollected
@@ -139,6 +140,7 @@ class _Engine:
         self.spans: list[Span] = []
         self.pools: dict[int, Processors] = {}
         self.per_node = max(1, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
+        self.sharing = job.cluster.sharing(layout.world_size)
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
         self.messages: dict[tuple[str, int, int, int], Message] = {}
@@ -311,7 +313,9 @@ class _Engine:
         """Seconds that a collective would take if its ranks had a processor each, which `_busy` makes longer again."""
         if rank.processors is None:
             return seconds
-        return seconds * rank.processors.speed_of(min(self.groups.group(rank.number, axes).size, self.per_node))
+        size = self.groups.group(rank.number, axes).size
+        known = active_ranks(self.job.cluster.scale_up.collectives, size, self.sharing)
+        return seconds * rank.processors.speed_of(min(known, self.per_node))
 
     def _reshard(self, rank: Rank, op: Op) -> None:
         """Dropping gathered parameters takes no time."""

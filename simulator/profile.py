@@ -40,7 +40,8 @@ class Sample:
     kind is "matmul" (sizes m, n, k), "memory" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
     (no sizes), "concurrency" (ranks that compute at once), "compute_alone" and "compute_overlapped" (ranks; a
-    product, and the same beside an all-reduce), or a collective's name (ranks, bytes).
+    product, and the same beside an all-reduce), or a collective's name (ranks, bytes, and ranks that share the
+    processors meanwhile, where they are more).
     """
 
     kind: str
@@ -180,7 +181,7 @@ def calibrate(
         "attention": _fit_attention(samples, serial, fastest),
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
-        "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
+        "collectives": {} if alone else _fit_collectives(samples, link_bandwidth, kind),
         "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
         "overlap_slowdown": _overlap_slowdown(samples),
     }
@@ -292,18 +293,26 @@ def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
     return float(latency), 1 / _per_unit(per_byte, size, seconds)
 
 
-def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[CollectiveFit, ...]]:
+def _group_of(sample: Sample) -> tuple[int, int]:
+    """Ranks of a collective, and those that shared the processors while it was measured."""
+    return int(sample.sizes[0]), int(sample.sizes[2] if len(sample.sizes) > 2 else sample.sizes[0])
+
+
+def _fit_collectives(
+    samples: Sequence[Sample], link: float, kind_of_machine: str
+) -> dict[str, tuple[CollectiveFit, ...]]:
     result = {}
     measured = {s.kind for s in samples}
     for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv", *({"all_to_all"} & measured)):
         fits = []
-        for ranks in sorted({int(s.sizes[0]) for s in _of(samples, kind)}):
-            chosen = [s for s in _of(samples, kind) if s.sizes[0] == ranks]
+        for ranks, active in sorted({_group_of(s) for s in _of(samples, kind)}):
+            chosen = [s for s in _of(samples, kind) if _group_of(s) == (ranks, active)]
             x = np.array([bus_bytes(kind, ranks, s.sizes[1]) for s in chosen])
             features = np.stack([np.ones_like(x), x, np.sqrt(x)], axis=1)
             latency, per_byte, ramp = non_negative_fit(features, np.array([s.seconds for s in chosen]))
             per_byte = per_byte or 1e-3 / link
-            fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp)))
+            shared = active if kind_of_machine == "cpu" else 0
+            fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp), shared))
         result[kind] = tuple(fits)
     return result
 
