@@ -25,7 +25,6 @@ from simulator.context_parallel import context_seconds, context_transfers, moved
 from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
 from simulator.kernels import (
     Attention,
-    Cut,
     Kernel,
     Matmul,
     block_kernels,
@@ -46,6 +45,7 @@ from simulator.tensor_parallel import (
     tensor_seconds,
     tensor_transfers,
 )
+from simulator.unit_transfers import cut_of
 from simulator.work import NOTHING, Work
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ class UnitCosts:
         self.job, self.layout = job, layout
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
-        self.cut = Cut(
-            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
-            self.grid.tp,
-        )  # fmt: skip
+        self.cut = cut_of(job, layout)
         self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(_unit_key(job, layout), {})
 
     def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
