@@ -120,7 +120,8 @@ def _halved(loopback: Link) -> Link:
 
 
 def _wired(loopback: Link, wire: Wire) -> Link:
-    """The loopback with a wire in it: what the collectives of two ranks, one on each host, cost."""
+    """The loopback with a wire in it: what the collectives of two ranks, one on each host, cost. That they are no
+    faster than with all ranks on one host is told by the loopback itself (collectives.py)."""
     rate = min(wire.bandwidth * PAYLOAD, loopback.bandwidth)
     fits: dict[str, tuple[CollectiveFit, ...]] = {}
     for kind, found in loopback.collectives.items():
@@ -129,7 +130,7 @@ def _wired(loopback: Link, wire: Wire) -> Link:
             CollectiveFit(
                 HOSTS,
                 two.latency + _CROSSINGS.get(kind, 2) * wire.delay,
-                min(rate / _EXCESS.get(kind, 1.0), two.efficiency * loopback.bandwidth) / rate,
+                1 / _EXCESS.get(kind, 1.0),
                 two.ramp,
                 two.active,
             )

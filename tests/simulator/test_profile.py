@@ -90,6 +90,17 @@ def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
             assert found[ranks] == pytest.approx(known, rel=1e-4, abs=1e-13)
 
 
+def test_pairs_among_others_have_constants_of_their_own() -> None:
+    """Two of four ranks reduce while the two others do: 0.4 ms, and x / (0.2 · 4 GB/s) where a pair alone has 0.5."""
+    among = [sample("all_reduce", (2, size, 4), 4e-4 + size / (0.2 * LINK)) for size in (1e3, 1e5, 1e7)]
+    cpu, gpu = (calibrate([*synthetic(kind), *among], kind)["collectives"]["all_reduce"] for kind in ("cpu", "gpu"))  # type: ignore[index, arg-type]
+    assert [(fit.ranks, fit.active) for fit in cpu] == [(2, 2), (2, 4), (4, 4)]
+    assert (cpu[1].latency, cpu[1].efficiency) == pytest.approx((4e-4, 0.2), rel=1e-4)
+    assert (cpu[0].latency, cpu[0].efficiency) == pytest.approx(ALL_REDUCE[2][:2], rel=1e-4)
+    # A GPU is nobody else's.
+    assert {fit.active for fit in gpu} == {0}
+
+
 def test_concurrency_is_the_speed_of_each_rank_and_fills_the_gaps(profile: Profile) -> None:
     assert profile.concurrency == pytest.approx((1.0, 0.8, 0.525, 0.25))
 
