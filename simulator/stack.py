@@ -61,7 +61,8 @@ class Stack:
 
     context_parallel and expert_dispatch name how the two are done, "" if not at all: "deduplicated" dispatch sends
     a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
-    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
+    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels, where there is one
+    (expert_parallel.overlapped_share);
     grouped_experts multiplies all experts of a rank in one kernel instead of a call each; that kernel takes sizes that
     are multiples of expert_alignment.
 

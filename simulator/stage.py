@@ -27,7 +27,7 @@ from simulator.activations import (
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds
 from simulator.data_parallel import DataParallel
-from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
+from simulator.expert_parallel import expert_grid, expert_seconds, overlapped_share, per_shard
 from simulator.kernels import (
     Attention,
     Cut,
@@ -192,8 +192,10 @@ def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
 class StageCosts:
     """Costs of all stages of one layout. Blocks of a kind, and stages of the same blocks, are costed once."""
 
-    def __init__(self, job: Job, layout: Layout) -> None:
+    def __init__(self, job: Job, layout: Layout, overlapped: float | None = None) -> None:
+        """overlapped: the share of passes that hide exchanges of tokens, if it is not the layout's own."""
         self.job, self.layout = job, layout
+        self.overlapped = overlapped_share(job, layout) if overlapped is None else overlapped
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
         self.cut = Cut(
@@ -202,7 +204,7 @@ class StageCosts:
         )  # fmt: skip
         self.groups = layout_groups(job, layout)
         # Most layouts of a job differ in what does not change what a unit costs.
-        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(_unit_key(job, layout), {})
+        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault((_unit_key(job, layout), self.overlapped), {})
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
     def stages(self) -> tuple[StageCost, ...]:
@@ -498,10 +500,9 @@ class StageCosts:
     def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""
         there, back = expert_seconds(self.job, self.cut, groups.ep, groups.tp)
-        if not self.job.stack.overlap_ep:
-            return there, back
-        gpu = self.job.cluster.gpu
-        return gpu.exposed(there, forward), gpu.exposed(back, backward)
+        gpu, share = self.job.cluster.gpu, self.overlapped
+        exposed = gpu.exposed(there, forward), gpu.exposed(back, backward)
+        return (1 - share) * there + share * exposed[0], (1 - share) * back + share * exposed[1]
 
     def _work(self, device: float, host: float, communication: Work | None = None, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU. The host runs
