@@ -138,12 +138,13 @@ def overlapped_share(job: Job, layout: Layout) -> float:
     """The share of a rank's passes whose exchanges of tokens run beside kernels of another microbatch.
 
     Rule: 1F1B pairs the forward of a microbatch with the backward of one before it, but for the forwards that come
-    ahead of the first backward and as many backwards behind the last forward: of m·v passes each way, for m microbatches
-    and v stages on each of p ranks, the last rank begins with (v - 1)·p + 1, a rank without a pipeline with one. What is
-    recomputed in full has no partner, and under a pipeline only the interleaved schedule pairs.
-    Reference: NVIDIA-NeMo/Megatron-Bridge@3faae62e, docs/training/communication-overlap.md (asserts where a pipeline has
-    no virtual stages, or recomputation is full); megatron-core, get_pp_rank_microbatches (warm-up with one forward more).
-    Ignored: ranks before the last begin with more forwards, while later ranks have nothing to do yet.
+    ahead of the first backward and as many backwards behind the last forward: of m·v passes each way, for m
+    microbatches and v stages on each of p ranks, the last rank begins with (v - 1)·p + 1, a rank without a pipeline
+    with one. What is recomputed in full has no partner, and under a pipeline only the interleaved schedule pairs.
+    Reference: NVIDIA-NeMo/Megatron-Bridge@319a6eb1, docs/training/communication-overlap.md (asserts where a pipeline
+    has no virtual stages, or recomputation is full); megatron-core, get_pp_rank_microbatches (one forward more).
+    Ignored: ranks before the last begin with more forwards, while later ranks have nothing to do yet; that the forward
+    more keeps one stage's activations more.
     """
     if not job.stack.overlap_ep or layout.ep == 1 or layout.recompute == "full":
         return 0.0

@@ -204,7 +204,9 @@ class StageCosts:
         )  # fmt: skip
         self.groups = layout_groups(job, layout)
         # Most layouts of a job differ in what does not change what a unit costs.
-        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault((_unit_key(job, layout), self.overlapped), {})
+        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(
+            (_unit_key(job, layout), self.overlapped), {}
+        )
         self._stages: dict[tuple[object, ...], StageCost] = {}
 
     def stages(self) -> tuple[StageCost, ...]:
