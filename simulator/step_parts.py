@@ -26,7 +26,7 @@ from simulator.messages import message_bytes, message_cost, message_shapes
 from simulator.placement import Groups
 from simulator.program import Program, stage_messages
 from simulator.results import Breakdown
-from simulator.stage import StageCost, StageCosts, UnitCost
+from simulator.stage import StageCost, StageCosts
 from simulator.tensor_parallel import (
     HEAD_CUTS,
     block_cuts,
@@ -35,6 +35,7 @@ from simulator.tensor_parallel import (
     repeated_transfers,
     tensor_transfers,
 )
+from simulator.unit_cost import UnitCost
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -121,7 +122,7 @@ class _Parts:
     def __init__(self, job: Job, layout: Layout, program: Program, rank: int) -> None:
         self.job, self.layout, self.program, self.rank = job, layout, program, rank
         self.costs = StageCosts(job, layout)
-        self.cut: Cut = self.costs.cut
+        self.cut: Cut = self.costs.units.cut
         self.groups: Groups = self.costs.groups[rank]
         self.count = layout.microbatches(job.training.global_batch_size)
         self.kernels: Counter[Kernel] = Counter()
@@ -158,12 +159,10 @@ class _Parts:
         job, model, layout = self.job, self.job.model, self.layout
         kind = model.block_kind(index)
         spread = kind in ("moe", "experts") and layout.ep > 1
-        columns, rows = block_cuts(model, kind, spread)
-        if job.stack.reduces_every_projection:
-            columns = 3 * (2 if kind == "cross" else 1) + (2 if model.gated_mlp else 1)
+        cuts = block_cuts(model, kind, spread, job.stack.reduces_every_projection)
         causal, window = model.block_is_causal(index), model.block_window(index)
         kernels = block_kernels(model, kind, causal, self.cut, job.stack, window)
-        self._unit(kernels, (columns, rows), recomputed=True)
+        self._unit(kernels, cuts, recomputed=True)
         if spread:
             there, back = expert_transfers(job, self.cut, self.groups.ep)
             keeps = job.stack.selective_keeps_outputs and layout.recompute == "selective"

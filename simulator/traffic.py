@@ -282,11 +282,11 @@ class _Walk:
         job, layout, model = self.job, self.layout, self.job.model
         kind = model.block_kind(index)
         spread = kind == "moe" and layout.ep > 1
-        columns, rows = block_cuts(model, kind, spread)
-        forward, backward = tensor_transfers(layout, self._stream_bytes, columns, rows)
+        cuts = block_cuts(model, kind, spread, job.stack.reduces_every_projection)
+        forward, backward = tensor_transfers(layout, self._stream_bytes, *cuts)
         again: Transfers = ()
         if layout.recompute != "none":
-            again = repeated_transfers(job, layout, self._stream_bytes, columns, rows)
+            again = repeated_transfers(job, layout, self._stream_bytes, *cuts)
         window = model.block_window(index)
         for core in block_kernels(model, kind, model.block_is_causal(index), self.cut, job.stack, window):
             if isinstance(core, Attention) and layout.cp > 1:

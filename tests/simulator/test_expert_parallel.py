@@ -98,7 +98,8 @@ def test_copies_with_groups_are_counted_over_all_choices(parts: int, left: int) 
 
 def test_a_token_of_deepseek_goes_to_four_nodes_at_most() -> None:
     """8 of 128 experts that are left in 4 of 8 groups, on 8 nodes 4·(1 - C(96, 8) / C(128, 8)) = 3.63, where all
-    groups would make 8·(1 - C(224, 8) / C(256, 8)) = 5.29. On 4 nodes of two groups each C(6, 4) / C(8, 4) = 21 % have none."""
+    groups would make 8·(1 - C(224, 8) / C(256, 8)) = 5.29. On 4 nodes of two groups each C(6, 4) / C(8, 4) = 21 % have
+    none."""
     model = find_model("deepseek-v3")
     assert (model.n_group, model.topk_group) == (8, 4)
     assert copies_per_token(model, 8) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
