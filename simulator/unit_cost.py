@@ -21,7 +21,7 @@ from simulator.activations import (
 )
 from simulator.axes import RANK_ORDER
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
-from simulator.context_parallel import context_seconds
+from simulator.context_parallel import context_seconds, context_transfers, moved_seconds
 from simulator.expert_parallel import expert_grid, expert_seconds, overlapped_share, per_shard
 from simulator.kernels import (
     Attention,
@@ -243,7 +243,8 @@ class UnitCosts:
             backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
             saved, again, kinds = boundary, saved, (("inputs of blocks", boundary),)
         elif recompute == "selective" and job.stack.selective_keeps_outputs:
-            backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, ep=ep_forward)
+            cp_again = self._repeated_ring(kernels, groups)
+            backward += self._selected(kernels, cp_forward)[0] + Work(tp=tp_again, cp=cp_again, ep=ep_forward)
             # Behind tensor parallelism's row-parallel outputs stand their reductions, which are kept too.
             ends = boundary * (1 + (cuts[1] if self.layout.tp > 1 else 0))
             outputs = kept_outputs(held, job.stack, precision)
@@ -323,6 +324,15 @@ class UnitCosts:
                 one = context_seconds(job, core, groups.cp, time.forward, time.backward)
                 forward, backward = forward + one[0], backward + one[1]
         return forward, backward
+
+    def _repeated_ring(self, kernels: list[Kernel], groups: Groups) -> float:
+        """Seconds of what attention cores exchange over cp again where their outputs are kept: messages are no kernel's
+        output, and no core runs that would hide them. Cores that run again bring their own (_selected)."""
+        if self.job.stack.selective_recompute.get("attention", 0.0):
+            return 0.0
+        cores = (kernel for kernel in kernels if isinstance(kernel, Attention))
+        cp = groups.cp
+        return sum(moved_seconds(self.job, context_transfers(self.job, core, cp.ranks)[0], cp) for core in cores)
 
     def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""

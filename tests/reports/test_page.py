@@ -18,13 +18,16 @@ from pages import exam_document, make_folder, make_plan, scaling_beside
 
 from planner.plan import Plan
 from planner.scaling import write_scaling
+from planner.what_if import COLUMNS, what_if, what_if_rows
 from reports.page import embedded, page, write_report
-from reports.page_candidates import candidates
+from reports.page_candidates import candidate_table, candidates
 from reports.page_charts import pareto_chart, scaling_chart, thinned
 from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
 from reports.page_sections import in_words, recommendation
 from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
+from reports.synchronisation import SyncRow, run_folder
 from simulator.errors import UserError
+from simulator.files import write_json
 from simulator.job import build_job
 from simulator.layout import Layout
 from simulator.layout_text import parse_layout, spelt_out
@@ -321,6 +324,56 @@ def test_a_page_of_a_large_plan_is_small() -> None:
     traced = simulate(large.job, large.layout, trace=True)
     assert len(traced.timeline.spans) > 15_000
     assert len(page(large, traced).encode()) < 700_000
+
+
+def test_offload_has_a_column_where_a_layout_has_it(plan: Plan, full: str) -> None:
+    assert ">offload<" not in full
+    moved = dataclasses.replace(plan.best, layout=dataclasses.replace(plan.layout, offload="optimizer"))
+    shown = candidate_table(dataclasses.replace(plan, best=moved))
+    assert shown.count(">offload<") == 1
+    assert shown.count('data-v="optimizer">optimizer<') == 1 and 'data-v="none">none<' in shown
+    assert "the optimizer in host memory" in recommendation(dataclasses.replace(plan, best=moved))
+
+
+def test_what_if_is_a_table(plan: Plan, traced: Prediction, full: str) -> None:
+    """Planned anew: 16 GPUs with twice the network."""
+    assert "planned anew" not in full
+    rows = what_if_rows(what_if(plan, ["inter-node=2x"]))
+    words = " ".join(read(page(plan, traced, Inputs(what_if=(COLUMNS, rows)))).words)
+    assert "What if" in words and all(cell in words for cell in (*COLUMNS, *rows[0]))
+
+
+def test_ways_to_keep_replicas_together_have_their_losses_over_time(plan: Plan, tmp_path: Path) -> None:
+    """Two replicas, 40 steps of a second, of half a second asynchronously. A point is a mean over 2 steps: 9.5, 8.5."""
+    losses, ways = [10.0 - step for step in range(4)] * 10, {"servers, synchronous": 1.0, "servers, asynchronous": 0.5}
+    rows = []
+    for name, seconds in ways.items():
+        rows.append(SyncRow(name, "", seconds, None, 1 / seconds, None, None, 7.0, 7.0, None, None, None))
+        metrics = [
+            {
+                "loss_metrics/global_avg_loss": loss,
+                "ntokens_seen": 64.0 * (n + 1),
+                "time_metrics/end_to_end(s)": seconds,
+            }
+            for n, loss in enumerate(losses)
+        ]
+        folder = run_folder(tmp_path, 2, name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    write_json(tmp_path / "sync.json", {"trial": {}, "workers": {"2": rows}, "median_abs_error": None})
+    write_report(plan, find_inputs(plan, tmp_path), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    words = " ".join(read(text).words)
+    assert "2 replicas" in words and "servers, asynchronous" in words and "500 ms" in words
+    slow, fast = data_of(text)["charts"]["ways-2"]["series"]
+    assert [point[:2] for point in slow["points"][:3]] == [[1.0, 10.0], [2.0, 9.5], [3.0, 8.5]]
+    assert fast["points"][-1][:2] == [20.0, 7.5]
+    (run_folder(tmp_path, 2, "servers, synchronous") / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics '.*servers-synchronous.metrics.jsonl' cannot be read"):
+        find_inputs(plan, tmp_path)
+    (tmp_path / "sync.json").write_text('{"workers": {"2": [{"name": 1}]}}')
+    with pytest.raises(UserError, match=r"trial '.*sync.json'"):
+        find_inputs(plan, tmp_path)
 
 
 # What is put in
