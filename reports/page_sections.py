@@ -310,7 +310,7 @@ def what_if_section(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Other links, memory, batches and nodes, each planned anew."""
     return (
         "<p>Each change was planned anew. Speeds are tokens/s over those of the recommendation, with its own layout "
-        f"and with the best there.</p>{table(head, rows, 2)}"
+        f"and with the best there.</p>{table(head, rows, 2, last=True)}"
     )
 
 

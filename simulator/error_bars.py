@@ -1,6 +1,6 @@
 """How far a predicted step may be off, and how far the difference of two layouts.
 
-Published runs say so (data/time_residuals.toml, written by `python -m reports.time_residuals`): of
+Published runs say so (data/time_residuals.toml, written by `make residuals`): of
 e = ln(measured step / predicted step) the quantiles of all of them, each source of runs counting the same; what runs on
 a GPU, of a model family or with a stack change about them; and of two layouts of one job how far
 ln(step / step) was off, which is less, because what is wrong about the GPU, the model and the stack is wrong in both.

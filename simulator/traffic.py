@@ -32,13 +32,12 @@ from simulator.data_parallel import (
     uses_fsdp,
 )
 from simulator.expert_parallel import expert_grid
-from simulator.kernels import Cut
 from simulator.layout import Layout
 from simulator.messages import message_bytes
 from simulator.program import sharded_order, stage_messages
 from simulator.results import Collective
 from simulator.schedules import Op, compute_order
-from simulator.unit_transfers import Transfers, kernels_of_block, of_block, of_embedding, of_head, stream_bytes
+from simulator.unit_transfers import Transfers, cut_of, kernels_of_block, of_block, of_embedding, of_head, stream_bytes
 from simulator.weights import Cutting, Weights, block_weights, elements, embedding_weights, expert_weights, head_weights
 
 if TYPE_CHECKING:
@@ -124,10 +123,7 @@ class _Walk:
         self.job, self.layout, self.pp_rank = job, layout, pp_rank
         self.grid = expert_grid(layout, job.stack)
         self.cutting = Cutting(layout.tp, layout.sequence_parallel, layout.ep, self.grid.tp)
-        self.cut = Cut(
-            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
-            self.grid.tp,
-        )  # fmt: skip
+        self.cut = cut_of(job, layout)
         self.microbatches = layout.microbatches(job.training.global_batch_size)
         self.fsdp = uses_fsdp(job, layout)
         self.recipe = job.stack.recipes[job.training.precision]

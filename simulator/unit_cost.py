@@ -25,7 +25,6 @@ from simulator.context_parallel import context_seconds, context_transfers, moved
 from simulator.expert_parallel import expert_grid, expert_seconds, overlapped_share, per_shard
 from simulator.kernels import (
     Attention,
-    Cut,
     Kernel,
     Matmul,
     block_kernels,
@@ -46,6 +45,7 @@ from simulator.tensor_parallel import (
     tensor_seconds,
     tensor_transfers,
 )
+from simulator.unit_transfers import cut_of
 from simulator.work import NOTHING, Work
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ class UnitCosts:
         self.overlapped = overlapped_share(job, layout) if overlapped is None else overlapped
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
-        self.cut = Cut(
-            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
-            self.grid.tp,
-        )  # fmt: skip
+        self.cut = cut_of(job, layout)
         key = _unit_key(job, layout), self.overlapped
         self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(key, {})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from simulator.cluster import GroupShape
 from simulator.collectives import Transfer
 from simulator.context_parallel import context_transfers
-from simulator.expert_parallel import expert_transfers
+from simulator.expert_parallel import expert_grid, expert_transfers
 from simulator.kernels import Attention, Cut, Kernel, block_kernels
 from simulator.layout import Layout
 from simulator.tensor_parallel import (
@@ -35,6 +35,14 @@ class UnitTransfers(NamedTuple):
     forward: dict[str, Transfers]
     backward: dict[str, Transfers]
     again: dict[str, Transfers]
+
+
+def cut_of(job: Job, layout: Layout) -> Cut:
+    """What a rank computes of a microbatch."""
+    return Cut(
+        layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
+        expert_grid(layout, job.stack).tp,
+    )  # fmt: skip
 
 
 def stream_bytes(job: Job, cut: Cut) -> float:
