@@ -22,7 +22,7 @@ from simulator.activations import (
 from simulator.axes import RANK_ORDER
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds, context_transfers, moved_seconds
-from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
+from simulator.expert_parallel import expert_grid, expert_seconds, overlapped_share, per_shard
 from simulator.kernels import (
     Attention,
     Kernel,
@@ -98,14 +98,17 @@ def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
 
 
 class UnitCosts:
-    """Costs of the units of one layout, each found once: most layouts of a job differ in what does not change them."""
+    """Costs of the units of one layout, each found once: most layouts of a job differ in what does not change them.
+    `overlapped` is the share of passes that hide their exchanges of tokens, if it is not the layout's own."""
 
-    def __init__(self, job: Job, layout: Layout) -> None:
+    def __init__(self, job: Job, layout: Layout, overlapped: float | None = None) -> None:
         self.job, self.layout = job, layout
+        self.overlapped = overlapped_share(job, layout) if overlapped is None else overlapped
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
         self.cut = cut_of(job, layout)
-        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(_unit_key(job, layout), {})
+        key = _unit_key(job, layout), self.overlapped
+        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(key, {})
 
     def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
         """The cost of one block."""
@@ -331,10 +334,9 @@ class UnitCosts:
     def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""
         there, back = expert_seconds(self.job, self.cut, groups.ep, groups.tp)
-        if not self.job.stack.overlap_ep:
-            return there, back
-        gpu = self.job.cluster.gpu
-        return gpu.exposed(there, forward), gpu.exposed(back, backward)
+        gpu, share = self.job.cluster.gpu, self.overlapped
+        exposed = gpu.exposed(there, forward), gpu.exposed(back, backward)
+        return (1 - share) * there + share * exposed[0], (1 - share) * back + share * exposed[1]
 
     def _work(self, device: float, host: float, communication: Work | None = None, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU. The host runs

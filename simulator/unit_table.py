@@ -35,6 +35,7 @@ class UnitTable:
         self.job, model = job, job.model
         # Adding up gradients depends on the number of microbatches: `accumulation` has it for each row.
         self.alone = _without_accumulation(job)
+        self.overlaps = _overlaps_tokens(job, columns)
         blocks = [
             (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
             for i in range(model.num_hidden_layers)
@@ -65,11 +66,12 @@ class UnitTable:
         fields = [columns[name] for name in ("tp", "cp", "ep", "micro_batch_size", "recompute", "sequence_parallel")]
         others = [columns[name] for name in columns.numbers if name not in _KNOWN]
         # A tied head is copied under a pipeline.
-        return distinct(np.array(lies)[grid], *fields, columns["pp"] > 1, *others)
+        return distinct(np.array(lies)[grid], *fields, columns["pp"] > 1, self.overlaps, *others)
 
     def _costs(self, columns: Columns, row: int) -> list[list[float]]:
         layout = columns.layout(row)
-        costs = UnitCosts(self.alone, layout)
+        # Where some passes hide their exchange of tokens all are taken to: which share does differs between layouts.
+        costs = UnitCosts(self.alone, layout, overlapped=float(self.overlaps[row]))
         ways = [self._units(costs, groups) for groups in distinct_groups(self.job, layout)]
         return [[min(values) for values in zip(*units, strict=True)] for units in zip(*ways, strict=True)]
 
@@ -82,6 +84,14 @@ class UnitTable:
         hidden = unit.forward.spent_on(names) + unit.backward.spent_on(names)
         seconds = (unit.forward.total, unit.backward.total, unit.backward_weight.total, hidden, unit.backward.host)
         return [*seconds, *(getattr(unit, name) for name in SIZES)]
+
+
+def _overlaps_tokens(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
+    """The rows in which exchanges of tokens run beside another microbatch (expert_parallel.overlapped_share)."""
+    pairs = (columns["pp"] == 1) | columns.is_named("schedule", "Interleaved1F1B")
+    several = columns.microbatches(job.training.global_batch_size) > 1
+    found = pairs & several & (columns["ep"] > 1) & ~columns.is_named("recompute", "full")
+    return np.asarray(found & job.stack.overlap_ep)
 
 
 def _without_accumulation(job: Job) -> Job:
