@@ -75,7 +75,7 @@ GRIDS = {
         concurrency_tokens=1024,
         repeats=5,
         seconds=3e-3,
-        between=8e-3,
+        between=20e-3,
     ),
     "quick": Grid(
         matmul=((64, 128, 128), (256, 256, 128), (256, 512, 256)),

@@ -7,10 +7,9 @@ else wants the processors. A device that works beside its host has neither, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,7 +38,8 @@ def groups() -> list[Group]:
 
 
 def collective_cases(grid: Grid, device: torch.device, group: Group) -> list[Case]:
-    """Collectives of a group, by the bytes of the whole buffer; messages between ranks 0 and 1."""
+    """Collectives of a group, by the bytes of the whole buffer, and messages of pairs: both ways at once, as in the
+    middle of a pipeline, where ranks compute between them, else one way and back."""
     # torch 2.13 renames the two; older releases have only the long names.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -57,8 +57,9 @@ def collective_cases(grid: Grid, device: torch.device, group: Group) -> list[Cas
             "reduce_scatter": _among(among, reduce_scatter, part, whole),
             "all_to_all": _among(among, dist.all_to_all_single, other, whole),
         }
-        if dist.get_world_size() == 2:
-            calls["send_recv"] = functools.partial(_message, whole)
+        if ranks == 2:
+            message = _exchange if computes_between(grid, device) else _message
+            calls["send_recv"] = functools.partial(message, whole, other)
         cases += [Case(kind, (ranks, 4.0 * elements, *shared), call) for kind, call in calls.items()]
     return cases
 
@@ -69,15 +70,24 @@ def _among(
     return lambda i: function(*tensors, group=group)
 
 
-def _message(tensor: Tensor, i: int) -> None:
+def _message(given: Tensor, taken: Tensor, i: int) -> None:
     """A message from rank 0 to rank 1, and back the next time: the receiver of one is the sender of the next."""
-    operation = dist.isend if _sends(i) else dist.irecv
-    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, 1 - dist.get_rank())]):
+    rank = dist.get_rank()
+    operation = dist.P2POp(dist.isend, given, 1 - rank) if rank == i % 2 else dist.P2POp(dist.irecv, taken, 1 - rank)
+    for work in dist.batch_isend_irecv([operation]):
         work.wait()
 
 
-def _sends(i: int) -> bool:
-    return dist.get_rank() == i % 2
+def _exchange(given: Tensor, taken: Tensor, i: int) -> None:
+    """A message to the neighbour and one from it."""
+    peer = dist.get_rank() ^ 1
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, given, peer), dist.P2POp(dist.irecv, taken, peer)]):
+        work.wait()
+
+
+def computes_between(grid: Grid, device: torch.device) -> bool:
+    """Whether ranks compute between collectives; a GPU does not move bytes with what it computes with."""
+    return grid.between > 0 and device.type == "cpu"
 
 
 class Between:
@@ -86,46 +96,30 @@ class Between:
     the processors are at work for others.
 
     Args:
-        seconds: of one rank alone; with 0 nothing is computed.
+        seconds: of one rank alone.
     """
 
     def __init__(self, seconds: float, grid: Grid, device: torch.device) -> None:
         operands = Operands(device, torch.float32, grid.pool)
         self.sets = operands.sets((256, 512), (512, 512))
-        product = Case("", (), cycling(functools.partial(F.linear), self.sets))
-        alone = min(call_seconds(product, 20, device) for _ in range(5)) if seconds else 1.0
-        count = torch.tensor(seconds / alone)
+        product = Case("", (), cycling(F.linear, self.sets))
+        count = torch.tensor(seconds / min(call_seconds(product, 20, device) for _ in range(5)))
         dist.all_reduce(count, dist.ReduceOp.MAX)
         self.count, self.next = round(count.item()), 0
 
-    def __call__(self) -> None:
+    def __call__(self, i: int = 0) -> None:
         for _ in range(self.count):
             self.next += 1
             F.linear(*self.sets[self.next % len(self.sets)])
 
     def before(self, case: Case) -> Case:
-        """The case with the computing before it. Of the two ranks of a message the one that sends computes: the other
-        waits for it."""
-        message = case.kind == "send_recv"
+        """The case with the computing before it."""
 
         def call(i: int) -> object:
-            if not message or _sends(i):
-                self()
+            self()
             return case.call(i)
 
         return Case(case.kind, case.sizes, call)
-
-    def seconds(self, device: torch.device) -> tuple[float, float]:
-        """Seconds of the computing without a collective: of all ranks at once, by the mean of their rates as the
-        speed of ranks that share processors is (concurrency_seconds), and of one while the others wait."""
-        if not self.count:
-            return 0.0, 0.0
-        together = together_seconds(Case("", (), lambda i: self()), 8, device)
-        first = together_seconds(Case("", (), lambda i: self() if dist.get_rank() == 0 else None), 8, device)
-        rate, longest = torch.tensor(1 / together), torch.tensor(first)
-        dist.all_reduce(rate)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        return dist.get_world_size() / rate.item(), longest.item()
 
 
 def collective_samples(grid: Grid, device: torch.device, group: Group) -> list[Sample]:
@@ -138,19 +132,29 @@ def collective_samples(grid: Grid, device: torch.device, group: Group) -> list[S
     least = torch.tensor([[together_seconds(case, 2, device) for _ in range(3)] for case in cases]).amin(1)
     # All ranks must make the same number of calls; an even one, so that messages go there and back.
     dist.all_reduce(least, dist.ReduceOp.MAX)
-    between = Between(grid.between if device.type == "cpu" else 0.0, grid, device)
-    longest = 25 if not between.count else 4
-    counts = [2 * max(1, min(longest, int(2 * grid.seconds / seconds))) for seconds in least.tolist()]
-    rounds, computing = [], []
-    for _ in range(grid.repeats):
-        rounds.append([together_seconds(between.before(c), n, device) for c, n in zip(cases, counts, strict=True)])
-        computing += [between.seconds(device) for _ in range(3)]
-    slowest = torch.tensor(rounds)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    # Computing hardly changes from round to round: its median leaves less noise than each round's own.
-    together, sending = np.median(computing, axis=0)
+    if not computes_between(grid, device):
+        rounds = _rounds(cases, least, 25, grid, device)
+        return [sample(case.kind, case.sizes, times) for case, times in zip(cases, rounds.T.tolist(), strict=True)]
+    between = Between(grid.between, grid, device)
+    # Computing alone, three times in every round: its median over all leaves less noise than that of each.
+    plain = [Case("", (), between)] * 3
+    rounds = _rounds([*map(between.before, cases), *plain], torch.cat([least, torch.zeros(3)]), 2, grid, device)
+    rounds -= rounds[:, -3:].median()
     found = []
-    for case, times, seconds in zip(cases, slowest.T.tolist(), least.tolist(), strict=True):
-        off = sending if case.kind == "send_recv" else together
-        found.append(sample(case.kind, case.sizes, [max(time - off, 0.25 * seconds) for time in times]))
+    for case, times, seconds in zip(cases, rounds.T.tolist(), least.tolist(), strict=False):
+        found.append(sample(case.kind, case.sizes, [max(time, 0.25 * seconds) for time in times]))
     return found
+
+
+def _rounds(cases: Sequence[Case], least: Tensor, longest: int, grid: Grid, device: torch.device) -> Tensor:
+    """Seconds of each case in turn, on the slowest rank, round after round: (rounds, cases). Each is called up to
+    2 · `longest` times, by its `least` seconds."""
+    counts = [2 * max(1, min(longest, int(2 * grid.seconds / max(seconds, 1e-9)))) for seconds in least.tolist()]
+    rounds = torch.tensor(
+        [
+            [together_seconds(case, count, device) for case, count in zip(cases, counts, strict=True)]
+            for _ in range(grid.repeats)
+        ]
+    )
+    dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    return rounds

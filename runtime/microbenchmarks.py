@@ -92,7 +92,8 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
 
 
 def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
-    """Seconds of a small training step on every rank at once, repeated: 1 / the mean of the ranks' rates."""
+    """Seconds of a small training step on every rank at once, repeated: those of the slowest, which a step waits for.
+    More ranks than processors do not get equal parts of them: the system moves them now and then."""
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
     times = []
@@ -101,9 +102,9 @@ def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
         start = now(device)
         layer(x).sum().backward()
         times.append(now(device) - start)
-    rates = 1 / torch.tensor(times[1:], dtype=torch.float64)
-    dist.all_reduce(rates)
-    seconds: list[float] = (dist.get_world_size() / rates).tolist()
+    slowest = torch.tensor(times[1:], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    seconds: list[float] = slowest.tolist()
     return seconds
 
 

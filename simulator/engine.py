@@ -309,11 +309,12 @@ class _Engine:
                     spent[name] = alone
         return spent
 
-    def _unshared(self, rank: Rank, seconds: float, axes: Axes) -> float:
-        """Seconds that a collective would take if its ranks had a processor each, which `_busy` makes longer again."""
+    def _unshared(self, rank: Rank, seconds: float, axes: Axes | None) -> float:
+        """Seconds that a collective along these axes, or a message, would take if its ranks had a processor each, which
+        `_busy` makes longer again."""
         if rank.processors is None:
             return seconds
-        size = self.groups.group(rank.number, axes).size
+        size = 2 if axes is None else self.groups.group(rank.number, axes).size
         known = active_ranks(self.job.cluster.scale_up.collectives, size, self.sharing)
         return seconds * rank.processors.speed_of(min(known, self.per_node))
 
@@ -397,7 +398,7 @@ class _Engine:
                 self.network.start(route, seconds * route.alone, end)
                 return
             # A wire between hosts takes the time of its rate, and processors what a message inside of a host takes.
-            moved = self._busy(rank, seconds * inside)
+            moved = self._busy(rank, self._unshared(rank, seconds * inside, None))
             if inside < 1:
                 moved = self.env.all_of([self.env.timeout(seconds), moved])
             assert moved.callbacks is not None
