@@ -27,7 +27,8 @@ class Grid:
     """The sizes that are measured, and how often.
 
     matmul: (m, n, k) of forward products; each is measured in the two forms of its backward too.
-    memory, collective: bytes. attention: sequence lengths at `tokens` tokens and `width` = heads · head_dim.
+    memory, collective: bytes. optimizer: parameters. attention: sequence lengths at `tokens` tokens and `width` =
+    heads · head_dim.
     seconds: the least length of one timing. pool: elements that operands are cut from, larger than the caches.
     between: seconds that a rank computes before each collective where it shares processors with what moves the bytes;
     0 calls collectives one behind the other.
@@ -35,6 +36,7 @@ class Grid:
 
     matmul: tuple[tuple[int, int, int], ...]
     memory: tuple[int, ...]
+    optimizer: tuple[int, ...]
     attention: tuple[int, ...]
     head_dims: tuple[int, ...]
     tokens: int
@@ -54,6 +56,7 @@ GRIDS = {
     "gpu": Grid(
         matmul=(*((m, n, k) for m in (512, 2048, 8192) for n, k in _GPU_WEIGHTS), (8192, 8192, 8192)),
         memory=tuple(MIB * 2**i for i in range(9)),
+        optimizer=tuple(MIB * 4**i for i in range(5)),
         attention=(512, 1024, 2048, 4096, 8192),
         head_dims=(64, 128),
         tokens=8192,
@@ -67,6 +70,7 @@ GRIDS = {
     "full": Grid(
         matmul=tuple((m, n, k) for m in (64, 256, 1024) for n, k in _WEIGHTS) + _LARGE,
         memory=tuple(64 * KIB * 2**i for i in range(10)),
+        optimizer=(MIB, 4 * MIB, 16 * MIB),
         attention=(64, 128, 256, 512, 1024),
         head_dims=(32, 64, 128),
         tokens=1024,
@@ -80,6 +84,7 @@ GRIDS = {
     "quick": Grid(
         matmul=((64, 128, 128), (256, 256, 128), (256, 512, 256)),
         memory=(64 * KIB, MIB, 4 * MIB),
+        optimizer=(256 * KIB, MIB),
         attention=(64, 256),
         head_dims=(32,),
         tokens=256,

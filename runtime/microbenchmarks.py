@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from runtime.benchmark_cases import (
     GRIDS,
@@ -34,7 +35,10 @@ from runtime.collective_benchmarks import collective_samples, groups
 from runtime.host_overhead import host_seconds, now, train_once
 from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes
 from runtime.measure import PROGRESS
+from runtime.optimizer import build_optimizer, clip_gradients, squared_norm
 from simulator.files import write_json
+from simulator.job import Training
+from simulator.presets import find_stack
 from simulator.profile import Sample
 
 
@@ -60,6 +64,24 @@ def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
         Case("memory", (3.0 * size,), cycling(torch.add, operands.sets((size // 4,), (size // 4,))))
         for size in grid.memory
     ]
+
+
+def optimizer_cases(grid: Grid, device: torch.device) -> list[Case]:
+    """Gradient norm, clipping and AdamW over parameters in fp32, as a step ends; sizes as the simulator counts them."""
+    training = Training(global_batch_size=1, seq_len=1, precision="fp32")
+    stack = find_stack("layoutwise-cuda" if device.type == "cuda" else "layoutwise-cpu")
+    cases = []
+    for elements in grid.optimizer:
+        parameter = nn.Parameter(torch.randn(elements, device=device))
+        parameter.grad = torch.randn_like(parameter)
+        optimizer = build_optimizer([parameter], training)
+
+        def step(i: int, parameter: nn.Parameter = parameter, optimizer: Optimizer = optimizer) -> None:
+            clip_gradients([parameter], squared_norm([parameter], 1).sqrt())
+            optimizer.step()
+
+        cases.append(Case("optimizer", (elements * stack.optimizer_traffic["adamw"],), step))
+    return cases
 
 
 def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
@@ -189,6 +211,7 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
             ("matmul fp32", kernels(matmul_cases, "fp32")),
             ("matmul bf16", kernels(matmul_cases, "bf16")),
             ("memory", kernels(memory_cases)),
+            ("optimizer", kernels(optimizer_cases)),
             ("attention", kernels(attention_cases)),
         ]
     else:

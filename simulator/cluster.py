@@ -118,6 +118,7 @@ class Gpu:
     fragmentation: float = 0.0
     overlap_slowdown: float = 0.0
     timing_spread: float = 0.0
+    optimizer_efficiency: float = 0.0
 
     __pydantic_config__ = STRICT
 

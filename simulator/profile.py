@@ -37,7 +37,7 @@ CPU_OVERSUBSCRIBE = 2.0
 class Sample:
     """One timing: the median of interleaved repetitions, with the spread between the 10th and 90th percentile.
 
-    kind is "matmul" (sizes m, n, k), "memory" (bytes read and written), "attention_forward" and
+    kind is "matmul" (sizes m, n, k), "memory" and "optimizer" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
     (no sizes), "concurrency" (ranks that compute at once), "compute_alone" and "compute_overlapped" (ranks; a
     product, and the same beside an all-reduce), or a collective's name (ranks, bytes, and ranks that share the
@@ -102,6 +102,7 @@ class Profile:
     concurrency: tuple[float, ...]
     samples: tuple[Sample, ...]
     overlap_slowdown: float = 0.0
+    optimizer_efficiency: float = 0.0
     calibrations: tuple[Calibration, ...] = ()
     version: int = VERSION
 
@@ -133,6 +134,7 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         host=profile.host,
         context_memory=profile.process_memory,
         overlap_slowdown=profile.overlap_slowdown,
+        optimizer_efficiency=profile.optimizer_efficiency,
         source=f"measured {profile.created}",
         timing_spread=timing_spread(profile.samples),
     )
@@ -184,6 +186,7 @@ def calibrate(
         "collectives": {} if alone else _fit_collectives(samples, link_bandwidth, kind),
         "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
         "overlap_slowdown": _overlap_slowdown(samples),
+        "optimizer_efficiency": _optimizer_efficiency(samples, memory_bandwidth),
     }
 
 
@@ -242,10 +245,17 @@ def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
     return result
 
 
-def _fit_memory(samples: Sequence[Sample]) -> float:
+def _optimizer_efficiency(samples: Sequence[Sample], memory_bandwidth: float) -> float:
+    """The share of the bandwidth of elementwise kernels that an optimizer step reaches; 0 where it was not measured."""
+    if not any(s.kind == "optimizer" for s in samples):
+        return 0.0
+    return _fit_memory(samples, "optimizer") / memory_bandwidth
+
+
+def _fit_memory(samples: Sequence[Sample], kind: str = "memory") -> float:
     """Bytes per second. The constant is the host's part and fitted with it: for the smallest tensors it is most of
     the time, and taking off the host's average kernel instead would leave anything."""
-    chosen = _of(samples, "memory")
+    chosen = _of(samples, kind)
     size = np.array([s.sizes[0] for s in chosen])
     features, seconds = np.stack([size, np.ones_like(size)], axis=1), np.array([s.seconds for s in chosen])
     return 1 / _per_unit(non_negative_fit(features, seconds)[0], size, seconds)
