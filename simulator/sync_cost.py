@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, Link, gpu_of, group_shape
-from simulator.collectives import Collective, collective_seconds, message_seconds
+from simulator.collectives import Collective, collective_seconds, fit_of, message_seconds
 from simulator.compute import accumulation_seconds, host_optimizer_seconds, optimizer_seconds
 from simulator.engine import Run, run_program
 from simulator.incast import Kind
@@ -126,11 +126,12 @@ def pushing_ranks(layout: Layout) -> int:
     return layout.tp * layout.pp * layout.shards
 
 
-def link_rates(job: Job) -> tuple[float, float]:
-    """Bytes per second that messages reach on a device's scale-up link, and on all network cards of a node."""
+def link_rates(job: Job, sharing: int = 0) -> tuple[float, float]:
+    """Bytes per second that messages reach on a device's scale-up link, and on all network cards of a node, among
+    `sharing` ranks that share its processors (ClusterSpec.sharing)."""
     spec = job.cluster
     out = spec.scale_out
-    return _rate(spec.scale_up), _rate(out) * spec.nics_per_node if out else 0.0
+    return _rate(spec.scale_up, sharing), _rate(out, sharing) * spec.nics_per_node if out else 0.0
 
 
 def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
@@ -138,7 +139,8 @@ def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
 
     A ring or a tree that goes from node to node has all cards of a node for what replicas on that node have in common.
     """
-    inside, cards = link_rates(job)
+    sharing = job.cluster.sharing(layout.world_size)
+    inside, cards = link_rates(job, sharing)
     ranks = layout.world_size / layout.dp_replicate
     size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
     if job.nodes == 1 or not cards:
@@ -168,14 +170,14 @@ def _pieces(job: Job, size: float) -> int:
     return max(1, min(MOST_PIECES, round(size / piece))) if piece else 1
 
 
-def _rate(link: Link) -> float:
-    fit = link.collectives.get("send_recv")
-    return link.bandwidth * (fit[0].efficiency if fit else 1.0)
+def _rate(link: Link, sharing: int) -> float:
+    fits = link.collectives.get("send_recv")
+    return link.bandwidth * (fit_of(fits, 2, sharing).efficiency if fits else 1.0)
 
 
-def _latency(link: Link) -> float:
-    fit = link.collectives.get("send_recv")
-    return fit[0].latency if fit else link.latency
+def _latency(link: Link, sharing: int) -> float:
+    fits = link.collectives.get("send_recv")
+    return fit_of(fits, 2, sharing).latency if fits else link.latency
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
     spec, servers = job.cluster, layout.servers
     places = server_nodes(servers, job.nodes)
     largest = max(places.count(node) for node in places) / servers
-    inside, cards = link_rates(job)
+    sharing = job.cluster.sharing(layout.world_size)
+    inside, cards = link_rates(job, sharing)
     recipe, parameters = job.stack.recipes[job.training.precision], job.model.parameters()
     push = parameters * recipe.gradient_reduce
     receive, finish = _server_work(job, layout, parameters * largest)
@@ -232,7 +235,7 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
         push,
         parameters * recipe.parameters,
         _pieces(job, push / servers),
-        _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up),
+        _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up, sharing),
         receive,
         finish,
     )
