@@ -42,7 +42,7 @@ communication: $(READY)  ## count what a rank of many layouts sends, beside the 
 
 residuals: $(READY)  ## fit how far peak memory and steps are off: simulator/data/*_residuals.toml, and how well it holds
 	$(BIN)/python -m reports.memory_residuals
-	$(BIN)/python -m reports.time_residuals
+	$(BIN)/python -m reports.time_residuals_page
 
 memory-oracle: $(READY)  ## count the memory of one rank of each of 60 layouts with fake tensors: docs/memory.md, in about ten minutes
 	$(BIN)/python tests/runtime/memory_table.py

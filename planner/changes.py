@@ -13,7 +13,8 @@ from typing import Any
 from simulator.checks import check_job
 from simulator.errors import UserError
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, V_PLACEMENT, Layout
+from simulator.layout import Layout
+from simulator.schedules import MULTI_STAGE, V_PLACEMENT
 
 # How many times more nodes are tried.
 MORE_NODES = (2, 4, 8, 16)

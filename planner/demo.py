@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from planner import show
+from planner import show, show_measured
 from planner.here_trial import SMALL, Contest, Course, run_contests
 from planner.plan import Plan, write_plan
 from planner.rivals import Search, pinned, planned, with_recommended
@@ -68,7 +68,7 @@ def _measure(output: Path, report: Progress) -> Path:
     from runtime.measure import measure
 
     path = output / "profile.json"
-    show.print_profile(measure(path, lambda what, done: report(f"measuring {what}", 0.05 + 0.25 * done)))
+    show_measured.print_profile(measure(path, lambda what, done: report(f"measuring {what}", 0.05 + 0.25 * done)))
     return path
 
 
@@ -83,7 +83,7 @@ def _run_all(small: Plan, output: Path, report: Progress) -> list[Any]:
     if failed:
         raise RuntimeError(failed[0])
     for trial in trials:
-        show.print_measurement(trial.measured, trial.prediction)
+        show_measured.print_measurement(trial.measured, trial.prediction)
     return [
         dataclasses.replace(trial, label=f"{trial.name} (recommended)")
         if trial.name == name != "recommended"

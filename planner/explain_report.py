@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner import show
+from planner import documents, show
 from planner.bottleneck import OutOfReach, constraint_lines, constraints, constraints_json, out_of_reach
 from planner.certainty import choice_lines
 from planner.explain import Explanation, remarks, sentences, why_lines
 from planner.plan import Plan
 from planner.remedies import advice
 from planner.step_report import kernel_rows, parts_json, parts_of, transfer_rows
-from planner.what_if import PATIENCE, USUAL, Outcome, asked, seconds_of, what_if, what_if_json, what_if_rows
+from planner.what_if import COLUMNS, PATIENCE, USUAL, Outcome, asked, seconds_of, what_if, what_if_json, what_if_rows
 from simulator.files import plain
 
 Progress = Callable[[str, float], None]
@@ -86,8 +86,7 @@ def print_explanation(read: Plan, found: Explanation, further: Further) -> None:
     if further.outcomes:
         show.print_texts(
             "what if (tokens/s over those of the recommended layout; planned anew)",
-            ("change", "meaning", "same layout", "best", "its step", "what the best changes"),
-            what_if_rows(further.outcomes), 2,
+            COLUMNS, what_if_rows(further.outcomes), 2,
         )  # fmt: skip
     if further.hint:
         show.print_lines([further.hint])
@@ -96,23 +95,23 @@ def print_explanation(read: Plan, found: Explanation, further: Further) -> None:
 def explanation_json(read: Plan, found: Explanation, further: Further) -> dict[str, Any]:
     """What `layoutwise explain --json` prints."""
     job, best = read.job, found.columns[0][1]
-    documents: dict[str, Any] = {
-        name: show.prediction_json(p) | show.warnings_json(job, p) for name, p in found.columns
+    columns: dict[str, Any] = {
+        name: documents.prediction_json(p) | documents.warnings_json(job, p) for name, p in found.columns
     }
     for name, p in found.columns:
         if p.timeline.memory:
-            documents[name] |= show.memory_json(p, job) | show.remedies_json(advice(job, p))
+            columns[name] |= documents.memory_json(p, job) | documents.remedies_json(advice(job, p))
     for name, terms in found.differences.items():
-        documents[name]["difference"] = {
+        columns[name]["difference"] = {
             "step_seconds": dict(found.columns)[name].step_seconds - best.step_seconds,
             "terms": [vars(term) for term in terms],
         }
     parts = parts_of(job, best)
-    documents["recommended"]["parts"] = parts_json(parts)
+    columns["recommended"]["parts"] = parts_json(parts)
     if found.against is not None:
-        documents["against"] = {"layout": plain(found.against), "problems": list(found.problems)}
+        columns["against"] = {"layout": plain(found.against), "problems": list(found.problems)}
     return (
-        documents
+        columns
         | constraints_json(constraints(read, parts, further.beyond), further.beyond)
         | {"what_if": what_if_json(further.outcomes), "reasons": [*choice_lines(read), *sentences(found)]}
     )

@@ -41,8 +41,10 @@ def node_counts(job: Job, given: str | None = None) -> tuple[int, ...]:
         return ()
     counts = []
     for word in given.replace(",", " ").split():
-        if not word.isascii() or not word.isdigit() or int(word) < 1:
-            raise UserError(f"--nodes: '{word}' is not a number of nodes from 1; write it like 4,8,16, or none")
+        if not word.isascii() or not word.isdigit():
+            raise UserError(f"--nodes: '{word}' is not a number of nodes; write them like 4,8,16")
+        if int(word) < 1:
+            raise UserError(f"--nodes {given.strip()}: a job needs at least 1 node; write them like 4,8,16")
         counts.append(int(word))
     return _checked(job, counts, "--nodes")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,12 @@ def read_plan(path: Path | str) -> Plan:
         for key in ("step_seconds", "tokens_per_second"):
             if getattr(prediction, key) <= 0:
                 raise UserError(f"plan '{path}': {name}.{key} = {getattr(prediction, key):g} must be above zero")
+        whole = prediction.breakdown.total()
+        if not math.isclose(whole, prediction.step_seconds, rel_tol=1e-6):
+            raise UserError(
+                f"plan '{path}': the parts of {name}.breakdown sum to {whole:g} s, not to {name}.step_seconds = "
+                f"{prediction.step_seconds:g}; plan again"
+            )
         if not prediction.fits and not prediction.problems:
             raise UserError(f"plan '{path}': {name}.fits = false, but {name}.problems is empty")
     problems = plan.layout.problems(plan.job)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from planner.changes import changes, more_nodes
 from planner.search import lower_bound
 from simulator.job import Job
-from simulator.layout import V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.layout_text import change_text
 from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.risk import HIGH_RISK, memory_residuals, needed, out_of_memory_probability
+from simulator.schedules import V_PLACEMENT
 from simulator.simulate import simulate
 from simulator.stage import StageCost
 

@@ -30,16 +30,18 @@ import numpy as np
 from planner.plan import Certificate, Plan, shortest_first
 from planner.space import Search, candidates, space, without_model_parallelism
 from planner.ties import resolve
+from simulator.axes import AXES
 from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import PipelineTimes, critical_path, message_ways, pipeline_times, step_at_least
 from simulator.errors import NothingFitsError
 from simulator.garbage import uncollected
 from simulator.job import Job
-from simulator.layout import AXES, SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
 from simulator.memory import capacity, memory_per_rank
 from simulator.program import stage_costs
 from simulator.results import Prediction
 from simulator.risk import HIGH_RISK, needed, out_of_memory_probability
+from simulator.schedules import SPLIT_BACKWARD
 from simulator.screen import Screened, screen
 from simulator.simulate import simulate
 from simulator.stage import StageCost

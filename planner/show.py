@@ -1,10 +1,9 @@
-"""Plans, predictions and measurements as tables for a terminal and as the JSON documents of `--json`."""
+"""Plans and predictions as tables for a terminal."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,12 +13,11 @@ from rich.table import Table
 from planner.certainty import choice_lines, interval_cell, interval_sentence, interval_title, warnings
 from planner.compare import Comparison
 from planner.explain import mathematics, memory_rows, time_rows
-from planner.memory_parts_report import cell, part_rows, parts_json, parts_of
+from planner.memory_parts_report import cell, part_rows, parts_of
 from planner.memory_report import (
     BLOCKS,
     ITEMS,
     PLAIN_BLOCKS,
-    binding,
     binding_sentence,
     chart,
     fullest_samples,
@@ -27,72 +25,21 @@ from planner.memory_report import (
 )
 from planner.plan import Plan
 from planner.remedies import Remedies, remedy_lines, risk_sentence, show_risk
-from simulator.errors import NothingFitsError
-from simulator.files import plain
 from simulator.job import Job
 from simulator.layout import Layout
 from simulator.layout_text import spelt_out
 from simulator.memory import capacity
 from simulator.price import dollars, gpu_hours, hours_name
-from simulator.profile import Profile
-from simulator.program import build_program, own_seconds
-from simulator.results import Alone, Measurement, Prediction
+from simulator.results import Prediction
 from simulator.risk import memory_residuals
 from simulator.sync_rules import changes_mathematics
 from simulator.units import show_bytes, show_seconds
 
 
-def prediction_json(prediction: Prediction) -> dict[str, Any]:
-    """A prediction without its timeline, which is a file of its own (`--trace`)."""
-    document: dict[str, Any] = plain(prediction)
-    document.pop("timeline")
-    if prediction.synchronisation is None:
-        document.pop("synchronisation")
-    return document
-
-
-def warnings_json(job: Job, prediction: Prediction) -> dict[str, Any]:
-    """Claims of a prediction that nobody has reached, in the documents of `--json`."""
-    return {"warnings": warnings(job, prediction)}
-
-
-def remedies_json(found: Remedies) -> dict[str, Any]:
-    """What would make a layout fit, or lower its risk, in the documents of `--json`; `nearest` where nothing does."""
-    document: dict[str, Any] = {"remedies": plain(found.found)}
-    return document | ({"nearest": plain(found.nearest), "short_by": found.short_by} if found.nearest else {})
-
-
-def nothing_fits_json(error: NothingFitsError, found: Remedies) -> dict[str, Any]:
-    """What `layoutwise plan --json` prints where nothing fits."""
-    misses = [{"layout": plain(layout), "short_by": over} for over, layout in error.misses]
-    return {"problems": [str(error)], "misses": misses, **remedies_json(found)}
-
-
-def memory_json(prediction: Prediction, job: Job) -> dict[str, Any]:
-    """What `explain --json` says of the memory of a prediction with its timeline: what decides, and the fullest rank
-    over the step."""
-    samples = [{"seconds": s.seconds, "op": s.op, "memory": plain(s.memory)} for s in fullest_samples(prediction)]
-    return {"binding": plain(binding(job, prediction)), "memory_timeline": samples} | parts_json(job, prediction)
-
-
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """What `layoutwise plan --json` prints."""
-    return {
-        "job": plain(plan.job),
-        "best": prediction_json(plan.best),
-        "runners_up": [prediction_json(p) for p in plan.runners_up],
-        "baseline": prediction_json(plan.baseline),
-        "certificate": plain(plan.certificate),
-        "riskier": prediction_json(plan.riskier) if plan.riskier else None,
-        "choice": plain(plan.choice) if plan.choice else None,
-        "warnings": warnings(plan.job, plan.best),
-    }
-
-
 def print_plan(plan: Plan) -> None:
     """The best layouts, the data-parallel baseline, and what the search did."""
     job, best = plan.job, plan.best
-    console = _console()
+    console = new_console()
     console.print(
         f"{job.model.name} ({job.model.parameters() / 1e9:.3g} B parameters) on {_ranks(job)}, "
         f"{job.training.global_batch_size} x {job.training.seq_len} tokens a step, "
@@ -102,7 +49,7 @@ def print_plan(plan: Plan) -> None:
     # Most jobs cut neither sequences nor experts.
     extra = [axis for axis in ("cp", "ep") if any(getattr(p.layout, axis) > 1 for _, p in shown)]
     synced = any(p.layout.sync != "all_reduce" for _, p in shown)
-    table = _table(
+    table = new_table(
         "", "TP", *(axis.upper() for axis in extra), "PP", "VP", "DP", "ZeRO", "MBS", "schedule", "recompute",
         *(["sync"] if synced else []), "step", interval_title(best), "tok/s/GPU", "MFU", "GiB", "OOM risk",
     )  # fmt: skip
@@ -155,10 +102,10 @@ def _nothing_better(plan: Plan) -> str:
 
 def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
     """Where the time and the memory of predictions go, side by side."""
-    console = _console()
+    console = new_console()
     for name, p in columns:
         console.print(f"{name}: {p.layout.short()}" + ("" if p.fits else f"  ({p.problems[0]})"))
-    table = _table("seconds of a step", "", *(name for name, _ in columns))
+    table = new_table("seconds of a step", "", *(name for name, _ in columns))
     for item, meaning, values in time_rows(columns):
         table.add_row(item, meaning, *(_share(v, p.step_seconds) for v, (_, p) in zip(values, columns, strict=True)))
     table.add_section()
@@ -178,7 +125,7 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
         at = f"at {job.cluster.price_per_gpu_hour:,.2f} USD per GPU-hour"
         table.add_row("$ per 1e9 tokens", at, *(f"{price:,.0f}" for price in prices))
     console.print(table)
-    memory = _table("bytes of the fullest rank", "", *(name for name, _ in columns))
+    memory = new_table("bytes of the fullest rank", "", *(name for name, _ in columns))
     for item, meaning, values in memory_rows(columns):
         memory.add_row(item, meaning, *(show_bytes(v) for v in values))
     memory.add_section()
@@ -196,7 +143,7 @@ def print_columns(columns: list[tuple[str, Prediction]], job: Job) -> None:
 
 def print_comparison(found: Comparison, job: Job) -> None:
     """Ways to keep replicas together, a row each, and what the textbook says of their exchange."""
-    console = _console()
+    console = new_console()
     first = next(way for way in found.ways if way.prediction is not None)
     base = dataclasses.replace(
         first.layout, sync="all_reduce", servers=0, staleness=0, sync_interval=1, outer_optimizer="none"
@@ -205,7 +152,7 @@ def print_comparison(found: Comparison, job: Job) -> None:
     if not job.stragglers.none:
         shown = {name: value for name, value in vars(job.stragglers).items() if value and name != "steps"}
         console.print(escape("stragglers: " + ", ".join(f"{name} {value}" for name, value in shown.items())))
-    table = _table(
+    table = new_table(
         "", "step", "p95", "computing", "transfers", "waiting", "stale", "ahead", "tok/s/GPU", "GiB", "least exchange"
     )
     for way in found.ways:
@@ -233,7 +180,7 @@ def print_comparison(found: Comparison, job: Job) -> None:
     console.print(
         "stale: updates of others between a replica's parameters and its own; ahead: steps before the slowest"
     )
-    table = _table(
+    table = new_table(
         f"M = {show_bytes(found.bytes)} among n = {found.replicas} replicas", "", "B each way", "least"
     )  # fmt: skip
     for name, formula, rate, seconds in found.textbook:
@@ -243,14 +190,14 @@ def print_comparison(found: Comparison, job: Job) -> None:
 
 def print_memory(name: str, prediction: Prediction, job: Job) -> None:
     """The memory of a prediction with its timeline: by pipeline stage, and the fullest rank over the step."""
-    console, layout = _console(), prediction.layout
-    table = _table("pipeline rank", *ITEMS, "peak")
+    console, layout = new_console(), prediction.layout
+    table = new_table("pipeline rank", *ITEMS, "peak")
     for ranks, memory in stage_rows(prediction):
         table.add_row(ranks, *(f"{getattr(memory, item) / 2**30:.2f}" for item in (*ITEMS, "peak")))
     console.print(f"memory of {name} in GiB, each pipeline rank at its fullest")
     console.print(table)
     groups = [ranks for ranks, _ in stage_rows(prediction)]
-    parts = _table("of it", "", *(f"rank {ranks}" for ranks in groups))
+    parts = new_table("of it", "", *(f"rank {ranks}" for ranks in groups))
     for item, part, sizes in part_rows(parts_of(job, prediction), groups):
         parts.add_row(item, part, *(cell(*size) for size in sizes))
     console.print(parts)
@@ -266,98 +213,13 @@ def print_memory(name: str, prediction: Prediction, job: Job) -> None:
 
 def print_advice(prediction: Prediction, job: Job, found: Remedies, name: str = "") -> None:
     """What would make a layout fit, a line each; of one that fits its risk, and what lowers it."""
-    console = _console()
+    console = new_console()
     if prediction.fits:
         said = risk_sentence(prediction, job, found.found[0] if found.found else None)
         console.print(escape(f"{name}: {said}" if name else said))
         return
     for line in remedy_lines(found, name):
         console.print(escape(line))
-
-
-def print_measurement(measured: Measurement, predicted: Prediction) -> None:
-    """A run beside its prediction."""
-    console = _console()
-    table = _table(measured.layout.short(), "predicted", "measured", "error")
-    step = measured.step_seconds
-    table.add_row(
-        "step", show_seconds(predicted.step_seconds),
-        f"{show_seconds(step.median)} ({show_seconds(step.p10)} to {show_seconds(step.p90)})",
-        f"{predicted.step_seconds / step.median - 1:+.1%}",
-    )  # fmt: skip
-    peak = max(measured.peak_memory)
-    table.add_row(
-        "peak memory", show_bytes(predicted.memory.peak), show_bytes(peak), f"{predicted.memory.peak / peak - 1:+.1%}"
-    )
-    console.print(table)
-    console.print(
-        f"loss {measured.losses[0]:.4f} -> {measured.losses[-1]:.4f} in {measured.steps} steps, "
-        f"{measured.tokens_per_second:,.0f} tokens/s on {measured.world_size} ranks ({measured.device})"
-    )
-
-
-def print_alone(found: Alone, plan: Plan) -> None:
-    """One rank that ran by itself, beside what is predicted for it."""
-    console, layout = _console(), found.layout
-    places = " ".join(f"{axis}={place}" for axis, place in found.coordinates.items() if getattr(layout, axis) > 1)
-    how = "fake tensors: nothing was computed" if found.fake else f"computed on {found.device}"
-    console.print(escape(f"rank {found.rank} of {layout.world_size} ({places or 'alone'}) of {layout.short()}, {how}"))
-    stage, memory = found.coordinates["pp"], found.memory
-    predicted = plan.best.memory_per_stage[stage]
-    table = _table("", "predicted", "measured", "error")
-    if found.step_seconds is not None:
-        # The optimizer's part is that of the critical rank.
-        seconds = own_seconds(build_program(plan.job, layout), stage) + plan.best.breakdown.optimizer
-        same = (plan.job.cluster.gpu.kind == "cpu") == (found.device == "cpu")
-        error = f"{seconds / found.step_seconds - 1:+.1%}" if same else "another device"
-        table.add_row("computation of a step", show_seconds(seconds), show_seconds(found.step_seconds), error)
-    # What the tracker cannot tell apart is compared together: gathered parameters are activations to it.
-    rows = [
-        ("parameters", predicted.parameters, memory.parameters),
-        ("optimizer", predicted.optimizer, memory.optimizer),
-        (
-            "gradients, activations, buffers",
-            predicted.gradients + predicted.activations + predicted.buffers,
-            memory.gradients + memory.activations + memory.temporary,
-        ),
-        ("peak, without context and libraries", predicted.peak - predicted.overhead, memory.peak),
-    ]
-    for name, expected, measured in rows:
-        error = f"{expected / measured - 1:+.1%}" if measured else ""
-        table.add_row(name, show_bytes(expected), show_bytes(measured), error)
-    console.print(table)
-    console.print(_communication(found))
-
-
-def _communication(found: Alone) -> Table:
-    """The collectives of a step, predicted beside counted."""
-    table = _table("collectives of a step", "along", "count predicted", "counted", "bytes predicted", "counted")
-    sides = [{(one.axis, one.name): one for one in side} for side in (found.communication, found.collectives)]
-    for axis, name in sorted(sides[0].keys() | sides[1].keys()):
-        pair = [side.get((axis, name)) for side in sides]
-        counts = [str(one.count) if one else "none" for one in pair]
-        table.add_row(name, axis, *counts, *(show_bytes(one.bytes) if one else "none" for one in pair))
-    return table
-
-
-def print_profile(profile: Profile) -> None:
-    """The constants that predictions on this machine rest on."""
-    console = _console()
-    table = _table(f"{profile.name}, {profile.created}", "")
-    for precision, fit in profile.matmul.items():
-        table.add_row(f"matmul {precision}", f"{fit.rate / 1e9:,.0f} GFLOP/s, k0 {fit.k0:.0f}")
-    table.add_row("memory bandwidth", f"{profile.memory_bandwidth / 1e9:.1f} GB/s")
-    table.add_row(
-        "host per kernel",
-        f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}",
-    )
-    table.add_row("speed of k ranks at once", ", ".join(f"{speed:.2f}" for speed in profile.concurrency))
-    table.add_row("link", f"{profile.link_bandwidth / 1e9:.2f} GB/s, {show_seconds(profile.link_latency)}")
-    for name, fits in profile.collectives.items():
-        for known in fits:
-            rate = known.efficiency * profile.link_bandwidth / 1e9
-            table.add_row(f"{name}, {known.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(known.latency)}")
-    console.print(table)
 
 
 def print_texts(
@@ -371,13 +233,13 @@ def print_texts(
         table.add_column(escape(name), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _console().print(table)
+    new_console().print(table)
 
 
 def print_lines(lines: Sequence[str]) -> None:
     """Sentences as they are, a line each."""
     for line in lines:
-        _console().print(escape(line))
+        new_console().print(escape(line))
 
 
 def _ranks(job: Job) -> str:
@@ -427,14 +289,14 @@ def _share(seconds: float, step: float) -> str:
     return f"{show_seconds(seconds)} ({seconds / step:.1%})"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE)
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place == 0 or name == "" else "right", no_wrap=True)
     return table
 
 
-def _console() -> Console:
+def new_console() -> Console:
     """As wide as the tables need where the output is no terminal, so that a pipe gets whole lines."""
     import sys
 

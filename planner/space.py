@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from simulator.axes import RANK_ORDER
 from simulator.columns import DEFAULTS, NAMED, Column, Columns
 from simulator.compute import UNFUSED
 from simulator.errors import UserError
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, RANK_ORDER, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.program import MOST_UNSHARDED
+from simulator.schedules import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT
 from simulator.stage_split import with_balanced_splits
 
 # Fields that belong to some ways to keep replicas together only: they are no condition for the others.

@@ -59,11 +59,13 @@ def transfer_rows(parts: StepParts, prediction: Prediction) -> list[tuple[str, .
 
 
 def over(part: TransferPart) -> str:
-    """`NVLink 4, NVSwitch (8 ranks)`; between nodes or racks with their number."""
+    """`NVLink 4, NVSwitch (8 ranks)`; between nodes or racks with their number; with the links that are waited for
+    where they are others."""
     if part.axis == "pp":
         return part.link
     where = f", {part.domains} nodes or racks" if part.domains > 1 else ""
-    return f"{part.link} ({part.ranks} ranks{where})"
+    limit = f"; limited by {part.limited_by}" if part.limited_by != part.link else ""
+    return f"{part.link} ({part.ranks} ranks{where}{limit})"
 
 
 def parts_json(parts: StepParts) -> dict[str, object]:

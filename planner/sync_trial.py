@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from planner.here_trial import SMALL
 from planner.plan import Certificate, Plan, write_plan
 from simulator.errors import UserError
 from simulator.files import plain, write_json, write_text
@@ -20,13 +21,7 @@ from simulator.stragglers import Stragglers
 
 Progress = Callable[[str, float], None]
 
-JOB: dict[str, Any] = {
-    "model": "llama-bytes-12m",
-    "cluster": "this-machine",
-    "nodes": 1,
-    "training": {"global_batch_size": 8, "seq_len": 128, "learning_rate": 1e-3},
-    "data": {"sharding": "random"},
-}
+JOB: dict[str, Any] = SMALL | {"data": {"sharding": "random"}}
 # The first is what the others are compared with. Every one on as many replicas as there are workers.
 WAYS: dict[str, dict[str, Any]] = {
     "servers, synchronous": {"sync": "parameter_server", "servers": 1, "staleness": 0},
@@ -74,13 +69,15 @@ def plan_of(job: Job, layout: Layout) -> Plan:
 
 def run_trial(job: Job, trial: Trial, output: Path, report: Progress) -> dict[str, Any]:
     """Run all ways on all numbers of workers, one after the other. Leaves a folder for each run, sync.md and a figure
-    for each number of workers in `output`, and returns what sync.json holds."""
-    from reports.synchronisation import SyncRun, loss_curves, read_curve, rows, table
+    for each number of workers in `output`, and the plan of the all-reduce, so that `layoutwise report` shows the
+    folder; returns what sync.json holds."""
+    from reports.synchronisation import SyncRun, loss_curves, read_curve, rows, run_folder, table
     from runtime.here import run_here
     from runtime.settings import Settings
 
     todo = {workers: layouts(job, workers) for workers in trial.workers}
     total, done = sum(map(len, todo.values())), 0
+    write_plan(plan_of(job, todo[trial.workers[0]]["all-reduce"]), output / "plan.json")
     text = [f"# Ways to synchronise: {job.model.name} on this machine", ""]
     document: dict[str, Any] = {"trial": plain(trial), "workers": {}}
     errors = []
@@ -91,7 +88,7 @@ def run_trial(job: Job, trial: Trial, output: Path, report: Progress) -> dict[st
         slow_rank = f"{workers - 1}:{trial.slow:g}" if straggler else None
         runs = []
         for name, layout in ways.items():
-            folder = output / f"{workers}-workers" / name.replace(", ", "-").replace(" ", "-")
+            folder = run_folder(output, workers, name)
             plan = plan_of(slow_job, layout)
 
             def progress(step: int, steps: int, name: str = name, workers: int = workers, done: int = done) -> None:

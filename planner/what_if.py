@@ -268,9 +268,11 @@ _MAKERS: dict[str, Callable[[Job, str], tuple[Job, str]]] = {
 }  # fmt: skip
 
 
+COLUMNS = ("change", "meaning", "same layout", "best", "its step", "what the best changes")
+
+
 def what_if_rows(found: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """(change, in words, tokens per second over the plan's with its own layout, with the best, step, what the best
-    layout changes) of each."""
+    """A row of COLUMNS for each: speeds are tokens per second over the plan's."""
     return [
         (
             one.change,

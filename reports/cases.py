@@ -21,8 +21,9 @@ from simulator.cluster import ClusterSpec
 from simulator.errors import nearest
 from simulator.files import read_text, to_dataclass
 from simulator.job import Job, Training
-from simulator.layout import MULTI_STAGE, SCHEDULES, Layout
+from simulator.layout import Layout
 from simulator.model import ModelSpec
+from simulator.schedules import MULTI_STAGE, SCHEDULES
 from simulator.stack import Stack
 from simulator.units import BANDWIDTH
 

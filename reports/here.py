@@ -42,8 +42,10 @@ class Trial:
         return Comparison(self.label or self.name, self.prediction, self.measured)
 
     @property
-    def noise(self) -> float:
-        """How far rounds lie apart: (longest - shortest) / median of their median steps; 0 for one round."""
+    def noise(self) -> float | None:
+        """How far rounds lie apart: (longest - shortest) / median of their median steps; None of one round."""
+        if len(self.rounds) < 2:
+            return None
         steps = [one.step_seconds.median for one in self.rounds]
         return (max(steps) - min(steps)) / statistics.median(steps)
 
@@ -120,7 +122,8 @@ class Summary:
 
     Errors are predicted / measured - 1: their size at the median and the 90th percentile, and their mean with its
     sign. kendall_tau is between predicted and measured speed. regret is how much slower the recommended layout measured
-    than the fastest one, of the latter's step. noise is the median over layouts of how far their rounds lie apart.
+    than the fastest one, of the latter's step. noise is the median over layouts of how far their
+    rounds lie apart, where there are several.
     """
 
     count: int
@@ -149,7 +152,7 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
         kendall_tau=kendall_tau([one.prediction.step_seconds for one in compared], steps),
         regret=None if chosen is None else chosen / min(steps) - 1,
         memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
-        noise=quantile([trial.noise for trial in trials], 0.5),
+        noise=quantile([trial.noise for trial in trials if trial.noise is not None], 0.5),
     )
 
 
@@ -176,6 +179,8 @@ def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:
         f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')}; the recommended layout measured "
         f"{shown(s.regret, '.1%')} slower than the fastest (regret).",
     ]
+    if s.noise is None and s.count:
+        found.append("One round does not show how noisy the machine is: two and more do (--rounds 2).")
     if s.noise is not None and s.noise > NOISY:
         found.append(
             f"Rounds of one layout lie {s.noise:.0%} apart at the median (more than {NOISY:.0%}): the machine is "

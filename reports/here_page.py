@@ -57,7 +57,7 @@ def layout_cells(trial: Trial, recommended: str) -> list[str]:
         show_seconds(found["predicted"]["step_seconds"]),
         show_seconds(found["measured"]["step_seconds"]),
         f"{found['error']:+.1%}",
-        f"{found['noise']:.0%}",
+        "" if found["noise"] is None else f"{found['noise']:.0%}",
         f"{found['memory_error']:+.1%}",
         *bubble,
     ]

@@ -52,6 +52,17 @@ def page(plan: Plan, traced: Prediction, inputs: Inputs = Inputs(), files: Seque
         front = _chart(data, "pareto", "Time against cost", page_charts.pareto_chart(inputs.scaling))
         section = page_sections.scaling_section(inputs.scaling, curve, front)
         sections.append(("scaling", "More or fewer GPUs", section))
+    if inputs.what_if and inputs.what_if[1]:
+        sections.append(("what-if", "What if", page_sections.what_if_section(*inputs.what_if)))
+    if inputs.ways:
+        drawn_ways = [
+            _chart(
+                data, f"ways-{one.workers}", f"Loss over time of {one.workers} replicas", page_charts.ways_chart(one)
+            )
+            for one in inputs.ways
+        ]
+        section = page_sections.ways_section(inputs.ways, drawn_ways)
+        sections.append(("ways", "Ways to keep replicas together", section))
     if inputs.exam and inputs.exam.compared:
         parity = page_charts.parity_chart(inputs.exam, plan.job)
         drawn = _chart(data, "parity", "Predicted against measured throughput", parity, tabled=False)

@@ -39,19 +39,21 @@ def candidate_table(plan: Plan) -> str:
     named, job = candidates(plan), plan.job
     layouts = [one.prediction.layout for one in named]
     extra = [name for name in ("cp", "ep") if any(getattr(layout, name) > 1 for layout in layouts)]
+    offloads = any(layout.offload != "none" for layout in layouts)
     priced = job.cluster.price_per_gpu_hour is not None
     risky = any(getattr(one.prediction, "out_of_memory_probability", None) is not None for one in named)
     head = [
         ("", "text"), ("step", "number"), ("tok/s/GPU", "number"), ("MFU", "number"), ("GiB", "number"),
         ("fits", "text"), *([("OOM", "number")] if risky else []), *([("$/10⁹ tok", "number")] if priced else []),
         *((name, "number axis") for name in ("TP", *(name.upper() for name in extra), "PP", "VP", "DP", "ZeRO", "MBS")),
-        ("schedule", "text axis"), ("recompute", "text axis"), ("--layout", "text"),
+        ("schedule", "text axis"), ("recompute", "text axis"), *([("offload", "text axis")] if offloads else []),
+        ("--layout", "text"),
     ]  # fmt: skip
     top = "".join(
         f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{esc(name or "layout")}</button></th>'
         for name, kind in head
     )
-    body = "".join(_candidate_row(place, one, plan, extra, risky, priced) for place, one in enumerate(named))
+    body = "".join(_candidate_row(place, one, plan, extra, risky, priced, offloads) for place, one in enumerate(named))
     return (
         '<div class="filter" role="search"><label>Filter '
         '<input type="search" id="filter" placeholder="tp=4 pp&gt;=8 step&lt;20" autocomplete="off" spellcheck="false" '
@@ -67,7 +69,9 @@ def candidate_table(plan: Plan) -> str:
     )
 
 
-def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: bool, priced: bool) -> str:
+def _candidate_row(
+    place: int, one: Named, plan: Plan, extra: list[str], risky: bool, priced: bool, offloads: bool
+) -> str:
     p, layout, job = one.prediction, one.prediction.layout, plan.job
     data = f"{layout.dp_replicate} × {layout.dp_shard}" if layout.zero_stage else str(layout.dp_replicate)
     risk, cost = getattr(p, "out_of_memory_probability", None), dollars(p, job)
@@ -91,6 +95,7 @@ def _candidate_row(place: int, one: Named, plan: Plan, extra: list[str], risky: 
         (str(layout.micro_batch_size), layout.micro_batch_size, "number axis"),
         (layout.schedule if layout.pp > 1 else "–", layout.schedule if layout.pp > 1 else "", "text axis"),
         (layout.recompute, layout.recompute, "text axis"),
+        *([(layout.offload, layout.offload, "text axis")] if offloads else []),
     ]
     fields = {field.name: written(getattr(layout, field.name)) for field in dataclasses.fields(layout)}
     fields |= {"step": f"{p.step_seconds:.6g}", "mfu": f"{100 * p.mfu:.6g}", "gib": f"{p.memory.peak / GIB:.6g}"}

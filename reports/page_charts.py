@@ -13,6 +13,7 @@ from typing import Any
 
 from planner.scaling import Scaling
 from reports.page_inputs import ENOUGH_RUNS, Exam, ExamRow, error_figures, exam_groups, step_interval
+from reports.synchronisation import Ways
 from simulator.job import Job
 from simulator.memory import capacity
 from simulator.price import hours_name
@@ -25,6 +26,7 @@ MEMORY = tuple(field.name for field in dataclasses.fields(MemoryBreakdown) if fi
 ITEM_COLORS = {
     "parameters": 0, "gradients": 2, "optimizer": 3, "activations": 4, "buffers": 5, "overhead": 7, "always there": 7,
 }  # fmt: skip
+LINES = (0, 1, 2, 3, 4, 5, 7)
 MOST_MOMENTS = 600
 # The exam's groups by GPU, stack or architecture with fewer runs than this are not worth a choice of their own.
 LEAST_RUNS = 5
@@ -104,6 +106,18 @@ def loss_chart(measurement: Measurement) -> Chart:
     """The loss of every step that was run."""
     points = [(step, loss, f"step {step}: loss {loss:.4f}") for step, loss in enumerate(measurement.losses, start=1)]
     return {"x": axis("step"), "y": axis("loss"), "series": [series("loss", "line", 0, points)]}
+
+
+def ways_chart(ways: Ways) -> Chart:
+    """Loss over time of every way to keep replicas together: means over a twentieth of the steps."""
+    lines = []
+    for place, (row, curve) in enumerate(zip(ways.rows, ways.curves, strict=True)):
+        points = [
+            (seconds, loss, f"{row.name}: loss {loss:.3f} after {seconds:.1f} s and {tokens:,.0f} tokens")
+            for seconds, loss, tokens in zip(curve.seconds, curve.smoothed(), curve.tokens, strict=True)
+        ]
+        lines.append(series(row.name, "line", LINES[place % len(LINES)], points))
+    return {"x": axis("seconds of training"), "y": axis("loss"), "series": lines}
 
 
 def scaling_chart(scaling: Scaling) -> Chart:

@@ -19,11 +19,14 @@ def copy_box(text: str, what: str) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, caption: str = "") -> str:
-    """A table of texts; all columns but the first `texts` and "layout" are numbers."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, caption: str = "", last: bool = False
+) -> str:
+    """A table of texts; all columns but the first `texts`, "layout", and the last if so, are numbers."""
     named = f"<caption>{esc(caption)}</caption>" if caption else ""
     kind = [
-        'class="text"' if place < texts or name == "layout" else 'class="number"' for place, name in enumerate(head)
+        'class="text"' if place < texts or name == "layout" or (last and place == len(head) - 1) else 'class="number"'
+        for place, name in enumerate(head)
     ]
     top = "".join(f'<th scope="col" {kind[place]}>{esc(name)}</th>' for place, name in enumerate(head))
     body = "".join(

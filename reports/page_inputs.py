@@ -12,6 +12,7 @@ from planner.plan import Plan, read_plan
 from planner.scaling import Scaling, read_scaling
 from reports.here import read_sentences
 from reports.scores import quantile
+from reports.synchronisation import Ways, read_ways
 from reports.tables import Comparison
 from simulator.errors import UserError
 from simulator.files import STRICT, read_json, to_dataclass
@@ -76,7 +77,9 @@ class Inputs:
     """Everything besides the plan; a part that is not there leaves its section of the page out.
 
     `reasons` are sentences why the plan wins; `scaling` is the same job on several numbers of nodes; `notes` say what
-    lay beside the plan and was left out; `validated` are sentences about how far all runs of the folder are off.
+    lay beside the plan and was left out; `validated` are sentences about how far all runs of the folder are off;
+    `what_if` is a table of changes, each planned anew: its head and its rows; `ways` are those to keep replicas
+    together, that were run.
     """
 
     comparisons: tuple[Comparison, ...] = ()
@@ -86,6 +89,8 @@ class Inputs:
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()
+    what_if: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
+    ways: tuple[Ways, ...] = ()
 
     def run_of(self, layout: Layout) -> Measurement | None:
         """The measurement of a layout, if it was run."""
@@ -104,7 +109,8 @@ def find_plan(given: Path) -> Path:
 
 def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inputs:
     """What lies in `folder` beside a plan: measurement.json, runs/*/measurement.json, profile/timeline.json,
-    here.json, scaling.json and validation.json, or another file with the output of `validate published --json`.
+    here.json, sync.json with its runs, scaling.json and validation.json, or another file with the output of `validate
+    published --json`.
 
     Raises UserError if one of them is not what its name says.
     """
@@ -126,7 +132,10 @@ def find_inputs(plan: Plan, folder: Path, validation: Path | None = None) -> Inp
         if not _of_the_same_job(scaling, plan):
             notes.append("scaling.json is of another job and is not shown.")
             scaling = None
-    return Inputs(tuple(comparisons), measured, exam, scaling, notes=tuple(notes), validated=tuple(validated))
+    return Inputs(
+        tuple(comparisons), measured, exam, scaling, notes=tuple(notes), validated=tuple(validated),
+        ways=read_ways(folder),
+    )  # fmt: skip
 
 
 def _of_the_same_job(scaling: Scaling, plan: Plan) -> bool:

@@ -12,6 +12,7 @@ from reports.page_charts import GIB, MEMORY, Table
 from reports.page_html import Bar, bars, copy_box, esc, folded, legend, table
 from reports.page_inputs import Exam, Inputs, error_figures, exam_groups, step_interval
 from reports.page_timeline import busy_table, evenly
+from reports.synchronisation import COLUMNS, LAST, Ways, cells
 from reports.tables import Comparison
 from simulator.error_bars import unseen_mfu
 from simulator.job import Job
@@ -81,6 +82,8 @@ def in_words(layout: Layout) -> str:
         parts.append(f"{layout.dp_replicate} data-parallel replicas")
     if layout.recompute != "none":
         parts.append(f"{layout.recompute} recomputation")
+    if layout.offload != "none":
+        parts.append(f"the {layout.offload} in host memory")
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) or "one process"
 
 
@@ -300,6 +303,27 @@ def scaling_section(scaling: Scaling, curve: str, front: str) -> str:
         + "".join(f"<p>{esc(sentence)}</p>" for sentence in said if sentence)
         + table(head, rows, 0)
         + f"<h3>Time, cost and GPUs</h3>{front}"
+    )
+
+
+def what_if_section(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Other links, memory, batches and nodes, each planned anew."""
+    return (
+        "<p>Each change was planned anew. Speeds are tokens/s over those of the recommendation, with its own layout "
+        f"and with the best there.</p>{table(head, rows, 2, last=True)}"
+    )
+
+
+def ways_section(found: Sequence[Ways], charts: Sequence[str]) -> str:
+    """Every way to keep replicas together, for each number of them, with its chart."""
+    parts = [
+        f"<h3>{one.workers} replicas</h3>{table(COLUMNS, [cells(row) for row in one.rows])}{chart}"
+        for one, chart in zip(found, charts, strict=True)
+    ]
+    return (
+        "".join(parts) + '<p class="hint">Speedups are over the first row, errors those of the predicted speedup. '
+        f"Losses are means over the last {LAST:.0%} of the steps: when all have seen as many samples, and when the "
+        "first one has ended.</p>"
     )
 
 

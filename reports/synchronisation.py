@@ -15,6 +15,7 @@ from typing import Any
 
 from reports.plots import write_figure
 from simulator.errors import UserError
+from simulator.files import STRICT, read_json, to_dataclass
 from simulator.results import Measurement, Prediction
 from simulator.units import show_seconds
 
@@ -34,6 +35,11 @@ class Curve:
         """Of a step after the first `warmup`."""
         begin = self.seconds[warmup - 1] if warmup else 0.0
         return (self.seconds[-1] - begin) / (len(self.seconds) - warmup)
+
+    def smoothed(self) -> list[float]:
+        """Of every step the mean over a twentieth of the steps up to it."""
+        width = max(1, len(self.losses) // 20)
+        return [statistics.fmean(self.losses[max(0, n + 1 - width) : n + 1]) for n in range(len(self.losses))]
 
     def loss_after(self, seconds: float) -> float:
         """Mean of the last LAST of the losses of the steps that were done by then; of the first one where none was."""
@@ -70,6 +76,15 @@ class SyncRow:
     most_lead: int | None
 
 
+def run_folder(output: Path, workers: int, name: str) -> Path:
+    """Where the run of a way on so many replicas lies.
+
+    >>> run_folder(Path("out"), 2, "local SGD, every 8 steps").as_posix()
+    'out/2-workers/local-SGD-every-8-steps'
+    """
+    return output / f"{workers}-workers" / name.replace(", ", "-").replace(" ", "-")
+
+
 def read_curve(path: Path | str) -> Curve:
     """A metrics.jsonl. Raises UserError if it cannot be read, or has no steps."""
     try:
@@ -83,6 +98,37 @@ def read_curve(path: Path | str) -> Curve:
     if not losses:
         raise UserError(f"metrics '{path}' holds no step")
     return Curve(losses, tokens, tuple(sum(each[: n + 1]) for n in range(len(each))))
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What a trial left of so many replicas: a row for every way to keep them together, and its curve."""
+
+    workers: int
+    rows: tuple[SyncRow, ...]
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Of sync.json, rows by number of replicas."""
+
+    workers: dict[int, tuple[SyncRow, ...]]
+
+    __pydantic_config__ = {**STRICT, "extra": "ignore"}  # noqa: RUF012 (pydantic's own name)
+
+
+def read_ways(folder: Path) -> tuple[Ways, ...]:
+    """What `validate sync` left in a folder; nothing where it left nothing. Raises UserError if a file of it is
+    something else, or is missing."""
+    path = folder / "sync.json"
+    if not path.is_file():
+        return ()
+    trial = to_dataclass(_Trial, read_json(path, "trial"), f"trial '{path}'")
+    return tuple(
+        Ways(count, rows, tuple(read_curve(run_folder(folder, count, row.name) / "metrics.jsonl") for row in rows))
+        for count, rows in trial.workers.items()
+    )
 
 
 def rows(runs: Sequence[SyncRun]) -> list[SyncRow]:
@@ -153,7 +199,7 @@ def loss_curves(runs: Sequence[SyncRun], path: Path | str, title: str) -> Path:
     colors = plt.get_cmap("tab10")
     for place, run in enumerate(runs):
         curve = run.curve
-        smooth = _smoothed(curve.losses, max(1, len(curve.losses) // 20))
+        smooth = curve.smoothed()
         for panel, x in zip(panels, (curve.tokens, curve.seconds), strict=True):
             panel.plot(x, smooth, color=colors(place % 10), linewidth=1.4, label=run.name)
     panels[0].set(xlabel="tokens seen", ylabel="training loss")
@@ -165,8 +211,3 @@ def loss_curves(runs: Sequence[SyncRun], path: Path | str, title: str) -> Path:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     return write_figure(figure, path)
-
-
-def _smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Means over the last `width` values."""
-    return [statistics.fmean(values[max(0, n + 1 - width) : n + 1]) for n in range(len(values))]

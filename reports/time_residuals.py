@@ -7,25 +7,21 @@ counts rows: every source has the same weight, its jobs share it, and the layout
 reason all that is learnt is judged on sources that are left out, one after the other, and intervals are stretched until
 they hold there. Constants of the simulator were fitted to some of these rows, the left-out sources' own among them,
 which no such split undoes: on software and devices of which nothing is published errors may be larger.
-
-`python -m reports.time_residuals` predicts all published runs, writes simulator/data/time_residuals.toml and prints how
-well intervals hold.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from reports.published import published_rows, source_name
-from reports.validation import LEAST_LAYOUTS, Result, validate
+from reports.published import source_name
+from reports.validation import Result
 from simulator.error_bars import (
     LEVEL,
     Best,
@@ -35,9 +31,7 @@ from simulator.error_bars import (
     TimeResiduals,
     model_family,
 )
-from simulator.files import write_text
 from simulator.layout import Layout
-from simulator.simplicity import recommended
 
 FILE = Path(__file__).parents[1] / "simulator" / "data" / "time_residuals.toml"
 SHARES = (0.1, 0.25, 0.75, 0.9)
@@ -78,18 +72,6 @@ class Judged:
     def inside(self, level: float) -> bool:
         low, high = _ends(self.quantiles, level)
         return low <= self.run.residual <= high
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The layout that a rule picks among those measured of a job: its residual, the mean of the others', and the part
-    of the best measured speed that is lost."""
-
-    job: str
-    layouts: int
-    chosen: float
-    others: float
-    regret: float
 
 
 def runs(results: Iterable[Result]) -> list[Run]:
@@ -265,31 +247,6 @@ def time_residuals_of(results: Sequence[Result]) -> TimeResiduals:
     )  # fmt: skip
 
 
-def choices(found: Sequence[Run], known: TimeResiduals, careful: bool, least: int = LEAST_LAYOUTS) -> list[Choice]:
-    """What the planner's rule picks among the measured layouts of every job with at least so many.
-
-    Args:
-        careful: of what ties with the layout that is predicted fastest the simplest; otherwise that layout.
-    """
-    by_job: dict[str, list[Run]] = {}
-    for run in found:
-        by_job.setdefault(run.job, []).append(run)
-    picked = []
-    share = math.exp(known.difference.half) - 1
-    for job, group in by_job.items():
-        if len(group) < least:
-            continue
-        steps = [run.step_seconds for run in group]
-        place = recommended(steps, [run.layout for run in group], share if careful else 0.0)
-        others = [run.residual for at, run in enumerate(group) if at != place]
-        measured = [run.step_seconds * math.exp(run.residual) for run in group]
-        chosen = group[place].residual
-        picked.append(
-            Choice(job, len(group), chosen, statistics.mean(others), round(1 - min(measured) / measured[place], 12))
-        )
-    return picked
-
-
 def residuals_toml(known: TimeResiduals) -> str:
     """simulator/data/time_residuals.toml."""
     rule = "published runs (reports/data/published); sources, their jobs and the layouts of a job count the same"
@@ -310,36 +267,6 @@ def residuals_toml(known: TimeResiduals) -> str:
     for gpu, precisions in known.mfu.items():
         lines += ["", *(f'[mfu."{gpu}".{p}]\nmfu = {best.mfu}\nrow = "{best.row}"' for p, best in precisions.items())]
     return "\n".join(lines) + "\n"
-
-
-def terminal_lines(found: Sequence[Run], known: TimeResiduals) -> list[str]:
-    """How well intervals and the rule of the recommendation do."""
-    lines = [
-        f"interval of {held.level:.0%}: of sources left out {held.by_source:.1%} inside ({held.by_job:.1%} by job), "
-        f"mean width {held.width:.3f} in ln, stretched by {held.stretched:.2f}"
-        for held in known.held_out
-    ]
-    d = known.difference
-    lines.append(
-        f"difference of two layouts of a job: half within {d.half:.1%}, four of five within {d.four_fifths:.1%} "
-        f"({d.pairs} pairs, {d.jobs} jobs, {d.sources} sources); left out {d.held_out_half:.1%} and "
-        f"{d.held_out_four_fifths:.1%}; sigma of a layout {d.sigma_layout:.3f}, of a job {d.sigma_job:.3f}"
-    )
-    for careful in (False, True):
-        for least in (LEAST_LAYOUTS, 2):
-            lines.append(_choice_line(choices(found, known, careful, least), careful, least))
-    return lines
-
-
-def _choice_line(picked: Sequence[Choice], careful: bool, least: int) -> str:
-    more = [choice.chosen - choice.others for choice in picked]
-    error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0
-    return (
-        f"{'simplest of ties' if careful else 'predicted fastest':30s} {len(picked)} jobs of >= {least} "
-        f"layouts: chosen {statistics.mean(c.chosen for c in picked):+.3f}, others "
-        f"{statistics.mean(c.others for c in picked):+.3f}, more {statistics.mean(more):+.3f} +- {error:.3f}, "
-        f"mean regret {statistics.mean(c.regret for c in picked):.2%}"
-    )
 
 
 def _pairs(found: Sequence[Run]) -> list[tuple[float, str, str]]:
@@ -409,29 +336,11 @@ def _fields(found: Spread | Difference | HeldOut) -> list[str]:
 
 def by_gpu(judged: Sequence[Judged], factor: float) -> list[tuple[str, int, int, float, float]]:
     """(GPU, layouts, jobs, part inside the interval of LEVEL, mean width), jobs counting the same; most jobs first."""
-    return _by(judged, lambda one: one.run.gpu, factor)
-
-
-def _by(
-    judged: Sequence[Judged], key: Callable[[Judged], str], factor: float
-) -> list[tuple[str, int, int, float, float]]:
     groups: dict[str, list[Judged]] = {}
     for one in judged:
-        groups.setdefault(key(one), []).append(one)
+        groups.setdefault(one.run.gpu, []).append(one)
     rows = [
         (name, len(g), _jobs([one.run for one in g]), coverage(g, LEVEL, False, factor), width(g, LEVEL, factor))
         for name, g in groups.items()
     ]
     return sorted(rows, key=lambda row: (-row[2], row[0]))
-
-
-def main() -> None:
-    """Write the file, print how well it holds."""
-    results = validate(published_rows()).results
-    known = time_residuals_of(results)
-    write_text(FILE, residuals_toml(known))
-    sys.stdout.write("\n".join([f"wrote {FILE}", *terminal_lines(runs(results), known)]) + "\n")
-
-
-if __name__ == "__main__":
-    main()

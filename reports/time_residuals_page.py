@@ -1,14 +1,21 @@
-"""How sure predictions of steps are: a section of docs/validation.md."""
+"""How sure predictions of steps are: a section of docs/validation.md, and lines for a terminal.
+
+`python -m reports.time_residuals_page` predicts all published runs, writes simulator/data/time_residuals.toml and
+prints how well intervals hold.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Sequence
 
-from reports.time_residuals import Choice, by_gpu, choices, held_out, runs, time_residuals_of
-from reports.validation import LEAST_LAYOUTS, Result
+from reports.choices import Choice, choices, fare
+from reports.published import published_rows
+from reports.time_residuals import FILE, Run, by_gpu, held_out, residuals_toml, runs, time_residuals_of
+from reports.validation import LEAST_LAYOUTS, Result, validate
 from simulator.error_bars import LEVEL, TimeResiduals
+from simulator.files import write_text
 
 
 def section(results: Sequence[Result]) -> list[str]:
@@ -60,15 +67,47 @@ def section(results: Sequence[Result]) -> list[str]:
     ]
 
 
+def terminal_lines(found: Sequence[Run], known: TimeResiduals) -> list[str]:
+    """How well intervals and the rule of the recommendation do."""
+    lines = [
+        f"interval of {held.level:.0%}: of sources left out {held.by_source:.1%} inside ({held.by_job:.1%} by job), "
+        f"mean width {held.width:.3f} in ln, stretched by {held.stretched:.2f}"
+        for held in known.held_out
+    ]
+    d = known.difference
+    lines.append(
+        f"difference of two layouts of a job: half within {d.half:.1%}, four of five within {d.four_fifths:.1%} "
+        f"({d.pairs} pairs, {d.jobs} jobs, {d.sources} sources); left out {d.held_out_half:.1%} and "
+        f"{d.held_out_four_fifths:.1%}; sigma of a layout {d.sigma_layout:.3f}, of a job {d.sigma_job:.3f}"
+    )
+    for careful in (False, True):
+        for least in (LEAST_LAYOUTS, 2):
+            of = fare(choices(found, known, careful, least))
+            lines.append(
+                f"{'simplest of ties' if careful else 'predicted fastest':30s} {of.jobs} jobs of >= {least} "
+                f"layouts: chosen {of.chosen:+.3f}, others {of.others:+.3f}, more {of.more:+.3f} +- {of.error:.3f}, "
+                f"mean regret {of.regret:.2%}"
+            )
+    return lines
+
+
+def main() -> None:
+    """Write the file, print how well it holds."""
+    results = validate(published_rows()).results
+    known = time_residuals_of(results)
+    write_text(FILE, residuals_toml(known))
+    sys.stdout.write("\n".join([f"wrote {FILE}", *terminal_lines(runs(results), known)]) + "\n")
+
+
 def _choice(picked: Sequence[Choice], careful: bool, least: int) -> tuple[str, ...]:
-    more = [choice.chosen - choice.others for choice in picked]
-    error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0
+    found = fare(picked)
     return (
         "fastest, simplest of ties" if careful else "predicted fastest",
-        f"{len(picked)} with {least} or more layouts",
-        *(f"{statistics.mean(values):+.3f}" for values in ([c.chosen for c in picked], [c.others for c in picked])),
-        f"{statistics.mean(more):+.3f} (se {error:.3f})",
-        f"{statistics.mean(c.regret for c in picked):.1%}",
+        f"{found.jobs} with {least} or more layouts",
+        f"{found.chosen:+.3f}",
+        f"{found.others:+.3f}",
+        f"{found.more:+.3f} (se {found.error:.3f})",
+        f"{found.regret:.1%}",
     )
 
 
@@ -85,3 +124,7 @@ def _claim(picked: Sequence[Choice], known: TimeResiduals) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *("---:" for _ in columns[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

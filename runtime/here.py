@@ -25,7 +25,7 @@ from runtime.checkpoint_folder import find_checkpoint
 from runtime.data import check_data
 from runtime.hf_config import check_exchanged, hf_config
 from runtime.hosts import on_two_hosts
-from runtime.machine import CPU_RANK_ENVIRONMENT, processors
+from runtime.machine import CPU_RANK_ENVIRONMENT, end_with_starter, processors
 from runtime.settings import DEFAULT, Settings
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, to_dataclass
@@ -230,7 +230,8 @@ def _run(
 ) -> tuple[int, list[str]]:
     """Run a command to its end: its exit code, and the last lines of its stderr that are no progress.
 
-    However this function is left, by Ctrl-C too, no process of the command stays behind.
+    However this function is left, by Ctrl-C too, no process of the command stays behind; nor where this process is
+    killed (Linux).
     """
     process = subprocess.Popen(
         command,
@@ -241,6 +242,7 @@ def _run(
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=end_with_starter,
     )
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_lines, args=(process, lines), daemon=True).start()

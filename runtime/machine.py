@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,18 @@ CPU_RANK_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
+
+
+# Looked up here, because between fork and exec nothing should be loaded.
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+
+
+def end_with_starter(number: signal.Signals = signal.SIGKILL) -> None:
+    """For `preexec_fn`: the new process gets this signal when the thread that starts it ends, killed or not. Linux only
+    (prctl(2)); elsewhere the processes of a command that was killed go on to their end."""
+    if _PRCTL is not None:
+        _PRCTL(_SET_DEATH_SIGNAL, int(number))
 
 
 def leave(exit_code: int = 0) -> NoReturn:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.machine import CPU_RANK_ENVIRONMENT
+from runtime.machine import CPU_RANK_ENVIRONMENT, end_with_starter
 from simulator.errors import UserError
 from simulator.files import check_writable, read_json, write_json
 from simulator.job import build_job
@@ -188,7 +188,14 @@ def _run(command: list[str], errors: Path, report: Progress) -> None:
     environment = os.environ | CPU_RANK_ENVIRONMENT | {"PYTHONPATH": path}
     with (
         errors.open("w") as stderr,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            preexec_fn=lambda: end_with_starter(signal.SIGTERM),
+        ) as process,
     ):
         # torchrun ends its ranks when it is asked to, not when it is killed.
         timer = threading.Timer(TIME_LIMIT, process.send_signal, (signal.SIGTERM,))

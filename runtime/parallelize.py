@@ -32,10 +32,11 @@ from runtime.experts import spread_experts
 from runtime.model import Transformer, init_weights
 from runtime.recompute import apply_recompute
 from runtime.tensor_parallel import apply_tensor_parallel
+from simulator.axes import AXES
 from simulator.data_parallel import uses_fsdp
 from simulator.expert_parallel import expert_grid
 from simulator.job import Job, Training
-from simulator.layout import AXES, Layout
+from simulator.layout import Layout
 
 MESH_AXES = tuple(reversed(AXES))
 

@@ -24,6 +24,8 @@ MOST_DEVICES = 2**17
 MOST_GPUS_PER_NODE = 1024
 MOST_LAYERS = 10_000
 MOST_SAMPLES = 2**20
+# Ten thousand times what any model was trained on: more is a slip of the pen.
+MOST_TOKENS = 1e18
 
 
 def check_model(model: ModelSpec, where: str) -> None:
@@ -46,8 +48,8 @@ def check_model(model: ModelSpec, where: str) -> None:
         )
 
 
-# A modem: below it nothing is a network, and times have no digits left.
-LEAST_BANDWIDTH = 1e3
+# A modem, and a hundred times what any device has: beyond them nothing is a link, and times have no digits left.
+LEAST_BANDWIDTH, MOST_BANDWIDTH = 1e3, 1e14
 
 
 def check_cluster(spec: ClusterSpec) -> None:
@@ -89,11 +91,11 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
         if link is None:
             continue
         _above_zero(where, f"{tier}.bandwidth", [link.bandwidth])
-        _at_least(where, f"{tier}.bandwidth in bytes per second", link.bandwidth, LEAST_BANDWIDTH)
+        _check_bandwidth(where, f"{tier}.bandwidth", link.bandwidth)
         _at_least(where, f"{tier}.devices_per_root", link.devices_per_root, 0)
         if link.devices_per_root:
             _above_zero(where, f"{tier}.root_bandwidth (which devices_per_root needs)", [link.root_bandwidth])
-            _at_least(where, f"{tier}.root_bandwidth in bytes per second", link.root_bandwidth, LEAST_BANDWIDTH)
+            _check_bandwidth(where, f"{tier}.root_bandwidth", link.root_bandwidth)
         times = (link.latency, link.latency_per_doubling, *link.ring_hops)
         _at_least(where, f"{tier}'s latencies", min(times), 0)
         for collective in get_args(Collective):
@@ -106,6 +108,12 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
                 raise UserError(
                     f"{where}: {tier}.collectives.{collective} needs ranks, efficiency above zero, no negative time"
                 )
+
+
+def _check_bandwidth(where: str, name: str, value: float) -> None:
+    _at_least(where, f"{name} in bytes per second", value, LEAST_BANDWIDTH)
+    if value > MOST_BANDWIDTH:
+        raise UserError(f"{where}: {name} = {value:g} bytes per second must be at most {MOST_BANDWIDTH:g}")
 
 
 def check_gpu(gpu: Gpu, where: str) -> None:
@@ -185,8 +193,8 @@ def check_objective(objective: Objective, where: str) -> None:
         value = getattr(objective, key)
         if value is not None:
             _above_zero(where, f"objective.{key}", [value])
-            if key == "tokens" and value < 1:
-                raise UserError(f"{where}: objective.tokens = {value:g} must be at least 1")
+            if key == "tokens" and not 1 <= value <= MOST_TOKENS:
+                raise UserError(f"{where}: objective.tokens = {value:g} must be from 1 to {MOST_TOKENS:g}")
         elif objective.goal == "deadline":
             example = 'tokens = "1T"' if key == "tokens" else 'deadline = "30 days"'
             raise UserError(f"{where}: objective.goal = 'deadline' needs objective.{key}, like {example}")

@@ -76,6 +76,30 @@ def transfer_seconds(transfers: Iterable[Transfer], shapes: Mapping[str, GroupSh
     return sum(t.times * collective_seconds(t.kind, t.size, shapes[t.group], spec) for t in transfers)
 
 
+def slowest_link(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> str:
+    """The links that a collective waits for, by the rule of `collective_seconds`: of a group over several domains those
+    inside of them where its cards are faster; with the uplinks of a leaf, or the roots inside a domain, where its share
+    of those is narrower."""
+    up, out = spec.scale_up, spec.scale_out
+    if shape.domains == 1 or out is None:
+        return up.kind + (" across roots" if shape.spine < shape.bandwidth else "")
+    if collective == "all_to_all":
+        inside, cards = _exchange_times(size, shape, spec)
+    elif collective == "send_recv":
+        inside, cards = 0.0, 1.0
+    elif spec.concurrency:
+        x = bus_bytes(collective, shape.ranks, size)
+        inside, cards = _machine_seconds(collective, x, shape, spec), _wire_seconds(collective, x, shape, spec)
+    else:
+        fits = out.collectives.get(collective)
+        efficiency = _fit(fits, shape.domains).efficiency if fits else 1.0
+        cards = 1 / (_tree_gain(collective, shape, spec) * efficiency * shape.slowest)
+        inside = 1 / _domain_bandwidth(collective, shape, spec)
+    if inside > cards:
+        return up.kind
+    return out.kind + (" across leaves" if shape.spine < shape.bandwidth else "")
+
+
 def collective_multiprocessors(collective: Collective, size: float, shape: GroupShape, spec: ClusterSpec) -> int:
     """Multiprocessors that a collective takes from compute while it runs: its channels, one CTA each, by NCCL's model
     (nccl.py); 0 where nobody else computes there or the library is not NCCL.
@@ -116,10 +140,7 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
     made of one machine have its processors to send with: there it is never faster than with all ranks on it."""
     assert spec.scale_out is not None
     if spec.concurrency:
-        inside = dataclasses.replace(shape, domains=1, bandwidth=spec.scale_up.bandwidth, spine=math.inf)
-        wire = _fit(spec.scale_out.collectives[collective], shape.domains)
-        seconds = wire.latency + x / (wire.efficiency * shape.slowest) + wire.ramp * math.sqrt(x)
-        return max(seconds, _inside_seconds(collective, x, inside, spec))
+        return max(_wire_seconds(collective, x, shape, spec), _machine_seconds(collective, x, shape, spec))
     outside = _fit(spec.scale_out.collectives[collective], shape.domains)
     cards = outside.efficiency * shape.slowest
     rings = [
@@ -133,6 +154,19 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
         bandwidth = min(_tree_gain(collective, shape, spec) * cards, _domain_bandwidth(collective, shape, spec))
         rings = [spec.scale_out.latency_per_doubling * math.log2(shape.domains) + x / bandwidth]
     return outside.latency + min(rings) + outside.ramp * math.sqrt(x)
+
+
+def _wire_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """Between hosts that are made of one machine, over what links them."""
+    assert spec.scale_out is not None
+    wire = _fit(spec.scale_out.collectives[collective], shape.domains)
+    return wire.latency + x / (wire.efficiency * shape.slowest) + wire.ramp * math.sqrt(x)
+
+
+def _machine_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
+    """The same with all ranks on that machine."""
+    inside = dataclasses.replace(shape, domains=1, bandwidth=spec.scale_up.bandwidth, spine=math.inf)
+    return _inside_seconds(collective, x, inside, spec)
 
 
 def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -157,13 +191,24 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
         x = bus_bytes("all_to_all", n, size)
         times = [x / shape.bandwidth, _crossing_seconds(size, shape)]
         return inside.latency + max(times) / inside.efficiency + inside.ramp * math.sqrt(x)
-    assert spec.scale_out is not None
-    outside = _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], n)
-    leaving = size * (n - g) / n
-    cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / outside.efficiency
-    times = [size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards]
+    outside = _exchange_fit(shape, spec)
     posts = (n - g) * nccl.post_seconds() if spec.nccl else 0.0
-    return outside.latency + posts + max(times) + outside.ramp * math.sqrt(leaving)
+    ramp = outside.ramp * math.sqrt(size * (n - g) / n)
+    return outside.latency + posts + max(_exchange_times(size, shape, spec)) + ramp
+
+
+def _exchange_fit(shape: GroupShape, spec: ClusterSpec) -> CollectiveFit:
+    assert spec.scale_out is not None
+    return _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], shape.ranks)
+
+
+def _exchange_times(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[float, float]:
+    """Seconds of what stays in the domains of an all-to-all over several, and of what leaves them."""
+    n, g = shape.ranks, shape.ranks_per_domain
+    inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
+    leaving = size * (n - g) / n
+    cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / _exchange_fit(shape, spec).efficiency
+    return size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards
 
 
 def _crossing_seconds(size: float, shape: GroupShape) -> float:

@@ -7,15 +7,25 @@ the fields that it reads, and rows that share the combination share the answer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from simulator.layout import RANK_ORDER, SCHEDULES, Layout
+from simulator.axes import RANK_ORDER
+from simulator.layout import Layout
+from simulator.layout_rules import (
+    batch_problems,
+    grid_problems,
+    order_problems,
+    pipeline_problems,
+    stack_problems,
+    tensor_problems,
+)
 from simulator.offload import offload_problems
+from simulator.schedules import SCHEDULES
 from simulator.sync_rules import sync_problems
 
 if TYPE_CHECKING:
@@ -84,22 +94,6 @@ class Columns:
         return np.isin(self[field], places)
 
 
-def columns_of(layouts: Sequence[Layout]) -> Columns:
-    """These layouts as columns."""
-    names = {name: list(values) for name, values in NAMED.items()}
-    numbers = {}
-    for name, default in DEFAULTS.items():
-        values = [getattr(layout, name) for layout in layouts]
-        if name not in names and isinstance(default, int) and not isinstance(default, bool):
-            numbers[name] = np.array(values, dtype=np.int64)
-            continue
-        known = names.setdefault(name, [default])
-        known += [value for value in dict.fromkeys(values) if value not in known]
-        place = {value: i for i, value in enumerate(known)}
-        numbers[name] = np.array([place[value] for value in values], dtype=np.int64)
-    return Columns(numbers, names)
-
-
 def distinct(*columns: npt.NDArray[Any]) -> tuple[Column, Column]:
     """(a row of every combination of values that occurs, the combination of every row).
 
@@ -129,32 +123,21 @@ def _dense(values: Column) -> tuple[Column, int]:
     return (np.cumsum(seen) - 1)[values], int(seen.sum())
 
 
-# The parts of Layout.problems with the fields that they read. Microbatches follow from the batch and three fields.
+# The rules of layout_rules.py with the fields that they read. Microbatches follow from the batch and three fields.
 _GRID = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
-RULES: dict[str, tuple[str, ...]] = {
-    "_order_problems": ("rank_order", *_GRID),
-    "_grid_problems": (*_GRID, "ep", "zero_stage", "sequence_parallel"),
-    "_batch_problems": ("dp_replicate", "dp_shard", "micro_batch_size"),
-    "_tensor_problems": ("tp", "cp", "ep", "sequence_parallel"),
-    "_pipeline_problems": ("pp", "virtual_stages", "schedule", "recompute", "stage_layers", "microbatches"),
-    "_stack_problems": (
+RULES: dict[Callable[[Layout, Job], list[str]], tuple[str, ...]] = {
+    order_problems: ("rank_order", *_GRID),
+    grid_problems: (*_GRID, "ep", "zero_stage", "sequence_parallel"),
+    batch_problems: ("dp_replicate", "dp_shard", "micro_batch_size"),
+    tensor_problems: ("tp", "cp", "ep", "sequence_parallel"),
+    pipeline_problems: ("pp", "virtual_stages", "schedule", "recompute", "stage_layers", "microbatches"),
+    stack_problems: (
         "ep", "tp", "cp", "pp", "zero_stage", "schedule", "recompute", "sequence_parallel", "rank_order", "replicates",
         "shards",
     ),
-    "sync_problems": ("replicates", "ep", "zero_stage", "world"),
-    "offload_problems": ("offload", "zero_stage"),
+    sync_problems: ("replicates", "ep", "zero_stage", "world"),
+    offload_problems: ("offload", "zero_stage"),
 }  # fmt: skip
-
-
-def _problems(rule: str, layout: Layout, job: Job) -> list[str]:
-    if rule == "sync_problems":
-        return sync_problems(layout, job)
-    if rule == "offload_problems":
-        return offload_problems(layout, job)
-    if rule == "_order_problems":
-        return layout._order_problems()
-    found: list[str] = getattr(layout, rule)(job)
-    return found
 
 
 def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
@@ -175,7 +158,7 @@ def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
             "world": world[rows],
         }
         firsts, codes = distinct(*(derived[name] if name in derived else some[name] for name in (*reads, *extra)))
-        fine = [not _problems(rule, layout, job) for layout in some.layouts(firsts)]
+        fine = [not rule(layout, job) for layout in some.layouts(firsts)]
         found[rows] = np.array(fine)[codes]
     return found
 

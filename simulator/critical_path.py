@@ -11,12 +11,14 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.messages import message_bytes, message_cost
 from simulator.placement import known_to
-from simulator.stage import StageCost, Work
+from simulator.schedules import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT
+from simulator.stage import StageCost
 from simulator.step_end import norm_seconds, update_seconds
 from simulator.topological_order import KINDS, Edge, topological_order
+from simulator.work import Work
 
 if TYPE_CHECKING:
     from simulator.job import Job

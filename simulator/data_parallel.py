@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 from simulator.cluster import GroupShape
 from simulator.collectives import Transfer, transfer_seconds
 from simulator.expert_parallel import expert_grid
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
+from simulator.schedules import SPLIT_BACKWARD
 
 if TYPE_CHECKING:
     from simulator.job import Job

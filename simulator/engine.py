@@ -39,8 +39,8 @@ from simulator.ranks import Process, Rank
 from simulator.rendezvous import Axes, Rendezvous
 from simulator.results import Breakdown, Span, Timeline
 from simulator.schedules import Op
-from simulator.stage import Work
 from simulator.step_end import norm_seconds
+from simulator.work import Work
 
 if TYPE_CHECKING:
     from simulator.job import Job

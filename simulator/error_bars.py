@@ -1,6 +1,6 @@
 """How far a predicted step may be off, and how far the difference of two layouts.
 
-Published runs say so (data/time_residuals.toml, written by `python -m reports.time_residuals`): of
+Published runs say so (data/time_residuals.toml, written by `make residuals`): of
 e = ln(measured step / predicted step) the quantiles of all of them, each source of runs counting the same; what runs on
 a GPU, of a model family or with a stack change about them; and of two layouts of one job how far
 ln(step / step) was off, which is less, because what is wrong about the GPU, the model and the stack is wrong in both.
@@ -110,7 +110,7 @@ def model_family(family: str) -> str:
     return family if family in ("moe", "hybrid") else "dense"
 
 
-def log_bounds(job: Job, known: TimeResiduals | None = None) -> tuple[float, float]:
+def log_bounds(job: Job) -> tuple[float, float]:
     """ln(true / predicted step) at the low and at the high end of the interval of LEVEL.
 
     Rule: the quantile of all runs, plus the widest of what GPU, model family and stack add. On a machine with a profile
@@ -118,22 +118,19 @@ def log_bounds(job: Job, known: TimeResiduals | None = None) -> tuple[float, flo
     machine's own timings is added in quadrature. No layout of a job has another interval than the next: classes of
     layouts were tried and told nothing (docs/cost-model.md).
     """
-    known = known or time_residuals()
+    known = time_residuals()
     low, high = known.pooled.q10, known.pooled.q90
     if spread := job.cluster.gpu.timing_spread:
         return -math.hypot(low, spread / 2), math.hypot(high, spread / 2)
-    groups = _groups(job, known)
+    groups = [group for _, group in _groups(job) if group is not None]
     return low + min([0.0, *(group.q10 for group in groups)]), high + max([0.0, *(group.q90 for group in groups)])
 
 
-def _groups(job: Job, known: TimeResiduals) -> list[Spread]:
-    """What is known of the job's GPU, model family and stack."""
-    found = (
-        known.gpu.get(job.cluster.gpu.name),
-        known.family.get(model_family(job.model.family)),
-        known.stack.get(job.stack.name),
-    )
-    return [group for group in found if group is not None]
+def _groups(job: Job) -> list[tuple[str, Spread | None]]:
+    """The job's GPU, model family and stack by name, with what is known of each."""
+    known, gpu, stack = time_residuals(), job.cluster.gpu.name, job.stack.name
+    family = model_family(job.model.family)
+    return [(gpu, known.gpu.get(gpu)), (family, known.family.get(family)), (stack, known.stack.get(stack))]
 
 
 def step_interval(job: Job, step_seconds: float) -> Interval:
@@ -152,12 +149,9 @@ def source_sentence(job: Job) -> str:
             f", none of them on this machine, and the spread of its own timings ({job.cluster.gpu.timing_spread:.0%})"
         )
     else:
-        names = {
-            "gpu": job.cluster.gpu.name, "family": model_family(job.model.family), "stack": job.stack.name,
-        }  # fmt: skip
-        own = {word: getattr(known, word).get(name) for word, name in names.items()}
-        there = [f"{names[word]} ({group.jobs} jobs)" for word, group in own.items() if group is not None]
-        missing = [names[word] for word, group in own.items() if group is None]
+        groups = _groups(job)
+        there = [f"{name} ({group.jobs} jobs)" for name, group in groups if group is not None]
+        missing = [name for name, group in groups if group is None]
         rests += f"; of them {', '.join(there)}" if there else ""
         rests += f"; none of {', '.join(missing)}" if missing else ""
     return f"{rests}; of sources left out {held.by_source:.0%} to {held.by_job:.0%} lay inside"

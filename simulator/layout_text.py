@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from simulator.errors import UserError, nearest
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, Layout, written
+from simulator.layout import Layout, written
+from simulator.schedules import MULTI_STAGE
 
 
 def parse_layout(text: str, job: Job) -> Layout:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simulator.layout import SPLIT_BACKWARD, Layout, Schedule
+from simulator.layout import Layout
 from simulator.program import OPTIMIZER, sharded_order
-from simulator.schedules import Op, compute_order
+from simulator.schedules import SPLIT_BACKWARD, Op, Schedule, compute_order
 
 
 class Held(NamedTuple):

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.expert_parallel import per_shard
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
 from simulator.lifetimes import Held, Moment, Running, fullest_moments, lifetimes
 from simulator.passing import Sharding, Worth, stage_bytes, stream_bytes
 from simulator.results import MemoryBreakdown, MemoryMoment
+from simulator.schedules import SPLIT_BACKWARD
 from simulator.stage import StageCost
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from simulator.lifetimes import Running
 
 if TYPE_CHECKING:
     from simulator.job import Job
-    from simulator.stage import StageCost, UnitCost
+    from simulator.stage import StageCost
+    from simulator.unit_cost import UnitCost
 
 
 def stream_bytes(job: Job, layout: Layout) -> float:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from simulator.layout import MULTI_STAGE, Layout, Schedule
-from simulator.schedules import Op, compute_order
+from simulator.layout import Layout
+from simulator.schedules import MULTI_STAGE, Op, Schedule, compute_order
 from simulator.stage import StageCost, StageCosts
 
 if TYPE_CHECKING:

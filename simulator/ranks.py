@@ -12,7 +12,7 @@ from simulator.messages import Channel
 from simulator.network import Route
 from simulator.processors import Processors
 from simulator.rendezvous import Axes
-from simulator.stage import Work
+from simulator.work import Work
 
 Process = Generator[simpy.Event, Any, None]
 

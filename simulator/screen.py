@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.axes import AXES
 from simulator.collectives import message_seconds
 from simulator.columns import Column, Columns, distinct
 from simulator.compute import accumulation_seconds
 from simulator.expert_parallel import expert_grid
-from simulator.layout import AXES, SPLIT_BACKWARD, V_PLACEMENT, Layout, Schedule
+from simulator.layout import Layout
 from simulator.memory import fragmented, overhead_bytes, state_bytes
 from simulator.messages import message_bytes, message_shapes
 from simulator.passing import Sharding
+from simulator.schedules import SPLIT_BACKWARD, V_PLACEMENT, Schedule
 from simulator.step_end import norm_seconds, update_seconds
 from simulator.unit_table import Floats, UnitTable
 

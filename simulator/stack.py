@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from simulator.cluster import HostFit
 from simulator.files import STRICT
 from simulator.model import ModelSpec
+from simulator.schedules import SCHEDULES
 from simulator.sync_rules import Sync
 from simulator.units import BANDWIDTH
 
@@ -231,9 +232,6 @@ class Stack:
 
     def without_limits(self) -> Stack:
         """The same software as if it could run every layout: its costs, without what it refuses."""
-        # layout.py needs this module.
-        from simulator.layout import SCHEDULES
-
         return dataclasses.replace(
             self,
             zero_stages=(1, 2, 3),

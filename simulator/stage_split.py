@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.columns import Columns, distinct, legal
-from simulator.layout import V_PLACEMENT, Layout
+from simulator.layout import Layout
+from simulator.schedules import V_PLACEMENT
 from simulator.unit_table import UnitTable
 
 if TYPE_CHECKING:

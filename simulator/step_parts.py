@@ -15,32 +15,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from simulator.cluster import GroupShape
-from simulator.collectives import Transfer, bus_bytes, collective_seconds
+from simulator.collectives import Collective, Transfer, bus_bytes, collective_seconds, slowest_link
 from simulator.compute import activation_width, kernel_time
-from simulator.context_parallel import context_transfers, moved_seconds
+from simulator.context_parallel import moved_seconds
 from simulator.data_parallel import DataParallel
-from simulator.expert_parallel import expert_transfers
-from simulator.kernels import Attention, Cut, Kernel, Matmul, block_kernels, embedding_kernels, head_kernels
+from simulator.kernels import Attention, Cut, Kernel, Matmul, embedding_kernels, head_kernels
 from simulator.layout import Layout
 from simulator.messages import message_bytes, message_cost, message_shapes
 from simulator.placement import Groups
 from simulator.program import Program, stage_messages
 from simulator.results import Breakdown
-from simulator.stage import StageCost, StageCosts, UnitCost
-from simulator.tensor_parallel import (
-    HEAD_CUTS,
-    block_cuts,
-    embedding_cuts,
-    loss_transfers,
-    repeated_transfers,
-    tensor_transfers,
-)
+from simulator.stage import StageCost, StageCosts
+from simulator.unit_cost import UnitCost
+from simulator.unit_transfers import UnitTransfers, kernels_of_block, of_block, of_embedding, of_head
 
 if TYPE_CHECKING:
     from simulator.job import Job
-
-# The axis of the step that a transfer's group counts to.
-AXIS = {"shard": "dp", "replicate": "dp", "expert_shard": "dp", "expert_replicate": "dp"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,8 @@ class KernelPart:
 class TransferPart:
     """All collectives or messages of one kind and size on one axis in a step. `bytes` is the buffer of each, `seconds`
     are those of all of them alone on their links, `bandwidth` what passes their slowest link in a second
-    (collectives.bus_bytes). They go over `link`, between `domains` scale-up domains."""
+    (collectives.bus_bytes). They go over `link`, between `domains` scale-up domains; `limited_by` are the links whose
+    bandwidth they wait for, inside of a domain also where they leave it (collectives.slowest_link)."""
 
     axis: str
     kind: str
@@ -70,6 +61,7 @@ class TransferPart:
     link: str
     ranks: int
     domains: int
+    limited_by: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class _Parts:
     def __init__(self, job: Job, layout: Layout, program: Program, rank: int) -> None:
         self.job, self.layout, self.program, self.rank = job, layout, program, rank
         self.costs = StageCosts(job, layout)
-        self.cut: Cut = self.costs.cut
+        self.cut: Cut = self.costs.units.cut
         self.groups: Groups = self.costs.groups[rank]
         self.count = layout.microbatches(job.training.global_batch_size)
         self.kernels: Counter[Kernel] = Counter()
@@ -129,19 +121,19 @@ class _Parts:
         self.blocks = 0
 
     def parts(self) -> StepParts:
-        layers = self.layout.layers_per_stage(self.job.model.num_hidden_layers)
-        held = [self.program.stages[stage] for stage in self.layout.stages_of(self.rank)]
-        for stage in self.layout.stages_of(self.rank):
+        job, layout, cut = self.job, self.layout, self.cut
+        layers = layout.layers_per_stage(job.model.num_hidden_layers)
+        held = [self.program.stages[stage] for stage in layout.stages_of(self.rank)]
+        for stage in layout.stages_of(self.rank):
             first = sum(layers[:stage])
             self.blocks += layers[stage]
             for index in range(first, first + layers[stage]):
-                self._block(index)
+                block = kernels_of_block(job, cut, index)
+                self._unit(block, of_block(job, layout, cut, index, block, self.groups.ep))
             if stage == 0:
-                model = self.job.model
-                self._unit(embedding_kernels(model, self.cut, self.job.stack), embedding_cuts(model))
-            if stage == self.layout.stages - 1:
-                self._unit(head_kernels(self.job.model, self.cut, self.job.stack), HEAD_CUTS)
-                self._move("tp", loss_transfers(self.layout, self.cut.tokens), self.count)
+                self._unit(embedding_kernels(job.model, cut, job.stack), of_embedding(job, layout, cut))
+            if stage == layout.stages - 1:
+                self._unit(head_kernels(job.model, cut, job.stack), of_head(job, layout, cut))
             self._data(stage)
         kernels = tuple(self._kernel_parts())
         compute = self.count * sum(s.forward.compute + s.backward.compute for s in held)
@@ -154,37 +146,12 @@ class _Parts:
             sum(s.parameters for s in held),
         )
 
-    def _block(self, index: int) -> None:
-        job, model, layout = self.job, self.job.model, self.layout
-        kind = model.block_kind(index)
-        spread = kind in ("moe", "experts") and layout.ep > 1
-        columns, rows = block_cuts(model, kind, spread)
-        if job.stack.reduces_every_projection:
-            columns = 3 * (2 if kind == "cross" else 1) + (2 if model.gated_mlp else 1)
-        causal, window = model.block_is_causal(index), model.block_window(index)
-        kernels = block_kernels(model, kind, causal, self.cut, job.stack, window)
-        self._unit(kernels, (columns, rows), recomputed=True)
-        if spread:
-            there, back = expert_transfers(job, self.cut, self.groups.ep)
-            keeps = job.stack.selective_keeps_outputs and layout.recompute == "selective"
-            again = 1 if layout.recompute == "full" or keeps else 0
-            self._move("ep", there, self.count * (1 + again))
-            self._move("ep", back, self.count)
-        for core in (k for k in kernels if isinstance(k, Attention) and layout.cp > 1):
-            there, back = context_transfers(job, core, layout.cp)
-            selected = job.stack.selective_recompute.get("attention", 0.0)
-            repeated = {"none": 0.0, "selective": selected, "full": 1.0}[layout.recompute]
-            self._move("cp", there, self.count * (1 + repeated))
-            self._move("cp", back, self.count)
-
-    def _unit(self, kernels: Iterable[Kernel], cuts: tuple[int, int], recomputed: bool = False) -> None:
+    def _unit(self, kernels: Iterable[Kernel], transfers: UnitTransfers) -> None:
         for kernel in kernels:
             self.kernels[kernel] += 1
-        width = self.job.stack.recipes[self.job.training.precision].compute
-        size = self.cut.tokens * self.job.model.hidden_size * width
-        forward, backward = tensor_transfers(self.layout, size, *cuts)
-        again = repeated_transfers(self.job, self.layout, size, *cuts) if recomputed else ()
-        self._move("tp", (*forward, *backward, *again), self.count)
+        for way in transfers:
+            for axis, moved in way.items():
+                self._move(axis, moved, self.count)
 
     def _move(self, axis: str, transfers: Iterable[Transfer], times: float) -> None:
         for transfer in transfers:
@@ -272,17 +239,19 @@ class _Parts:
         latency, seconds, _ = message_cost(job, layout, *ends, None, fold=True)
         shape = max(message_shapes(job, layout), key=lambda one: (one.domains, -one.slowest))
         size = message_bytes(job, layout)
-        yield self._part("pp", "send", sent * self.count, size, latency + seconds, size, shape)
+        yield self._part("pp", "send_recv", sent * self.count, size, latency + seconds, size, shape)
 
     def _part(
-        self, axis: str, kind: str, count: float, size: float, each: float, passed: float, shape: GroupShape
+        self, axis: str, kind: Collective, count: float, size: float, each: float, passed: float, shape: GroupShape
     ) -> TransferPart:
         spec = self.job.cluster
         link = spec.scale_up if shape.domains == 1 else spec.scale_out
         assert link is not None
+        limit = slowest_link(kind, size, shape, spec)
         bandwidth = passed / each if each else 0.0
         ranks = self.layout.pp if axis == "pp" else shape.ranks
-        return TransferPart(axis, kind, count, size, count * each, bandwidth, link.kind, ranks, shape.domains)
+        shown = "send" if kind == "send_recv" and axis == "pp" else kind
+        return TransferPart(axis, shown, count, size, count * each, bandwidth, link.kind, ranks, shape.domains, limit)
 
 
 def _passes(unit: UnitCost) -> int:

@@ -37,29 +37,6 @@ def server_seconds(n: int, k: int, size: float, bandwidth: float) -> float:
     return max(size, n * size / k) / bandwidth
 
 
-def colocated_seconds(n: int, size: float, bandwidth: float) -> float:
-    """A server on every worker's machine, each with 1/n of the parameters: 2(n-1)/n · M/B, as a ring. Each machine
-    sends (n-1)/n · M as a worker and as much as a server (the same, "colocated mode")."""
-    return ring_seconds(n, size, bandwidth)
-
-
-def byteps_split(n: int, k: int) -> tuple[float, float]:
-    """(share of the parameters on each of n GPU machines, on each of k ≤ n CPU machines) that is fastest:
-    (n-k) / (n² + kn - 2k) and 2(n-1) / (n² + kn - 2k) (the same, section 4.1).
-
-    >>> byteps_split(4, 4)
-    (0.0, 0.25)
-    """
-    whole = n * n + k * n - 2 * k
-    return (n - k) / whole, 2 * (n - 1) / whole
-
-
-def byteps_seconds(n: int, k: int, size: float, bandwidth: float) -> float:
-    """With that split: 2n(n-1) M / ((n² + kn - 2k) B). Without CPU machines that is a ring, with n of them 2(n-1)
-    n / (2n² - 2n) = M/B."""
-    return 2 * n * (n - 1) * size / ((n * n + k * n - 2 * k) * bandwidth)
-
-
 def hosted_seconds(n: int, servers: int, nodes: int, push: float, pull: float, bandwidth: float) -> float:
     """Servers beside replicas, one on every node in turn, where n/nodes replicas share the cards of a node, of which
     each has B.
@@ -67,7 +44,7 @@ def hosted_seconds(n: int, servers: int, nodes: int, push: float, pull: float, b
     Rule: in every step the cards of a node with servers send what its replicas push to the servers of other nodes,
     (1 - 1/S) · push each with S such nodes, and its servers' share of pull to all replicas elsewhere; and they receive
     the same with the two exchanged. With a server on every node, and as much pulled as pushed, this is
-    `colocated_seconds`; with one server it is n-1 answers. On one node: `server_seconds`.
+    a ring; with one server it is n-1 answers. On one node: `server_seconds`.
     """
     if nodes == 1:
         return server_seconds(n, servers, max(push, pull), bandwidth)

@@ -19,11 +19,14 @@ NORMS_BEHIND = ("bert", "bart")
 HEAD_CUTS = (1, 0)
 
 
-def block_cuts(model: ModelSpec, kind: BlockKind, spread: bool) -> tuple[int, int]:
+def block_cuts(model: ModelSpec, kind: BlockKind, spread: bool, every_projection: bool) -> tuple[int, int]:
     """Column-parallel inputs and row-parallel outputs of a block that have a collective each: one of each for attention
     and for feed-forward, and an input more for what cross attention looks at. Experts that are spread over ep take
-    their tokens from where they are; shared ones are a feed-forward."""
+    their tokens from where they are; shared ones are a feed-forward. With every_projection q, k, v, up, and gate where
+    there is one, are an input each."""
     modules = model.block_norms(kind) - (spread and not model.num_shared_experts)
+    if every_projection:
+        return 3 * (2 if kind == "cross" else 1) + (2 if model.gated_mlp else 1), modules
     return modules + (kind == "cross"), modules
 
 

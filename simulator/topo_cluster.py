@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from simulator.checks import LEAST_BANDWIDTH, MOST_BANDWIDTH, MOST_GPUS_PER_NODE
 from simulator.errors import UserError, nearest
 from simulator.files import read_toml
 from simulator.topo_matrix import TopoMatrix, parts
@@ -195,8 +196,13 @@ def _scale_out(matrix: TopoMatrix, network: str, found: DescribedCluster) -> dic
         raise UserError(f'--network \'{network}\' is not like "8 x 400 Gb/s" or "1 x 25 Gb/s Ethernet"')
     speed = BANDWIDTH.parse(match[2])
     count = int(match[1]) if match[1] else len(cards) or 1
-    if not 1 <= count <= 1024 or speed <= 0:
-        raise UserError(f"--network '{network}' needs 1 to 1024 cards of some speed")
+    if not 1 <= count <= MOST_GPUS_PER_NODE:
+        raise UserError(f"--network '{network}': {count} cards must be from 1 to {MOST_GPUS_PER_NODE}")
+    if not LEAST_BANDWIDTH <= speed <= MOST_BANDWIDTH:
+        raise UserError(
+            f"--network '{network}': a card of {speed:g} bytes per second must have from {LEAST_BANDWIDTH:g} to "
+            f"{MOST_BANDWIDTH:g}, like 400 Gb/s (5e+10)"
+        )
     if cards and count != len(cards):
         beside = "beside GPUs" if near else "on their side of the sockets"
         found.notes.append(f"the matrix has {len(cards)} network cards {beside}, --network {count}: the latter holds")

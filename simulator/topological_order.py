@@ -11,8 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from simulator.layout import Layout, Schedule
-from simulator.schedules import Op, compute_order
+from simulator.layout import Layout
+from simulator.schedules import Op, Schedule, compute_order
 
 # The places of the kinds of work in a list of seconds, each with one entry for every stage; then comes
 # nothing, 0, and after it pairs.

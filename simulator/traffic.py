@@ -1,8 +1,8 @@
 """What a rank of the project's runtime sends in a step: its collectives and messages, counted from the program.
 
 The list is what `layoutwise run --alone --fake` counts in the real runtime (tests/runtime/test_communication_oracle.py
-holds both equal). Sizes and numbers of each collective come from where the simulator prices them: tensor_parallel.py,
-context_parallel.py, expert_parallel.py, data_parallel.py, messages.py.
+holds both equal). Sizes and numbers of each collective come from where the simulator prices them: unit_transfers.py,
+data_parallel.py, messages.py.
 
 What FSDP gathers depends on what was gathered before, so a rank's ops are walked through in their order:
 
@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape
 from simulator.collectives import Transfer
-from simulator.context_parallel import context_transfers
 from simulator.data_parallel import (
     bucket_sizes,
     gather_transfer,
@@ -32,27 +31,18 @@ from simulator.data_parallel import (
     scatter_transfer,
     uses_fsdp,
 )
-from simulator.expert_parallel import expert_grid, expert_transfers
-from simulator.kernels import Attention, Cut, block_kernels
+from simulator.expert_parallel import expert_grid
 from simulator.layout import Layout
 from simulator.messages import message_bytes
 from simulator.program import sharded_order, stage_messages
 from simulator.results import Collective
 from simulator.schedules import Op, compute_order
-from simulator.tensor_parallel import (
-    HEAD_CUTS,
-    block_cuts,
-    embedding_cuts,
-    loss_transfers,
-    repeated_transfers,
-    tensor_transfers,
-)
+from simulator.unit_transfers import Transfers, cut_of, kernels_of_block, of_block, of_embedding, of_head, stream_bytes
 from simulator.weights import Cutting, Weights, block_weights, elements, embedding_weights, expert_weights, head_weights
 
 if TYPE_CHECKING:
     from simulator.job import Job
 
-Transfers = tuple[Transfer, ...]
 # Loss and squared gradient norm over all ranks, both float64.
 AGREEMENT = Transfer("all_reduce", "world", 16.0)
 
@@ -133,10 +123,7 @@ class _Walk:
         self.job, self.layout, self.pp_rank = job, layout, pp_rank
         self.grid = expert_grid(layout, job.stack)
         self.cutting = Cutting(layout.tp, layout.sequence_parallel, layout.ep, self.grid.tp)
-        self.cut = Cut(
-            layout.micro_batch_size, job.training.seq_len, layout.tp, layout.sequence_parallel, layout.cp, layout.ep,
-            self.grid.tp,
-        )  # fmt: skip
+        self.cut = cut_of(job, layout)
         self.microbatches = layout.microbatches(job.training.global_batch_size)
         self.fsdp = uses_fsdp(job, layout)
         self.recipe = job.stack.recipes[job.training.precision]
@@ -236,32 +223,30 @@ class _Walk:
         backward: list[Transfer] = []
         for index in range(sum(layers[:number]), sum(layers[: number + 1])):
             units += self._block_units(index)
-            there, back, again = self._block_transfers(index)
-            forward += there
-            backward += back + again
+            # No stack that runs sends a token once for several experts: how the group lies does not matter.
+            ep = GroupShape(layout.ep, 1, layout.ep, 1.0)
+            moved = of_block(self.job, layout, self.cut, index, kernels_of_block(self.job, self.cut, index), ep)
+            forward += _flat(moved.forward)
+            backward += _flat(moved.backward) + _flat(moved.again)
         ends: Weights = ()
         if first:
             ends += embedding_weights(model, self.cutting)
-            there, back = tensor_transfers(layout, self._stream_bytes, *embedding_cuts(model))
-            forward, backward = [*there, *forward], [*backward, *back]
+            moved = of_embedding(self.job, layout, self.cut)
+            forward, backward = [*_flat(moved.forward), *forward], [*backward, *_flat(moved.backward)]
         if last:
             ends += head_weights(model, self.cutting, first and model.tie_word_embeddings)
-            there, back = tensor_transfers(layout, self._stream_bytes, *HEAD_CUTS)
-            forward += [*there, *loss_transfers(layout, self.cut.tokens)]
-            backward += back
+            moved = of_head(self.job, layout, self.cut)
+            forward += _flat(moved.forward)
+            backward += _flat(moved.backward)
             if model.family == "bert" and layout.tp > 1 and not layout.sequence_parallel:
                 # The transform in front of the head is cut by columns, and its output gathered again.
-                forward.append(Transfer("all_gather", "tp", self._stream_bytes))
-                backward.append(Transfer("all_reduce", "tp", self._stream_bytes))
+                size = stream_bytes(self.job, self.cut)
+                forward.append(Transfer("all_gather", "tp", size))
+                backward.append(Transfer("all_reduce", "tp", size))
         if ends:
             # FSDP's root holds what is in no block; torch sets its hooks up first.
             units.insert(0, self._dense(ends, root=True))
         return _Stage(units, tuple(forward), tuple(backward))
-
-    @property
-    def _stream_bytes(self) -> float:
-        """Of the activations of a microbatch between two blocks, whole over tp."""
-        return self.cut.tokens * self.job.model.hidden_size * self.recipe.compute
 
     def _dense(self, weights: Weights, root: bool = False) -> _Unit:
         layout = self.layout
@@ -277,25 +262,7 @@ class _Walk:
             found.append(_Unit(weights, "expert_", self.grid.shards, self.grid.replicas))
         return found
 
-    def _block_transfers(self, index: int) -> tuple[Transfers, Transfers, Transfers]:
-        """Of a block's forward, its backward, and what recomputation repeats."""
-        job, layout, model = self.job, self.layout, self.job.model
-        kind = model.block_kind(index)
-        spread = kind == "moe" and layout.ep > 1
-        columns, rows = block_cuts(model, kind, spread)
-        forward, backward = tensor_transfers(layout, self._stream_bytes, columns, rows)
-        again: Transfers = ()
-        if layout.recompute != "none":
-            again = repeated_transfers(job, layout, self._stream_bytes, columns, rows)
-        window = model.block_window(index)
-        for core in block_kernels(model, kind, model.block_is_causal(index), self.cut, job.stack, window):
-            if isinstance(core, Attention) and layout.cp > 1:
-                there, back = context_transfers(job, core, layout.cp)
-                forward, backward = forward + there, backward + back
-                again += there if layout.recompute != "none" else ()
-        if spread:
-            # No stack that runs sends a token once for several experts: how the group lies does not matter.
-            there, back = expert_transfers(job, self.cut, GroupShape(layout.ep, 1, layout.ep, 1.0))
-            forward, backward = forward + there, backward + back
-            again += there if layout.recompute != "none" else ()
-        return forward, backward, again
+
+def _flat(moved: dict[str, Transfers]) -> Transfers:
+    """The transfers of all axes."""
+    return tuple(transfer for transfers in moved.values() for transfer in transfers)

@@ -1,5 +1,5 @@
 """What one block, the embedding and the head cost in many layouts: a few hundred combinations of tp, cp, ep,
-micro-batch and recomputation, costed once by stage.py and looked up by every layout.
+micro-batch and recomputation, costed once by unit_cost.py and looked up by every layout.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from simulator.axes import AXES
 from simulator.columns import NAMED, Columns, distinct
-from simulator.layout import AXES
 from simulator.placement import Groups, distinct_groups, known_to
-from simulator.stage import StageCosts, UnitCost
+from simulator.unit_cost import UnitCost, UnitCosts
 
 if TYPE_CHECKING:
     from simulator.job import Job
@@ -69,11 +69,11 @@ class UnitTable:
 
     def _costs(self, columns: Columns, row: int) -> list[list[float]]:
         layout = columns.layout(row)
-        costs = StageCosts(self.alone, layout)
+        costs = UnitCosts(self.alone, layout)
         ways = [self._units(costs, groups) for groups in distinct_groups(self.job, layout)]
         return [[min(values) for values in zip(*units, strict=True)] for units in zip(*ways, strict=True)]
 
-    def _units(self, costs: StageCosts, groups: Groups) -> list[list[float]]:
+    def _units(self, costs: UnitCosts, groups: Groups) -> list[list[float]]:
         units = [*(costs.block(*kind, groups) for kind in self.kinds), costs.embedding(groups), costs.head(groups)]
         return [self._fields(unit) for unit in units]
 

@@ -64,7 +64,7 @@ def import_log(
     as_json: AsJson = False,
 ) -> None:
     """Read the log of another framework's run of a plan; writes measurement.json."""
-    from planner import show
+    from planner import show_measured
     from planner.plan import read_plan
     from planner.training_log import measurement_of
     from simulator.files import check_writable, plain, read_text, write_json
@@ -80,7 +80,7 @@ def import_log(
         print_json(plain(measured))
         return
     if measured.peak_memory and measured.losses:
-        show.print_measurement(measured, plan.best)
+        show_measured.print_measurement(measured, plan.best)
     else:
         typer.echo(f"median step {measured.step_seconds.median:.4g} s, predicted {plan.best.step_seconds:.4g} s")
     typer.echo(f"written to {path}")

@@ -55,7 +55,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Recommend a layout; writes plan.json. Over several numbers of nodes, also scaling.json and a plan for each."""
-    from planner import show
+    from planner import documents, show
     from planner.commands.scaling import plan_over_nodes
     from planner.plan import write_plan
     from planner.scaling_table import cost_sentence
@@ -85,7 +85,7 @@ def plan(
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)
     if as_json:
-        print_json(show.plan_json(found))
+        print_json(documents.plan_json(found))
         return
     show.print_plan(found)
     typer.echo(cost_sentence(found))
@@ -94,13 +94,13 @@ def plan(
 
 def _fail_with_remedies(job: Any, error: NothingFitsError, as_json: bool) -> NoReturn:
     """The sentence of the error, and the changes that would make the nearest miss fit."""
-    from planner import show
+    from planner import documents
     from planner.remedies import remedy_lines, when_nothing_fits
 
     found = when_nothing_fits(job, error.misses)
     print(f"error: {error}", file=sys.stderr)
     if as_json:
-        print_json(show.nothing_fits_json(error, found))
+        print_json(documents.nothing_fits_json(error, found))
     else:
         for line in remedy_lines(found, "the nearest"):
             print(line, file=sys.stderr)
@@ -122,7 +122,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Predict one layout."""
-    from planner import show
+    from planner import documents, show
     from planner.imports import read_layout
     from planner.memory_parts_report import parts_json
     from planner.remedies import advice
@@ -145,8 +145,8 @@ def simulate(
         write_json(trace, chrome_trace(prediction))
     found = advice(job, prediction)
     if as_json:
-        said = show.warnings_json(job, prediction) | show.remedies_json(found) | parts_json(job, prediction)
-        print_json(show.prediction_json(prediction) | said)
+        said = documents.warnings_json(job, prediction) | documents.remedies_json(found) | parts_json(job, prediction)
+        print_json(documents.prediction_json(prediction) | said)
         return
     show.print_columns([("predicted", prediction)], job)
     show.print_advice(prediction, job, found)

@@ -51,7 +51,7 @@ def run(
 
     With --alone one rank of a layout of any size runs by itself; writes alone.json.
     """
-    from planner import show
+    from planner import show, show_measured
     from planner.plan import read_plan
     from runtime.here import run_here
     from runtime.settings import Settings
@@ -89,7 +89,7 @@ def run(
     if as_json:
         print_json(plain(measured))
         return
-    show.print_measurement(measured, read_plan(plan_file).best)
+    show_measured.print_measurement(measured, read_plan(plan_file).best)
     if totals:
         columns = ("ops of the last step", "count", "predicted ms", "measured ms", "ratio")
         show.print_texts("predicted and measured, all ranks", columns, [cells(one) for one in totals])
@@ -98,7 +98,7 @@ def run(
 
 
 def _run_alone(plan_file: Path, path: Path, rank: int, settings: Any, fake: bool, as_json: bool) -> None:
-    from planner import show
+    from planner import show_measured
     from planner.plan import read_plan
     from runtime.here import run_alone_here
     from simulator.files import plain
@@ -107,7 +107,7 @@ def _run_alone(plan_file: Path, path: Path, rank: int, settings: Any, fake: bool
     if as_json:
         print_json(plain(found))
         return
-    show.print_alone(found, read_plan(plan_file))
+    show_measured.print_alone(found, read_plan(plan_file))
     typer.echo(f"written to {path}")
 
 
@@ -119,7 +119,7 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Profile this machine: matmul, memory, attention, collectives. The cluster `this-machine` is made of it."""
-    from planner import show
+    from planner import show_measured
     from runtime.measure import measure as measure_machine
     from simulator.files import plain
     from simulator.presets import user_profile
@@ -130,7 +130,7 @@ def measure(
     if as_json:
         print_json(plain(profile))
         return
-    show.print_profile(profile)
+    show_measured.print_profile(profile)
     typer.echo(f"written to {path}")
 
 

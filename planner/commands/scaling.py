@@ -26,7 +26,7 @@ def plan_over_nodes(
     the curve, and finding more takes as long again."""
     import dataclasses
 
-    from planner import show
+    from planner import documents, show
     from planner.objectives import too_late
     from planner.other_nodes import node_counts, over_nodes
     from planner.plan import write_plan
@@ -74,7 +74,7 @@ def plan_over_nodes(
             print_json({"problems": [str(missed)], "remedies": list(missed.remedies), "scaling": scaling_json(scaling)})
         sys.exit(missed.exit_code)
     if as_json:
-        print_json(scaling_json(scaling) | {"plan": show.plan_json(chosen)})
+        print_json(scaling_json(scaling) | {"plan": documents.plan_json(chosen)})
 
 
 def _row_on(job: Job, nodes: int, scale_batch: bool, report: Callable[[str, float], None]) -> Row | None:

@@ -19,6 +19,8 @@ from planner.commands.options import (
     Steps,
     Warmup,
     Weights,
+    WhatIf,
+    WithOptionalWhatIf,
     default_warmup,
 )
 from planner.commands.terminal import print_json, progress
@@ -94,7 +96,7 @@ def launch(
         typer.echo(f"written to {output / name}")
 
 
-@app.command()
+@app.command(cls=WithOptionalWhatIf)
 def report(
     plan_given: Annotated[
         Path, typer.Argument(metavar="PLAN_OR_DIR", help="A plan, or a folder with plan.json and what was measured.")
@@ -110,6 +112,7 @@ def report(
         str | None,
         typer.Option(metavar="N,N,...", help="Plan the job on these numbers of nodes too, or none; nearby by default."),
     ] = None,
+    what_if: WhatIf = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page: the layouts, where time and memory go, prediction beside measurement."""
@@ -119,6 +122,8 @@ def report(
     from planner.explain_report import reasons
     from planner.other_nodes import for_report
     from planner.plan import read_plan
+    from planner.what_if import COLUMNS, asked, what_if_rows
+    from planner.what_if import what_if as plan_variants
     from reports.page import write_report
     from reports.page_inputs import find_inputs, find_plan
     from simulator.files import check_writable
@@ -129,8 +134,11 @@ def report(
     inputs = find_inputs(read, path.parent, validation)
     with progress("planning", quiet=as_json) as report_progress:
         scaling = for_report(read, nodes, inputs.scaling, report_progress)
+        tried = what_if_rows(plan_variants(read, asked(read, what_if), report_progress))
     why = tuple(reasons(read, explain(read)))
-    written = write_report(read, dataclasses.replace(inputs, scaling=scaling, reasons=why), folder)
+    written = write_report(
+        read, dataclasses.replace(inputs, scaling=scaling, reasons=why, what_if=(COLUMNS, tried)), folder
+    )
     if as_json:
         print_json({"page": str(written[0]), "files": [str(one) for one in written]})
         return

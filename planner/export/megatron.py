@@ -11,8 +11,9 @@ from typing import Any
 from planner.export import rules
 from planner.export.header import header
 from planner.plan import Plan
+from simulator.axes import AXES
 from simulator.expert_parallel import expert_tp
-from simulator.layout import AXES, Layout
+from simulator.layout import Layout
 
 WRITTEN_FOR = "Megatron-LM (megatron-core 0.19.2)"
 STACKS = ("megatron-core",)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from planner.plan import Plan
-from simulator.layout import AXES, Layout
+from simulator.axes import AXES
+from simulator.layout import Layout
 
 
 def same_order(layout: Layout, axes: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from planner.imports import launch
 from planner.imports.settings import Settings
 from simulator.errors import UserError
 from simulator.job import Job
-from simulator.layout import MULTI_STAGE, SCHEDULES
+from simulator.schedules import MULTI_STAGE, SCHEDULES
 
 # Names that torchtitan alone has, old ones ([training], [experimental]) among them.
 _AXES = {

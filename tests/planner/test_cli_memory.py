@@ -64,6 +64,22 @@ def test_a_plan_from_before_there_were_risks_is_read(
     assert read_plan(folder / "plan.json").best.out_of_memory_probability == risk
 
 
+def test_a_plan_whose_parts_do_not_sum_to_the_step_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody has edited it: a second more of computing, in the same step."""
+    call(monkeypatch, "plan", "job.toml")
+    document = json.loads((folder / "plan.json").read_text())
+    whole = document["best"]["step_seconds"]
+    document["best"]["breakdown"]["compute"] += 1.0
+    (folder / "plan.json").write_text(json.dumps(document))
+    capsys.readouterr()
+    for command in ("run", "report", "explain"):
+        assert call(monkeypatch, command, "plan.json") == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert f"best.breakdown sum to {whole + 1:g} s, not to best.step_seconds = {whole:g}" in sentence
+
+
 def test_parts_of_every_item_sum_to_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

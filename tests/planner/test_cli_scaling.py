@@ -93,6 +93,8 @@ def test_no_number_of_nodes_fits(
     ("arguments", "words"),
     [
         (("--nodes", "4,some"), ["'some' is not a number of nodes"]),
+        (("--nodes", "0"), ["--nodes 0: a job needs at least 1 node; write them like 4,8,16"]),
+        (("--tokens", "1e30"), ["objective.tokens = 1e+30 must be from 1 to 1e+18"]),
         (("--nodes", "none"), ["--nodes names no number of nodes"]),
         (("--objective", "best"), ["objective", "goal", "fastest"]),
         (("--objective", "deadline"), ["objective.tokens", '"1T"']),

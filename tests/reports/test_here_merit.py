@@ -21,7 +21,7 @@ from reports.here import (
     together,
     waiting_share,
 )
-from reports.here_page import Examined, here_json, write_here
+from reports.here_page import Examined, here_json, layout_cells, write_here
 from simulator.errors import UserError
 from simulator.job import build_job
 from simulator.layout import Layout
@@ -107,6 +107,17 @@ def test_noise_is_said_where_it_is_too_large() -> None:
     assert any("12% apart" in one and "too noisy to trust" in one for one in sentences(loud))
     assert not any("noisy" in one for one in sentences(dataclasses.replace(loud, noise=0.05)))
     assert sentences(loud, ["Others were here."])[-1] == "Others were here."
+
+
+def test_one_round_shows_no_noise() -> None:
+    once = [trial("data 1", 1.0, 1.0), trial("data 2", 0.5, 0.6)]
+    found = summary(once, "data 2")
+    assert (once[0].noise, found.noise) == (None, None)
+    assert "One round does not show how noisy the machine is" in sentences(found)[-1]
+    assert layout_cells(once[0], "data 2")[5] == ""
+    # Where some layouts ran more than once, those say it.
+    assert summary([*once, TRIALS[0]], "data 2").noise == pytest.approx(0.2)
+    assert "One round" not in " ".join(sentences(summary(TRIALS, "data 2")))
 
 
 def test_a_pipeline_waits_where_it_does_not_compute() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ import pytest
 from command_line import call
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import exam_document, make_folder, make_plan, scaling_beside
+from page_reader import data_of, read
+from pages import make_folder, make_plan, scaling_beside
 
 from planner.plan import Plan
-from planner.scaling import write_scaling
+from planner.what_if import COLUMNS, what_if, what_if_rows
 from reports.page import embedded, page, write_report
-from reports.page_candidates import candidates
-from reports.page_charts import pareto_chart, scaling_chart, thinned
-from reports.page_inputs import Inputs, find_inputs, read_exam, step_interval
+from reports.page_candidates import candidate_table, candidates
+from reports.page_charts import thinned
+from reports.page_inputs import Inputs, find_inputs
 from reports.page_sections import in_words, recommendation
 from reports.page_timeline import MOST_SPANS, evenly, packed_timeline
-from simulator.errors import UserError
 from simulator.job import build_job
 from simulator.layout import Layout
 from simulator.layout_text import parse_layout, spelt_out
@@ -32,54 +31,6 @@ from simulator.price import dollars
 from simulator.results import Prediction, Span, Timeline
 from simulator.simulate import simulate
 from simulator.units import show_seconds
-
-VOID = {"meta", "br", "input", "link", "img", "hr"}
-
-
-class Reader(HTMLParser):
-    """Tags in balance; what is linked, named and embedded."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.outside: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        assert len(found) == len(attributes), f"<{tag}> has an attribute twice"
-        self.tags.append((tag, found))
-        self.ids += [value for name, value in attributes if name == "id" and value]
-        self.links += [value for name, value in attributes if name == "href" and value]
-        self.outside += [f"{tag} {name}" for name, _ in attributes if name in ("src", "srcset", "action", "poster")]
-        self.outside += [tag for _ in [0] if tag in ("link", "iframe", "object", "embed", "base", "img")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> ends <{self.open[-1] if self.open else ''}>"
-        self.open.pop()
-
-    def handle_data(self, text: str) -> None:
-        (self.scripts if self.open[-1:] in (["script"], ["style"]) else self.words).append(text)
-
-
-def read(text: str) -> Reader:
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == [] and len(reader.ids) == len(set(reader.ids))
-    return reader
-
-
-def data_of(text: str) -> dict[str, Any]:
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    assert match
-    return dict(json.loads(match[1]))
 
 
 @pytest.fixture(scope="module")
@@ -323,69 +274,21 @@ def test_a_page_of_a_large_plan_is_small() -> None:
     assert len(page(large, traced).encode()) < 700_000
 
 
-# What is put in
+def test_offload_has_a_column_where_a_layout_has_it(plan: Plan, full: str) -> None:
+    assert ">offload<" not in full
+    moved = dataclasses.replace(plan.best, layout=dataclasses.replace(plan.layout, offload="optimizer"))
+    shown = candidate_table(dataclasses.replace(plan, best=moved))
+    assert shown.count(">offload<") == 1
+    assert shown.count('data-v="optimizer">optimizer<') == 1 and 'data-v="none">none<' in shown
+    assert "the optimizer in host memory" in recommendation(dataclasses.replace(plan, best=moved))
 
 
-def test_an_interval_is_the_predictions_own(plan: Plan, folder: Path) -> None:
-    exam = read_exam(folder / "validation.json")
-    assert [row.id for row in exam.compared] == ["a", "b", "c"]
-    found = plan.best.interval
-    assert found and step_interval(plan.best) == (found.low, found.high)
-    assert step_interval(dataclasses.replace(plan.best, interval=None)) is None
-
-
-def test_bad_files_beside_a_plan_are_one_sentence(plan: Plan, tmp_path: Path) -> None:
-    (tmp_path / "validation.json").write_text('{"summary": {}}')
-    with pytest.raises(UserError, match="has no 'rows'"):
-        find_inputs(plan, tmp_path)
-    document = exam_document()
-    document["rows"][0]["error"] = "much"
-    (tmp_path / "validation.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"rows\.0\.error"):
-        find_inputs(plan, tmp_path)
-
-
-def test_a_profile_of_another_layout_is_named_and_left_out(plan: Plan, tmp_path: Path) -> None:
-    make_folder(tmp_path, plan)
-    other = dataclasses.replace(plan, best=dataclasses.replace(plan.best, layout=Layout(dp_replicate=16)))
-    inputs = find_inputs(other, tmp_path)
-    assert inputs.measured is None and "another layout" in inputs.notes[0]
-    # The run is put beside the prediction of what ran.
-    assert inputs.comparisons[0].prediction.layout == plan.layout
-
-
-def test_runs_in_a_folder_are_compared(plan: Plan, tmp_path: Path) -> None:
-    make_folder(tmp_path, plan, measured=False)
-    make_folder(tmp_path / "runs" / "data-parallel-16", plan)
-    (found,) = find_inputs(plan, tmp_path).comparisons
-    assert found.name == "data parallel 16" and found.error == pytest.approx(-0.5)
-    assert found.memory_error == pytest.approx(1.0)
-
-
-def test_the_scaling_of_the_same_job_is_shown(plan: Plan, tmp_path: Path) -> None:
-    """Twice the GPUs at the same step are half as efficient, cost twice as much and are no faster."""
-    make_folder(tmp_path, plan, measured=False)
-    scaling = scaling_beside(plan)
-    assert [(row.efficiency, row.on_front) for row in scaling.rows] == [(1.0, True), (0.5, False)]
-    write_scaling(scaling, tmp_path / "scaling.json")
-    inputs = find_inputs(plan, tmp_path)
-    assert inputs.scaling == scaling and inputs.notes == ()
-    chart = scaling_chart(scaling)
-    assert [point[0] for point in chart["series"][1]["points"]] == [16, 32]
-    assert [point[1] for point in chart["series"][1]["points"]] == pytest.approx(
-        2 * [plan.best.tokens_per_second], rel=1e-5
-    )
-    beaten, front = pareto_chart(scaling)["series"]
-    assert (len(beaten["points"]), len(front["points"])) == (1, 1)
-    assert front["points"][0][0] == pytest.approx(dollars(plan.best, plan.job), rel=1e-5)
-    for other in ({"nodes": 3}, {"search": {}}):
-        job = dataclasses.replace(plan.job, **other)
-        theirs = dataclasses.replace(scaling, job=job)
-        write_scaling(theirs, tmp_path / "scaling.json")
-        found = find_inputs(plan, tmp_path)
-        # Another number of nodes is what a scaling is about; another search is another job.
-        assert (found.scaling is None) == ("search" in other)
-    assert "another job" in found.notes[0]
+def test_what_if_is_a_table(plan: Plan, traced: Prediction, full: str) -> None:
+    """Planned anew: 16 GPUs with twice the network."""
+    assert "planned anew" not in full
+    rows = what_if_rows(what_if(plan, ["inter-node=2x"]))
+    words = " ".join(read(page(plan, traced, Inputs(what_if=(COLUMNS, rows)))).words)
+    assert "What if" in words and all(cell in words for cell in (*COLUMNS, *rows[0]))
 
 
 # The command
@@ -394,7 +297,8 @@ def test_the_scaling_of_the_same_job_is_shown(plan: Plan, tmp_path: Path) -> Non
 def test_command(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "report", folder, "-o", tmp_path / "out", "--nodes", "1", "--json") == 0
+    given = ("--nodes", "1", "--what-if", "batch=2x", "--json")
+    assert call(monkeypatch, "report", folder, "-o", tmp_path / "out", *given) == 0
     document = json.loads(capsys.readouterr().out)
     assert Path(document["page"]) == tmp_path / "out" / "report.html"
     files = [Path(path) for path in document["files"]]
@@ -403,6 +307,7 @@ def test_command(
     beside = {path.relative_to(tmp_path / "out").as_posix() for path in files[1:]}
     reader = read(files[0].read_text())
     assert {link for link in reader.links if link[0] != "#"} == beside
+    assert "128 sequences in a step" in reader.words
     # Nothing half-written is left.
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == set(files)
 
@@ -416,6 +321,8 @@ def test_bad_input(
     assert "has no 'rows'" in capsys.readouterr().err
     assert call(monkeypatch, "report", folder, "--nodes", "some") == 2
     assert "'some' is not a number" in capsys.readouterr().err
+    assert call(monkeypatch, "report", folder, "--nodes", "none", "--what-if", "network=2x") == 2
+    assert "unknown key 'network'" in capsys.readouterr().err
 
 
 def test_figures_are_the_same_whenever_they_are_drawn(plan: Plan, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import tomllib
 
 import pytest
 
+from reports.choices import choices
 from reports.published import published_rows
 from reports.time_residuals import (
     PRIOR_JOBS,
     Run,
-    choices,
     coverage,
     differences,
     fit,

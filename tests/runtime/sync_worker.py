@@ -27,13 +27,13 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    import simulator.layout
+    import simulator.layout_rules
     from runtime.machine import leave
     from simulator.files import plain
 
     # One worker with servers is sequential training: no layout that makes sense, but one that says much.
-    rules = simulator.layout.sync_problems
-    simulator.layout.sync_problems = lambda layout, job: [] if layout.dp_replicate == 1 else rules(layout, job)
+    rules = simulator.layout_rules.sync_problems
+    simulator.layout_rules.sync_problems = lambda layout, job: [] if layout.dp_replicate == 1 else rules(layout, job)
     torch.set_num_threads(1)
     store, rank, size = next(dist.rendezvous("env://"))
     results: dict[str, Any] = {}

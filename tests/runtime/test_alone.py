@@ -16,8 +16,9 @@ from tiny_jobs import LLAMA, MOE, tiny_plan
 from planner.plan import write_plan
 from runtime.alone import needs_fake, run_alone
 from simulator.errors import UserError
-from simulator.layout import V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.results import Alone
+from simulator.schedules import V_PLACEMENT
 
 # Bytes of the whole model, and of what is not in its four blocks: embedding, final norm, head.
 WHOLE = 4 * LLAMA.parameters()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from simulator.layout import SPLIT_BACKWARD, Layout
+from simulator.layout import Layout
 from simulator.presets import find_stack
+from simulator.schedules import SPLIT_BACKWARD
 
 HERE = Path(__file__).parent
 TRAIN = """

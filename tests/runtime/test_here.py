@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,24 @@ def test_interrupting_leaves_no_process(tmp_path: Path) -> None:
         here._run([sys.executable, "-c", child], dict(os.environ), interrupt, 30.0)
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_nothing_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL leaves nobody a turn to clean up: the kernel ends torchrun, and its ranks see that it is gone."""
+    note = tmp_path / "pid"
+    child = f"import os; open({str(note)!r}, 'w').write(f'{{os.getpid()}} '); {CHILD}"
+    run = f"here._run([sys.executable, '-c', {child!r}], os.environ, None, 60)"
+    script = f"import os, sys; from runtime import here; {run}"
+    starter = subprocess.Popen([sys.executable, "-c", script])
+    assert wait_until(lambda: note.exists() and note.read_text().endswith(" "))
+    starter.kill()
+    starter.wait()
+    assert wait_until(lambda: not Path(f"/proc/{note.read_text().strip()}").exists())
+
+
+def wait_until(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not (found := true()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found

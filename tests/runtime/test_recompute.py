@@ -62,7 +62,7 @@ def test_a_recomputed_block_keeps_what_the_simulator_counts(model: str, recomput
     # The test cluster has no rate of attention.
     job = dataclasses.replace(job, cluster=presets.find_cluster("dgx-h100"))
     costs = StageCosts(job, layout)
-    block = costs.block("dense", True, 0, costs.groups[0])
+    block = costs.units.block("dense", True, 0, costs.groups[0])
     assert kept_for_backward(model, recompute) == pytest.approx(block.saved, rel=1e-6)
 
 

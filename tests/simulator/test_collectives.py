@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.cluster import ClusterSpec, GroupShape, build_cluster, group_shape
-from simulator.collectives import Collective, bus_bytes, collective_seconds, message_seconds
+from simulator.collectives import Collective, bus_bytes, collective_seconds, message_seconds, slowest_link
 from simulator.layout import Layout
 from simulator.presets import THIS_MACHINE, find_cluster, names
 
@@ -63,6 +63,40 @@ def test_more_bytes_take_longer(size: float, more: float, kind: Collective) -> N
     spec = find_cluster("dgx-a100")
     group = shape(spec, 2, 16)
     assert collective_seconds(kind, size * more, group, spec) >= collective_seconds(kind, size, group, spec)
+
+
+@pytest.mark.parametrize("network", [1, 30])
+@pytest.mark.parametrize("kind", [*KINDS, "all_to_all"])
+def test_the_slowest_link_is_the_one_that_would_help(kind: Collective, network: int) -> None:
+    """16 ranks of two nodes, 10 GB: twice the bandwidth of the link that is named is faster, of the other one not.
+    Where the network is thirty times as fast, NVLink is what is waited for."""
+    spec = faster(find_cluster("dgx-a100"), scale_out=network)
+    name = slowest_link(kind, 1e10, shape(spec, 2, 16), spec)
+    assert name == {1: "InfiniBand HDR", 30: "NVLink 3, NVSwitch"}[network]
+    seconds = {
+        link.kind: collective_seconds(kind, 1e10, shape(better, 2, 16), better)
+        for tier, link in (("scale_up", spec.scale_up), ("scale_out", spec.scale_out))
+        if link is not None
+        for better in [faster(spec, **{tier: 2})]
+    }
+    now = collective_seconds(kind, 1e10, shape(spec, 2, 16), spec)
+    assert seconds.pop(name) < 0.9 * now
+    assert list(seconds.values()) == pytest.approx([now])
+
+
+def faster(spec: ClusterSpec, **times: float) -> ClusterSpec:
+    links = {
+        tier: dataclasses.replace(getattr(spec, tier), bandwidth=factor * getattr(spec, tier).bandwidth)
+        for tier, factor in times.items()
+    }
+    return dataclasses.replace(spec, **links)
+
+
+def test_uplinks_are_named_where_they_are_what_is_waited_for() -> None:
+    """Two nodes behind a leaf each, whose uplinks carry a quarter of the cards."""
+    spec = dataclasses.replace(find_cluster("dgx-a100"), nodes_per_leaf=1, spine_oversubscription=4.0)
+    assert slowest_link("all_gather", 1e9, shape(spec, 2, 16), spec) == "InfiniBand HDR across leaves"
+    assert slowest_link("all_gather", 1e9, shape(spec, 2, 8), spec) == "NVLink 3, NVSwitch"
 
 
 def test_rings_pay_for_every_step() -> None:

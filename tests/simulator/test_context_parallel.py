@@ -19,6 +19,7 @@ from simulator.memory import memory_per_rank, memory_timeline
 from simulator.presets import find_cluster, find_model, find_stack
 from simulator.program import stage_costs
 from simulator.simulate import simulate
+from simulator.stage import StageCosts
 
 H100 = find_cluster("dgx-h100")
 NODE = GroupShape(ranks=4, domains=1, ranks_per_domain=4, bandwidth=450e9)
@@ -167,3 +168,17 @@ def test_a_runtime_that_cannot_cut_sequences_says_so() -> None:
     task = dataclasses.replace(job(), stack=stack)
     assert any("megatron-2021 has no context parallelism" in p for p in Layout(dp_replicate=4, cp=2).problems(task))
     assert find_model("llama-3.1-8b").causal
+
+
+def test_recomputation_that_keeps_attention_repeats_its_messages() -> None:
+    """Outputs of kernels are kept, and messages are none: three steps of a ring in each of 32 blocks again, which no
+    attention hides. Without recomputation, and where stacks run attention again, nothing is added to that."""
+    task = job(stack="layoutwise-cuda")
+    message = 10e-6 + 2**26 / (0.836 * 450e9)
+
+    def ring(recompute: Literal["none", "selective"]) -> float:
+        layout = Layout(dp_replicate=2, cp=4, recompute=recompute)
+        assert layout.problems(task) == []
+        return StageCosts(task, layout).stage(0).backward.cp
+
+    assert ring("selective") - ring("none") == pytest.approx(32 * 3 * message)

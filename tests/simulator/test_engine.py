@@ -17,13 +17,14 @@ from simulator import schedules
 from simulator.cluster import ClusterSpec, CollectiveFit, Gpu, Link, MatmulFit
 from simulator.engine import run_program
 from simulator.job import Job, build_job
-from simulator.layout import SCHEDULES, Layout
+from simulator.layout import Layout
 from simulator.layout_text import parse_layout
 from simulator.processors import Processors
 from simulator.program import Program, with_communication
-from simulator.schedules import Op, compute_order
+from simulator.schedules import SCHEDULES, Op, compute_order
 from simulator.simulate import simulate
-from simulator.stage import StageCost, Work
+from simulator.stage import StageCost
+from simulator.work import Work
 
 FREE = {
     kind: (CollectiveFit(ranks=2, latency=0.0, efficiency=1e30),)

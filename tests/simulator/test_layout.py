@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.axes import AXES
 from simulator.errors import UserError
 from simulator.job import Job, read_job
-from simulator.layout import AXES, MULTI_STAGE, SCHEDULES, Layout
+from simulator.layout import Layout
 from simulator.layout_text import parse_layout
+from simulator.schedules import MULTI_STAGE, SCHEDULES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sizes = st.integers(1, 6)

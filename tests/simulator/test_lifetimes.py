@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.layout import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.lifetimes import Held, Moment, fullest_moments, lifetimes
+from simulator.schedules import MULTI_STAGE, SPLIT_BACKWARD, V_PLACEMENT
 
 
 @st.composite

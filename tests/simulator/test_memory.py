@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from simulator.job import Job, build_job
-from simulator.layout import MULTI_STAGE, Layout
+from simulator.layout import Layout
 from simulator.layout_text import parse_layout
 from simulator.lifetimes import fullest_moments, lifetimes
 from simulator.memory import capacity, fullest, memory_per_rank, memory_timeline
 from simulator.program import stage_costs
 from simulator.results import MemoryBreakdown, MemoryMoment
+from simulator.schedules import MULTI_STAGE
 
 
 def job(stack: str = "megatron-core", model: str = "llama-3.1-8b", nodes: int = 1, **training: object) -> Job:

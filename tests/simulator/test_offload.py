@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layout_columns import columns_of
 
 from planner.search import lower_bound
 from planner.space import space
-from simulator.columns import columns_of, legal
+from simulator.columns import legal
 from simulator.critical_path import critical_path
 from simulator.errors import UserError
 from simulator.job import Job, build_job

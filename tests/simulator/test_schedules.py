@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_flight import peak_in_flight
 
-from simulator.layout import MULTI_STAGE, SCHEDULES, SPLIT_BACKWARD, V_PLACEMENT, Layout
+from simulator.layout import Layout
 from simulator.program import sharded_order, with_communication
-from simulator.schedules import Op, compute_order
-from simulator.stage import StageCost, Work
+from simulator.schedules import MULTI_STAGE, SCHEDULES, SPLIT_BACKWARD, V_PLACEMENT, Op, compute_order
+from simulator.stage import StageCost
+from simulator.work import Work
 
 torch_schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 torch_placement = pytest.importorskip("torch.distributed.pipelining._utils").generate_stage_to_rank_mapping

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from in_flight import peak_in_flight
+from layout_columns import columns_of
 
 from planner.search import lower_bound
 from planner.space import space
-from simulator.columns import Columns, columns_of, distinct, legal
+from simulator.columns import Columns, distinct, legal
 from simulator.critical_path import critical_path, pipeline_times, step_at_least
 from simulator.job import Job, build_job
 from simulator.layout import Layout

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.layout import RANK_ORDER, Layout
+from simulator.axes import RANK_ORDER
+from simulator.layout import Layout
 from simulator.simplicity import complications, recommended, simplicity, tied
 
 layouts = st.builds(

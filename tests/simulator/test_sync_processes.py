@@ -16,10 +16,7 @@ from simulator.incast import Kind
 from simulator.network import Network, Route
 from simulator.sync import Replica, Servers, in_rounds, quantile, with_servers
 from simulator.sync_bounds import (
-    byteps_seconds,
-    byteps_split,
     centre_seconds,
-    colocated_seconds,
     hosted_seconds,
     ring_seconds,
     server_seconds,
@@ -27,6 +24,25 @@ from simulator.sync_bounds import (
 )
 
 M, B = 1e9, 1e9  # bytes that a replica pushes, and pulls; bytes per second of a link each way
+
+
+def colocated_seconds(n: int, size: float, bandwidth: float) -> float:
+    """A server on every worker's machine, each with 1/n of the parameters: 2(n-1)/n · M/B, as a ring. Each machine
+    sends (n-1)/n · M as a worker and as much as a server (the same, "colocated mode")."""
+    return ring_seconds(n, size, bandwidth)
+
+
+def byteps_split(n: int, k: int) -> tuple[float, float]:
+    """(share of the parameters on each of n GPU machines, on each of k ≤ n CPU machines) that is fastest:
+    (n-k) / (n² + kn - 2k) and 2(n-1) / (n² + kn - 2k) (the same, section 4.1)."""
+    whole = n * n + k * n - 2 * k
+    return (n - k) / whole, 2 * (n - 1) / whole
+
+
+def byteps_seconds(n: int, k: int, size: float, bandwidth: float) -> float:
+    """With that split: 2n(n-1) M / ((n² + kn - 2k) B). Without CPU machines that is a ring, with n of them 2(n-1)
+    n / (2n² - 2n) = M/B."""
+    return 2 * n * (n - 1) * size / ((n * n + k * n - 2 * k) * bandwidth)
 
 
 def alike(count: int, seconds: float = 1.0) -> list[Replica]:
@@ -96,6 +112,7 @@ def test_closed_forms_meet_where_they_should() -> None:
     assert tree_seconds(4, M, B) == 2.0 and centre_seconds(4, M, B) == 6.0
     assert byteps_seconds(8, 0, M, B) == pytest.approx(ring_seconds(8, M, B))
     assert byteps_seconds(8, 8, M, B) == pytest.approx(server_seconds(8, 8, M, B)) == 1.0
+    assert byteps_split(4, 4) == (0.0, 0.25)
     assert hosted_seconds(8, 8, 8, M, M, B) == pytest.approx(colocated_seconds(8, M, B))
     assert hosted_seconds(8, 1, 8, M, M, B) == pytest.approx(7.0)  # seven answers leave the one node with a server
 

@@ -137,6 +137,8 @@ def test_any_text_is_a_matrix_or_one_sentence(text: str) -> None:
         (("--gpu", "h1000"), "did you mean 'h100'?"),
         (("--gpu", "a100"), "NV18, but A100-SXM4-80G has 12"),
         (("--gpu", "h100", "--network", "fast"), '"8 x 400 Gb/s"'),
+        (("--gpu", "h100", "--network", "8 x 1000000 Tb/s"), "a card of 1.25e+17 bytes per second must have from 1000"),
+        (("--gpu", "h100", "--network", "9999 x 400 Gb/s"), "9999 cards must be from 1 to 1024"),
     ],
 )
 def test_command_refuses_in_one_sentence(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulator.layout import Schedule
-from simulator.schedules import compute_order
+from simulator.schedules import Schedule, compute_order
 from simulator.topological_order import KINDS, topological_order
 
 SHAPES: list[tuple[Schedule, int, int, int]] = [

@@ -15,7 +15,8 @@ from simulator.layout import Layout
 from simulator.program import Program, build_program, with_communication
 from simulator.results import Breakdown
 from simulator.schedules import compute_order
-from simulator.stage import StageCost, Work
+from simulator.stage import StageCost
+from simulator.work import Work
 
 CASES = 240
 STACKS = ("megatron-2021", "megatron-core", "torchtitan", "torchtitan-compile", "layoutwise-cuda")
