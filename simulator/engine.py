@@ -226,9 +226,14 @@ class _Engine:
             if kind in MESSAGES:
                 if key not in passing:
                     channel, messages = self._passing(rank, op)
-                    passing[key] = receive if channel is None else (
-                        channel.send if self.job.stack.overlap_p2p else functools.partial(self._send, rank, channel)
-                    ), messages
+                    passing[key] = (
+                        receive
+                        if channel is None
+                        else (
+                            channel.send if self.job.stack.overlap_p2p else functools.partial(self._send, rank, channel)
+                        ),
+                        messages,
+                    )
                 act, messages = passing[key]
                 steps.append((act, messages[microbatch]))
                 continue
