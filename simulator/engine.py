@@ -17,6 +17,7 @@ more than those n are active.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 # What a handler leaves its rank to do: nothing, one event to wait for, or more.
 Waiting = Process | simpy.Event | None
 Step = tuple[Callable[[Any], Waiting], Any]
+# By their microbatch.
+Messages = collections.defaultdict[int | None, Message]
 
 
 # Ops that compute, by the field of StageCost that is their work.
@@ -142,9 +145,8 @@ class _Engine:
         self.per_node = max(1, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
-        # By what they carry, and the stage and the global rank that receive them; of each microbatch one.
-        self.messages: dict[tuple[str, int, int], list[Message]] = {}
-        self.microbatches = layout.microbatches(job.training.global_batch_size)
+        # By what they carry, and the stage and the global rank that receive them.
+        self.messages: dict[tuple[str, int, int], Messages] = {}
         self.stages_of = [layout.stages_of(rank) for rank in range(layout.pp)]
         self.rank_of = {stage: rank for rank, stages in enumerate(self.stages_of) for stage in stages}
         self.final: dict[int | None, Op] = {}
@@ -207,7 +209,7 @@ class _Engine:
             return [(handlers[op.kind], op) for op in ops]
         steps: list[Step] = []
         booked: dict[tuple[str, int], int] = {}
-        passing: dict[tuple[str, int | None], tuple[Callable[[Message], Waiting], list[Message]]] = {}
+        passing: dict[tuple[str, int | None], tuple[Callable[[Message], Waiting], Messages]] = {}
         receive = functools.partial(self._receive, rank)
         seconds, gathered = 0.0, set[int | None]()
         stages = self.stages_of[rank.index]
@@ -226,14 +228,7 @@ class _Engine:
             if kind in MESSAGES:
                 if key not in passing:
                     channel, messages = self._passing(rank, op)
-                    passing[key] = (
-                        receive
-                        if channel is None
-                        else (
-                            channel.send if self.job.stack.overlap_p2p else functools.partial(self._send, rank, channel)
-                        ),
-                        messages,
-                    )
+                    passing[key] = self._sender(rank, channel) if channel else receive, messages
                 act, messages = passing[key]
                 steps.append((act, messages[microbatch]))
                 continue
@@ -375,7 +370,7 @@ class _Engine:
             return None
         return rank.wait(self.env.all_of(rank.reducing), "dp")
 
-    def _passing(self, rank: Rank, op: Op) -> tuple[Channel | None, list[Message]]:
+    def _passing(self, rank: Rank, op: Op) -> tuple[Channel | None, Messages]:
         """The messages of a rank's ops of this kind and stage, by microbatch, and the channel that it sends them on,
         None where it receives them. Whoever asks first makes them for the other."""
         assert op.stage is not None
@@ -386,18 +381,18 @@ class _Engine:
             if target not in rank.channels:
                 rank.channels[target] = self._channel(rank, target)
             channel = rank.channels[target]
-        key = op.kind[-1], stage, target
-        if key not in self.messages:
-            self.messages[key] = [Message() for _ in range(self.microbatches)]
-        return channel, self.messages[key]
+        return channel, self.messages.setdefault((op.kind[-1], stage, target), collections.defaultdict(Message))
 
     def _pass(self, rank: Rank, op: Op) -> Process | None:
         """Send a message or receive it."""
         channel, messages = self._passing(rank, op)
-        message = messages[op.microbatch or 0]
+        message = messages[op.microbatch]
         if channel is None:
             return self._receive(rank, message, op)
         return self._send(rank, channel, message, op)
+
+    def _sender(self, rank: Rank, channel: Channel) -> Callable[[Message], Waiting]:
+        return channel.send if self.job.stack.overlap_p2p else functools.partial(self._send, rank, channel)
 
     def _send(self, rank: Rank, channel: Channel, message: Message, op: Op | None = None) -> Process | None:
         """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""

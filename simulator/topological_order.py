@@ -91,11 +91,12 @@ def topological_order(schedule: Schedule, ranks: int, chunks: int, microbatches:
         places[rank] = place
     assert places == [len(one.works) for one in turns], "ranks wait for each other"
     whose = [rank for rank, begin, end in runs for _ in range(begin, end)]
-    columns = (
+    works, received, sent, ways = (
         [value for rank, begin, end in runs for value in turns[rank][column][begin:end]]
         for column in range(len(_Turns._fields))
     )
-    return TopologicalOrder(whose, *columns, tuple(compiler.edges), tuple(compiler.pairs), compiler.tensors)
+    edges, pairs = tuple(compiler.edges), tuple(compiler.pairs)
+    return TopologicalOrder(whose, works, received, sent, ways, edges, pairs, compiler.tensors)
 
 
 class _Compiler:
@@ -118,7 +119,7 @@ class _Compiler:
         order = compute_order(self.layout.schedule, rank, self.layout.pp, self.layout.virtual_stages, self.count)
         kinds, stages, numbers, parts = zip(*order, strict=True)
         rows = _Rows(list(zip(kinds, stages, strict=True)), numbers, numbers, order)
-        leaves = rows.keys, range(len(order))
+        leaves: Leaves = rows.keys, range(len(order))
         if any(parts):
             rows, leaves = _with_pairs(order)
         known = {key: number for number, key in enumerate(dict.fromkeys(rows.keys))}
@@ -184,7 +185,7 @@ def _with_pairs(order: tuple[Op, ...]) -> tuple[_Rows, Leaves]:
     """The turns of an order with pairs, and its forwards and backwards with their places. A pair, whose ops are a
     forward and a backward, waits for both of its tensors and sends both when it is done: it takes three turns."""
     rows, leaves, places = _Rows([], [], [], []), list[tuple[Any, ...]](), list[int]()
-    received, sent, ops = [], [], []
+    received, sent, ops = list[int | None](), list[int | None](), list[Op]()
     for op in order:
         place = len(ops)
         if op.parts:
