@@ -42,6 +42,11 @@ def check_model(model: ModelSpec, where: str) -> None:
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if heads % groups:
         raise UserError(f"{where}: num_key_value_heads = {groups} must divide num_attention_heads = {heads}")
+    if model.num_experts % model.n_group or not 1 <= model.topk_group <= model.n_group:
+        raise UserError(
+            f"{where}: n_group = {model.n_group} must divide num_experts = {model.num_experts}, and topk_group = "
+            f"{model.topk_group} be 1 to {model.n_group}"
+        )
     if model.num_experts_per_tok > model.num_experts:
         raise UserError(
             f"{where}: num_experts_per_tok = {model.num_experts_per_tok} is more than num_experts = {model.num_experts}"

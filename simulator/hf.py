@@ -105,6 +105,14 @@ def _mixtral(c: _Config) -> dict[str, Any]:
     }
 
 
+def _router_groups(c: _Config) -> dict[str, int]:
+    """Groups that limit the choice of experts: all of them where the method is plain greedy."""
+    if c.data.get("topk_method") == "greedy":
+        return {}
+    groups = c.integer("n_group", default=1)
+    return {"n_group": groups, "topk_group": c.integer("topk_group", default=groups)}
+
+
 def _deepseek(c: _Config) -> dict[str, Any]:
     heads = c.integer("num_attention_heads")
     nope, rope = c.integer("qk_nope_head_dim"), c.integer("qk_rope_head_dim")
@@ -116,6 +124,7 @@ def _deepseek(c: _Config) -> dict[str, Any]:
         "num_experts_per_tok": c.integer("num_experts_per_tok"),
         "moe_intermediate_size": c.integer("moe_intermediate_size"),
         "num_shared_experts": c.integer("n_shared_experts", default=0, least=0),
+        **_router_groups(c),
         "first_k_dense_replace": c.integer("first_k_dense_replace", default=0, least=0),
         "router_bias": c.data.get("topk_method") == "noaux_tc",
         "q_lora_rank": c.integer("q_lora_rank", default=0, least=0),

@@ -51,6 +51,7 @@ class ModelSpec:
     `num_hidden_layers` counts every block of the model, encoder and decoder together; `num_encoder_layers` says how
     many of them, from the front, are encoder blocks (0 for a decoder-only model, all of them for BERT).
     Queries see the last `sliding_window` keys (0: all), but in every `full_attention_interval`-th block all of them.
+    The router chooses `topk_group` of `n_group` groups of experts first, and experts among those.
     `partial_rotary_factor` of each head is rotated; with `parallel_residual` attention and feed-forward of a block read
     the same input and are added side by side; `embedding_norm` is a norm behind the token embedding.
     """
@@ -88,6 +89,8 @@ class ModelSpec:
     relative_attention_max_distance: int = 128
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    n_group: int = 1
+    topk_group: int = 1
     moe_intermediate_size: int = 0
     num_shared_experts: int = 0
     first_k_dense_replace: int = 0

@@ -61,8 +61,9 @@ class Stack:
     """A software stack. Lists name what it can do; `Layout.problems` turns what is missing into a reason.
 
     context_parallel and expert_dispatch name how the two are done, "" if not at all: "deduplicated" dispatch sends
-    a token once to each rank with a chosen expert. expert_tensor_parallel splits routed experts over tp although ep
-    spreads them; overlap_ep runs dispatch and combine beside another microbatch's kernels;
+    a token once to each rank with a chosen expert, "forwarded" once to each domain with one, which forwards it.
+    expert_tensor_parallel splits routed experts over tp although ep spreads them; overlap_ep runs dispatch and combine
+    beside another microbatch's kernels, where there is one (expert_parallel.overlapped_share);
     grouped_experts multiplies all experts of a rank in one kernel instead of a call each; that kernel takes sizes that
     are multiples of expert_alignment.
 
@@ -211,7 +212,7 @@ class Stack:
     split_backward_zero_stages: tuple[int, ...] = (1, 2, 3)
     compile: bool = False
     context_parallel: Literal["", "ring", "all_gather", "ulysses"] = ""
-    expert_dispatch: Literal["", "all_to_all", "deduplicated"] = ""
+    expert_dispatch: Literal["", "all_to_all", "deduplicated", "forwarded"] = ""
     expert_tensor_parallel: bool = False
     overlap_ep: bool = False
     grouped_experts: bool = True

@@ -22,7 +22,7 @@ from simulator.activations import (
 from simulator.axes import RANK_ORDER
 from simulator.compute import KernelTime, accumulation_seconds, kernel_time
 from simulator.context_parallel import context_seconds, context_transfers, moved_seconds
-from simulator.expert_parallel import expert_grid, expert_seconds, per_shard
+from simulator.expert_parallel import expert_grid, expert_seconds, overlapped_share, per_shard
 from simulator.kernels import (
     Attention,
     Kernel,
@@ -115,21 +115,22 @@ class _UnitKernels:
 
 class UnitCosts:
     """Costs of the units of one layout, each found once: most layouts of a job differ in what does not change them.
+    `overlapped` is the share of passes that hide their exchanges of tokens, if it is not the layout's own. `key` is
+    what the cost of a block with experts depends on besides its groups. Other units do not depend on how experts are
+    spread, and embedding and head are not run again."""
 
-    `key` is what the cost of a block with experts depends on besides its groups. Other units do not depend on how
-    experts are spread, and embedding and head are not run again."""
-
-    def __init__(self, job: Job, layout: Layout) -> None:
+    def __init__(self, job: Job, layout: Layout, overlapped: float | None = None) -> None:
         self.job, self.layout = job, layout
+        self.overlapped = overlapped_share(job, layout) if overlapped is None else overlapped
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
         self.cut = cut_of(job, layout)
-        self.key = _unit_key(job, layout)
-        known: dict[object, dict[object, UnitCost]] = known_to(job, "units")
+        self.key = _unit_key(job, layout), self.overlapped
         dense = layout if layout.ep == 1 else dataclasses.replace(layout, ep=1)
         ends = dense if layout.recompute == "none" else dataclasses.replace(dense, recompute="none")
+        known: dict[object, dict[object, UnitCost]] = known_to(job, "units")
         self._units = known.setdefault(self.key, {})
-        self._dense = self._units if dense is layout else known.setdefault(_unit_key(job, dense), {})
+        self._dense = known.setdefault(_unit_key(job, dense), {})
         self._ends = self._dense if ends is dense else known.setdefault(_unit_key(job, ends), {})
 
     def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
@@ -374,10 +375,9 @@ class UnitCosts:
     def _expert_seconds(self, groups: Groups, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of dispatch and combine; a stack may run them beside another microbatch's kernels."""
         there, back = expert_seconds(self.job, self.cut, groups.ep, groups.tp)
-        if not self.job.stack.overlap_ep:
-            return there, back
-        gpu = self.job.cluster.gpu
-        return gpu.exposed(there, forward), gpu.exposed(back, backward)
+        gpu, share = self.job.cluster.gpu, self.overlapped
+        exposed = gpu.exposed(there, forward), gpu.exposed(back, backward)
+        return (1 - share) * there + share * exposed[0], (1 - share) * back + share * exposed[1]
 
     def _work(self, device: float, host: float, communication: Work | None = None, recompute: bool = False) -> Work:
         """Host and device side by side on a GPU (the slower one counts), one after the other on a CPU. The host runs

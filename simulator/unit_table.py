@@ -36,6 +36,7 @@ class UnitTable:
         self.job, model = job, job.model
         # Adding up gradients depends on the number of microbatches: `accumulation` has it for each row.
         self.alone = _without_accumulation(job)
+        self.overlaps = _overlaps_tokens(job, columns)
         blocks = [
             (model.block_kind(i), model.block_is_causal(i), model.block_window(i))
             for i in range(model.num_hidden_layers)
@@ -45,7 +46,8 @@ class UnitTable:
         self.block_kinds = tuple(self.kinds.index(block) for block in blocks)
         self.units = len(self.kinds) + 2
         firsts, self.code = self._entries(columns)
-        costs = [self._costs(layout) for layout in columns.layouts(firsts)]
+        overlaps = self.overlaps[firsts].tolist()
+        costs = [self._costs(*entry) for entry in zip(columns.layouts(firsts), overlaps, strict=True)]
         fields = (*SECONDS, *SIZES)
         table = np.array(costs, dtype=np.float64).reshape(len(costs), self.units, len(fields))
         self.table = {name: np.ascontiguousarray(table[:, :, i]) for i, name in enumerate(fields)}
@@ -66,11 +68,12 @@ class UnitTable:
         fields = [columns[name] for name in ("tp", "cp", "ep", "micro_batch_size", "recompute", "sequence_parallel")]
         others = [columns[name] for name in columns.numbers if name not in _KNOWN]
         # A tied head is copied under a pipeline.
-        return distinct(np.array(lies)[grid], *fields, columns["pp"] > 1, *others)
+        return distinct(np.array(lies)[grid], *fields, columns["pp"] > 1, self.overlaps, *others)
 
-    def _costs(self, layout: Layout) -> list[list[float]]:
+    def _costs(self, layout: Layout, overlaps: bool) -> list[list[float]]:
         """The fields of each unit. A search makes several tables, of which most entries are the same."""
-        costs, lies = UnitCosts(self.alone, layout), distinct_groups(self.job, layout)
+        # Where some passes hide their exchange of tokens all are taken to: which share does differs between layouts.
+        costs, lies = UnitCosts(self.alone, layout, overlapped=float(overlaps)), distinct_groups(self.job, layout)
         known: dict[object, list[list[float]]] = known_to(self.alone, "table")
         key = (costs.key, *((groups.tp, groups.cp, groups.ep) for groups in lies))
         if key not in known:
@@ -87,6 +90,14 @@ class UnitTable:
         hidden = unit.forward.spent_on(names) + unit.backward.spent_on(names)
         seconds = (unit.forward.total, unit.backward.total, unit.backward_weight.total, hidden, unit.backward.host)
         return [*seconds, *(getattr(unit, name) for name in SIZES)]
+
+
+def _overlaps_tokens(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
+    """The rows in which exchanges of tokens run beside another microbatch (expert_parallel.overlapped_share)."""
+    pairs = (columns["pp"] == 1) | columns.is_named("schedule", "Interleaved1F1B")
+    several = columns.microbatches(job.training.global_batch_size) > 1
+    found = pairs & several & (columns["ep"] > 1) & ~columns.is_named("recompute", "full")
+    return np.asarray(found & job.stack.overlap_ep)
 
 
 def _without_accumulation(job: Job) -> Job:

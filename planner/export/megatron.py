@@ -12,7 +12,7 @@ from planner.export import rules
 from planner.export.header import header
 from planner.plan import Plan
 from simulator.axes import AXES
-from simulator.expert_parallel import expert_tp
+from simulator.expert_parallel import expert_tp, overlapped_share
 from simulator.layout import Layout
 
 WRITTEN_FOR = "Megatron-LM (megatron-core 0.19.2)"
@@ -109,8 +109,10 @@ def notes(plan: Plan) -> tuple[str, ...]:
         found.append(
             "core_attn recomputes the attention core, the plan's stack every second matmul and pointwise kernels."
         )
-    if plan.job.stack.overlap_ep and plan.layout.ep > 1:
+    if overlapped_share(plan.job, plan.layout):
         found.append("The prediction hides the exchange of tokens, as overlap-moe-expert-parallel-comm does.")
+    if plan.job.stack.expert_dispatch == "forwarded" and plan.layout.ep > 1:
+        found.append("It sends a token once to each node, as the flex dispatcher with DeepEP or HybridEP does.")
     return tuple(found)
 
 
