@@ -174,7 +174,8 @@ class _Search:
                 at += 1
                 continue
             entry = heapq.heappop(queue)
-            if entry.level < 4 and self._stands_alone(entry.layout):
+            # Where ranks share processors nothing is alone, and where replicas differ one step is not the mean.
+            if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
                 entry.level += 1
                 bound_of = self._alone if entry.level == 3 else self._critical
                 entry.bound = max(entry.bound, bound_of(entry) * ROUNDING)
@@ -190,19 +191,12 @@ class _Search:
             return math.inf
         return self.found[-1].step_seconds * (1 - self.gap)
 
-    def _stands_alone(self, layout: Layout) -> bool:
-        """Where ranks share processors nothing is alone, and where replicas differ one step is not the mean."""
-        return not self.job.cluster.concurrency and not is_simulated(self.job, layout)
-
     def _costed(self, row: int) -> _Entry:
         """The second level, or what an earlier walk has found."""
         if row not in self.entries:
             layout = self.legal.layout(row)
             stages = stage_costs(self.job, layout)
-            pipeline = lower_bound(self.job, layout, stages)
-            if self._stands_alone(layout):
-                pipeline = step_at_least(self.job, layout, stages, PipelineTimes(pipeline))
-            bound = max(float(self.seconds[row]), pipeline * ROUNDING)
+            bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
             self.entries[row] = _Entry(bound, row, 2, layout, stages)
         return self.entries[row]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.plan import read_plan, write_plan
+from planner.plan import read_plan, shortest_first, write_plan
 from planner.search import lower_bound, plan
 from planner.space import candidates, space, without_model_parallelism
 from simulator.errors import NothingFitsError, UserError
@@ -95,6 +95,22 @@ def test_a_gap_stops_the_search_earlier_and_is_kept() -> None:
     assert 0 <= rough.certificate.lower_bound_gap <= 0.05
     assert rough.certificate.simulated <= exact.certificate.simulated
     assert exact.best.step_seconds >= rough.best.step_seconds * (1 - rough.certificate.lower_bound_gap)
+
+
+def test_what_is_behind_a_risky_layout_are_the_best_of_those_that_are_not() -> None:
+    """With hardly more memory than the fastest layout needs it is too likely to run out: it is named, with a
+    certificate of its own, and those ranked are the fastest without that risk."""
+    task = job("llama-3.1-8b", global_batch_size=32, search=SMALL)
+    fastest = plan(task, top=1, ties=False).best
+    gpu = dataclasses.replace(task.cluster.gpu, memory=fastest.memory.peak * 1.005)
+    tight = dataclasses.replace(task, cluster=dataclasses.replace(task.cluster, gpu=gpu))
+    everything = [simulate(tight, layout) for layout in candidates(tight) if not layout.problems(tight)]
+    fitting = sorted((p for p in everything if p.fits), key=shortest_first)
+    safe = [p for p in fitting if p.out_of_memory_probability <= HIGH_RISK]
+    found = plan(tight, top=3, ties=False)
+    assert len(safe) >= 3 and found.riskier == fitting[0] != safe[0]
+    assert [found.best, *found.runners_up] == safe[:3]
+    assert found.certificate.lower_bound_gap == 0 and found.certificate.simulated < len(fitting)
 
 
 def test_certificate_accounts_for_every_layout() -> None:
