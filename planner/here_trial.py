@@ -58,11 +58,12 @@ FRESH = datetime.timedelta(days=1)
 @dataclasses.dataclass(frozen=True)
 class Course:
     """How long to run: rounds over all layouts, and steps of each run, of which the first `warmup` do not count: two in
-    which memory is counted, and one. In the last round a step more is profiled."""
+    which memory is counted, and three in which the process takes for good what steps need (fresh pages cost a step of
+    FSDP up to a third of its time). In the last round a step more is profiled."""
 
     rounds: int = 2
-    steps: int = 6
-    warmup: int = 3
+    steps: int = 10
+    warmup: int = 5
 
 
 @dataclasses.dataclass(frozen=True)

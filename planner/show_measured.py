@@ -85,6 +85,9 @@ def print_profile(profile: Profile) -> None:
     for precision, fit in profile.matmul.items():
         table.add_row(f"matmul {precision}", f"{fit.rate / 1e9:,.0f} GFLOP/s, k0 {fit.k0:.0f}")
     table.add_row("memory bandwidth", f"{profile.memory_bandwidth / 1e9:.1f} GB/s")
+    if profile.optimizer_efficiency:
+        reached = profile.optimizer_efficiency * profile.memory_bandwidth / 1e9
+        table.add_row("optimizer step", f"{reached:.1f} GB/s")
     table.add_row(
         "host per kernel",
         f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}",
@@ -94,5 +97,6 @@ def print_profile(profile: Profile) -> None:
     for name, fits in profile.collectives.items():
         for known in fits:
             rate = known.efficiency * profile.link_bandwidth / 1e9
-            table.add_row(f"{name}, {known.ranks} ranks", f"{rate:.2f} GB/s, {show_seconds(known.latency)}")
+            among = f" of {known.active}" if known.active > known.ranks else ""
+            table.add_row(f"{name}, {known.ranks}{among} ranks", f"{rate:.2f} GB/s, {show_seconds(known.latency)}")
     console.print(table)

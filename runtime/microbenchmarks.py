@@ -1,8 +1,6 @@
 """Microbenchmarks that ranks run on their devices: kernels, the host's work per kernel, shared processors, collectives.
 
 Started by `runtime.measure` under torchrun, once for every number of ranks; rank 0 writes the samples to a file.
-All cases of a kind are timed in turn, round after round, so that a disturbance meets many cases once and not one
-case always.
 """
 
 from __future__ import annotations
@@ -11,127 +9,37 @@ import argparse
 import functools
 import itertools
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from runtime.benchmark_cases import (
+    GRIDS,
+    Case,
+    Grid,
+    Operands,
+    call_seconds,
+    cycling,
+    sample,
+    time_cases,
+    together_seconds,
+)
+from runtime.collective_benchmarks import collective_samples, groups
 from runtime.host_overhead import host_seconds, now, train_once
 from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes
 from runtime.measure import PROGRESS
+from runtime.optimizer import build_optimizer, clip_gradients, squared_norm
 from simulator.files import write_json
+from simulator.job import Training
+from simulator.presets import find_stack
 from simulator.profile import Sample
-
-KIB, MIB = 2**10, 2**20
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The sizes that are measured, and how often.
-
-    matmul: (m, n, k) of forward products; each is measured in the two forms of its backward too.
-    memory, collective: bytes. attention: sequence lengths at `tokens` tokens and `width` = heads · head_dim.
-    seconds: the least length of one timing. pool: elements that operands are cut from, larger than the caches.
-    """
-
-    matmul: tuple[tuple[int, int, int], ...]
-    memory: tuple[int, ...]
-    attention: tuple[int, ...]
-    head_dims: tuple[int, ...]
-    tokens: int
-    width: int
-    collective: tuple[int, ...]
-    concurrency_tokens: int
-    repeats: int
-    seconds: float
-    pool: int = 16 * MIB
-
-
-_WEIGHTS = ((128, 128), (384, 128), (256, 256), (1024, 256), (256, 1024), (512, 512), (2048, 512), (512, 2048))
-_LARGE = ((64, 2048, 2048), (512, 4096, 512), (2048, 1024, 1024))
-_GPU_WEIGHTS = ((1024, 1024), (2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096))
-GRIDS = {
-    "gpu": Grid(
-        matmul=(*((m, n, k) for m in (512, 2048, 8192) for n, k in _GPU_WEIGHTS), (8192, 8192, 8192)),
-        memory=tuple(MIB * 2**i for i in range(9)),
-        attention=(512, 1024, 2048, 4096, 8192),
-        head_dims=(64, 128),
-        tokens=8192,
-        width=2048,
-        collective=tuple(4 * KIB * 4**i for i in range(9)),
-        concurrency_tokens=0,
-        repeats=10,
-        seconds=3e-3,
-        pool=256 * MIB,
-    ),
-    "full": Grid(
-        matmul=tuple((m, n, k) for m in (64, 256, 1024) for n, k in _WEIGHTS) + _LARGE,
-        memory=tuple(64 * KIB * 2**i for i in range(10)),
-        attention=(64, 128, 256, 512, 1024),
-        head_dims=(32, 64, 128),
-        tokens=1024,
-        width=256,
-        collective=(*(4 * KIB * 4**i for i in range(7)), 32 * MIB),
-        concurrency_tokens=1024,
-        repeats=5,
-        seconds=3e-3,
-    ),
-    "quick": Grid(
-        matmul=((64, 128, 128), (256, 256, 128), (256, 512, 256)),
-        memory=(64 * KIB, MIB, 4 * MIB),
-        attention=(64, 256),
-        head_dims=(32,),
-        tokens=256,
-        width=256,
-        collective=(4 * KIB, 256 * KIB, MIB),
-        concurrency_tokens=128,
-        repeats=3,
-        seconds=1e-3,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to time: call(i) runs it once on operands number i."""
-
-    kind: str
-    sizes: tuple[float, ...]
-    call: Callable[[int], object]
-    precision: str = ""
-
-
-class Operands:
-    """Tensors cut from one pool that is larger than the caches of a processor, one behind the other.
-
-    A training step comes back to a tensor after it has touched many others; operands that lie in the cache from the
-    last repetition would be too fast.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, elements: int) -> None:
-        self.pool = torch.randn(elements, device=device).to(dtype)
-        self.position = 0
-
-    def take(self, *shape: int) -> Tensor:
-        """The next tensor of this shape, a leaf that needs a gradient."""
-        count = math.prod(shape)
-        if self.position + count > self.pool.numel():
-            self.position = 0
-        part = self.pool[self.position : self.position + count]
-        self.position += count
-        return part.view(shape).requires_grad_()
-
-    def sets(self, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
-        """As many sets of tensors as the pool holds, between 2 and 64."""
-        count = self.pool.numel() // sum(math.prod(shape) for shape in shapes)
-        return [[self.take(*shape) for shape in shapes] for _ in range(max(2, min(64, count)))]
 
 
 def matmul_cases(grid: Grid, device: torch.device, precision: str) -> list[Case]:
@@ -145,7 +53,7 @@ def matmul_cases(grid: Grid, device: torch.device, precision: str) -> list[Case]
             ((m, k, n), lambda x, w, g: g @ w),
             ((n, k, m), lambda x, w, g: g.t() @ x),
         )
-        cases += [Case("matmul", sizes, _on(form, sets), precision) for sizes, form in forms]
+        cases += [Case("matmul", sizes, cycling(form, sets), precision) for sizes, form in forms]
     return cases
 
 
@@ -153,8 +61,27 @@ def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
     """The residual addition: two tensors read, one written."""
     operands = Operands(device, torch.float32, grid.pool)
     return [
-        Case("memory", (3.0 * size,), _on(torch.add, operands.sets((size // 4,), (size // 4,)))) for size in grid.memory
+        Case("memory", (3.0 * size,), cycling(torch.add, operands.sets((size // 4,), (size // 4,))))
+        for size in grid.memory
     ]
+
+
+def optimizer_cases(grid: Grid, device: torch.device) -> list[Case]:
+    """Gradient norm, clipping and AdamW over parameters in fp32, as a step ends; sizes as the simulator counts them."""
+    training = Training(global_batch_size=1, seq_len=1, precision="fp32")
+    stack = find_stack("layoutwise-cuda" if device.type == "cuda" else "layoutwise-cpu")
+    cases = []
+    for elements in grid.optimizer:
+        parameter = nn.Parameter(torch.randn(elements, device=device))
+        parameter.grad = torch.randn_like(parameter)
+        optimizer = build_optimizer([parameter], training)
+
+        def step(i: int, parameter: nn.Parameter = parameter, optimizer: Optimizer = optimizer) -> None:
+            clip_gradients([parameter], squared_norm([parameter], 1).sqrt())
+            optimizer.step()
+
+        cases.append(Case("optimizer", (elements * stack.optimizer_traffic["adamw"],), step))
+    return cases
 
 
 def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
@@ -176,52 +103,9 @@ def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
             return torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
 
         sizes = (batch, heads, seq, head_dim, float(causal))
-        cases.append(Case("attention_forward", sizes, _on(forward, sets)))
-        cases.append(Case("attention_backward", sizes, _on(backward, graphs)))
+        cases.append(Case("attention_forward", sizes, cycling(forward, sets)))
+        cases.append(Case("attention_backward", sizes, cycling(backward, graphs)))
     return cases
-
-
-def _on(function: Callable[..., object], sets: Sequence[Sequence[Tensor]]) -> Callable[[int], object]:
-    return lambda i: function(*sets[i % len(sets)])
-
-
-def time_cases(cases: Sequence[Case], grid: Grid, device: torch.device) -> list[Sample]:
-    """Median seconds of each case, in rounds over all cases."""
-    counts = []
-    for case in cases:
-        first, second = _time(case, 1, device), _time(case, 1, device)
-        counts.append(max(1, min(200, int(grid.seconds / min(first, second)))))
-    rounds = [
-        [_time(case, count, device) for case, count in zip(cases, counts, strict=True)] for _ in range(1 + grid.repeats)
-    ]
-    # The first round takes its results' memory from the system, the others from what it gave back.
-    return [
-        sample(case.kind, case.sizes, times, case.precision)
-        for case, times in zip(cases, zip(*rounds[1:], strict=True), strict=True)
-    ]
-
-
-def _time(case: Case, count: int, device: torch.device) -> float:
-    """Seconds of one call, averaged over `count` calls. The results live until the end, as activations do."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        # The device waits until the host has queued the calls: their launches do not count.
-        torch.cuda._sleep(int(2e5 * count))
-        start.record()
-        results = [case.call(i) for i in range(count)]
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
-    begin = time.perf_counter()
-    results = [case.call(i) for i in range(count)]  # noqa: F841
-    return (time.perf_counter() - begin) / count
-
-
-def sample(kind: str, sizes: Sequence[float], seconds: Sequence[float], precision: str = "") -> Sample:
-    """The median and the spread of repeated timings."""
-    p10, median, p90 = (float(v) for v in np.percentile(seconds, (10, 50, 90)))
-    return Sample(kind, tuple(float(s) for s in sizes), median, p10, p90, precision)
 
 
 def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
@@ -230,7 +114,8 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
 
 
 def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
-    """Seconds of a small training step on every rank at once, repeated: 1 / the mean of the ranks' rates."""
+    """Seconds of a small training step on every rank at once, repeated: those of the slowest, which a step waits for.
+    More ranks than processors do not get equal parts of them: the system moves them now and then."""
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
     times = []
@@ -239,9 +124,9 @@ def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
         start = now(device)
         layer(x).sum().backward()
         times.append(now(device) - start)
-    rates = 1 / torch.tensor(times[1:], dtype=torch.float64)
-    dist.all_reduce(rates)
-    seconds: list[float] = (dist.get_world_size() / rates).tolist()
+    slowest = torch.tensor(times[1:], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    seconds: list[float] = slowest.tolist()
     return seconds
 
 
@@ -251,8 +136,8 @@ def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
     size, buffer = 1024 if device.type == "cpu" else 8192, torch.zeros(grid.collective[-1] // 4, device=device)
     x = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     product = Case("compute_alone", (), lambda i: x @ x)
-    alone, reduction = ([_time_together(case, 2, device) for _ in range(3)] for case in (
-        product, Case("all_reduce", (), _on(dist.all_reduce, [[buffer]])),
+    alone, reduction = ([together_seconds(case, 2, device) for _ in range(3)] for case in (
+        product, Case("all_reduce", (), cycling(dist.all_reduce, [[buffer]])),
     ))  # fmt: skip
     # All ranks must make the same number of calls.
     lengths = torch.tensor([min(alone), min(reduction)], dtype=torch.float64, device=device)
@@ -263,10 +148,10 @@ def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
     reductions = max(1, min(50, math.ceil(2.5 * products * one / other)))
     times: dict[str, list[float]] = {"compute_alone": [], "compute_overlapped": []}
     for _ in range(1 + grid.repeats):
-        times["compute_alone"].append(_time(product, products, device))
+        times["compute_alone"].append(call_seconds(product, products, device))
         dist.barrier()
         works = [dist.all_reduce(buffer, async_op=True) for _ in range(reductions)]
-        times["compute_overlapped"].append(_time(product, products, device))
+        times["compute_overlapped"].append(call_seconds(product, products, device))
         for work in works:
             work.wait()
     found = []
@@ -275,63 +160,6 @@ def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         found.append(sample(kind, (dist.get_world_size(),), slowest.tolist()))
     return found
-
-
-def collective_cases(grid: Grid, device: torch.device) -> list[Case]:
-    """Collectives over all ranks, by the bytes of the whole buffer; messages between ranks 0 and 1."""
-    # torch 2.13 renames the two; older releases have only the long names.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    ranks = dist.get_world_size()
-    cases = []
-    for size in grid.collective:
-        elements = size // 4 // ranks * ranks
-        # Zeros, so that summing them again and again stays finite.
-        whole, part = torch.zeros(elements, device=device), torch.zeros(elements // ranks, device=device)
-        other = torch.zeros_like(whole)
-        calls = {
-            "all_reduce": _on(dist.all_reduce, [[whole]]),
-            "all_gather": _on(all_gather, [[whole, part]]),
-            "reduce_scatter": _on(reduce_scatter, [[part, whole]]),
-            "all_to_all": _on(dist.all_to_all_single, [[other, whole]]),
-        }
-        if ranks == 2:
-            calls["send_recv"] = functools.partial(_message, whole)
-        cases += [Case(kind, (ranks, 4.0 * elements), call) for kind, call in calls.items()]
-    return cases
-
-
-def _message(tensor: Tensor, i: int) -> None:
-    """A message from rank 0 to rank 1, and back the next time: the receiver of one is the sender of the next."""
-    operation = dist.isend if dist.get_rank() == i % 2 else dist.irecv
-    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, 1 - dist.get_rank())]):
-        work.wait()
-
-
-def collective_samples(grid: Grid, device: torch.device) -> list[Sample]:
-    """Median seconds of each case on the slowest rank."""
-    cases = collective_cases(grid, device)
-    estimate = torch.tensor([[_time_together(case, 2, device) for _ in range(2)] for case in cases]).amin(1)
-    # All ranks must make the same number of calls; an even one, so that messages go there and back.
-    dist.all_reduce(estimate, dist.ReduceOp.MAX)
-    counts = [2 * max(1, min(25, int(2 * grid.seconds / seconds))) for seconds in estimate.tolist()]
-    rounds = torch.tensor(
-        [
-            [_time_together(case, count, device) for case, count in zip(cases, counts, strict=True)]
-            for _ in range(grid.repeats)
-        ]
-    )
-    dist.all_reduce(rounds, dist.ReduceOp.MAX)
-    return [sample(case.kind, case.sizes, times) for case, times in zip(cases, rounds.T.tolist(), strict=True)]
-
-
-def _time_together(case: Case, count: int, device: torch.device) -> float:
-    """Seconds of one call on this rank, after all ranks have met."""
-    dist.barrier()
-    start = now(device)
-    for i in range(count):
-        case.call(i)
-    return (now(device) - start) / count
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -383,10 +211,14 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
             ("matmul fp32", kernels(matmul_cases, "fp32")),
             ("matmul bf16", kernels(matmul_cases, "bf16")),
             ("memory", kernels(memory_cases)),
+            ("optimizer", kernels(optimizer_cases)),
             ("attention", kernels(attention_cases)),
         ]
     else:
-        steps = [(f"collectives of {ranks}", lambda: collective_samples(grid, device))]
+        steps = [
+            (f"collectives of {group.ranks}", functools.partial(collective_samples, grid, device, group))
+            for group in groups()
+        ]
         if ranks == 2:
             steps.append(("compute beside communication", lambda: overlap_samples(grid, device)))
     if device.type == "cpu":

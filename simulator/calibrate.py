@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simulator.cluster import CollectiveFit
 from simulator.errors import UserError
 from simulator.job import Job
 from simulator.layout import Layout
@@ -105,11 +106,16 @@ def constants(profile: Profile) -> dict[str, float]:
     found |= {f"host.{name}": value for name, value in dataclasses.asdict(profile.host).items()}
     for kind, fits in profile.collectives.items():
         for fit in fits:
-            found[f"collectives.{kind}.{fit.ranks}.latency"] = fit.latency
-            found[f"collectives.{kind}.{fit.ranks}.efficiency"] = fit.efficiency
+            found[f"collectives.{kind}.{_group(fit)}.latency"] = fit.latency
+            found[f"collectives.{kind}.{_group(fit)}.efficiency"] = fit.efficiency
     found |= {f"concurrency.{k}": v for k, v in enumerate(profile.concurrency, start=1) if k > 1}
     # A constant of zero has no logarithm: the samples found nothing there to change.
     return {name: value for name, value in found.items() if value > 0}
+
+
+def _group(fit: CollectiveFit) -> str:
+    """The ranks of a collective's constants: "2", or "2-of-4" where four share the processors."""
+    return f"{fit.ranks}" if fit.active in (0, fit.ranks) else f"{fit.ranks}-of-{fit.active}"
 
 
 def scaled(profile: Profile, factors: dict[str, float]) -> Profile:
@@ -138,9 +144,9 @@ def _scaled(profile: Profile, path: list[str], factor: float) -> Profile:
             kernels.append(dataclasses.replace(kernel, **{path[1]: fit_}))
         return dataclasses.replace(profile, attention=tuple(kernels))
     if path[0] == "collectives":
-        _, kind, ranks, what = path
+        _, kind, group, what = path
         fits = tuple(
-            dataclasses.replace(fit, **{what: getattr(fit, what) * factor}) if fit.ranks == int(ranks) else fit
+            dataclasses.replace(fit, **{what: getattr(fit, what) * factor}) if _group(fit) == group else fit
             for fit in profile.collectives[kind]
         )
         return dataclasses.replace(profile, collectives=profile.collectives | {kind: fits})
@@ -383,7 +389,7 @@ def _unseen(name: str, most: float) -> str:
         article = "an" if spelt[0] in "aeiou" else "a"
         kind = "a message between pipeline stages" if path[1] == "send_recv" else f"{article} {spelt}"
         if most == 0:
-            return f"no measured layout waits for {kind} among {path[2]} ranks"
+            return f"no measured layout waits for {kind} among {path[2].replace('-', ' ')} ranks"
     if path[0] == "concurrency" and most == 0:
         return f"in no measured layout {path[1]} ranks compute at once"
     if path[0] == "attention" and most == 0:

@@ -140,6 +140,7 @@ def check_gpu(gpu: Gpu, where: str) -> None:
         "fragmentation",
         "overlap_slowdown",
         "timing_spread",
+        "optimizer_efficiency",
     ):
         _at_least(where, name, getattr(gpu, name), 0)
     if not gpu.matmul:

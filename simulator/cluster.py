@@ -65,12 +65,14 @@ class AttentionKernel:
 @dataclass(frozen=True)
 class CollectiveFit:
     """Constants of one collective from `ranks` ranks on: seconds = latency + x / (efficiency · link) + ramp · √x,
-    where x is the bytes that pass the slowest link (collectives.py)."""
+    where x is the bytes that pass the slowest link (collectives.py). They were measured while `active` ranks shared
+    the node's processors: its own and those of siblings; 0 where every rank has a device."""
 
     ranks: int
     latency: Annotated[float, SECONDS]
     efficiency: float
     ramp: float = 0.0
+    active: int = 0
 
     __pydantic_config__ = STRICT
 
@@ -116,6 +118,7 @@ class Gpu:
     fragmentation: float = 0.0
     overlap_slowdown: float = 0.0
     timing_spread: float = 0.0
+    optimizer_efficiency: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -217,6 +220,10 @@ class ClusterSpec:
         """Devices that the scale-up network joins; larger than a node on NVL72 racks."""
         return self.scale_up_domain or self.gpus_per_node
 
+    def sharing(self, world_size: int) -> int:
+        """Ranks of a layout that share the processors of a node; 0 where each has a device of its own."""
+        return min(world_size, max(1, int(self.gpus_per_node * self.oversubscribe))) if self.concurrency else 0
+
     @property
     def tiers(self) -> tuple[int, ...]:
         """Devices in each part of the cluster that a group may straddle: a root, a domain, a leaf."""
@@ -298,7 +305,8 @@ class GroupShape:
 
     `bandwidth` is bytes per second into and out of one rank's share of a device's link where `domains` is 1, and of
     the group's share of a domain's cards where it is more. `spine` is its share of the uplinks of a leaf (of a root
-    inside a domain), on which it has `ranks_per_leaf` ranks; infinite for a group under one of them.
+    inside a domain), on which it has `ranks_per_leaf` ranks; infinite for a group under one of them. `sharing` is
+    ClusterSpec.sharing of its layout.
     """
 
     ranks: int
@@ -307,6 +315,7 @@ class GroupShape:
     bandwidth: float
     spine: float = math.inf
     ranks_per_leaf: int = 0
+    sharing: int = 0
 
     @property
     def slowest(self) -> float:
@@ -314,8 +323,8 @@ class GroupShape:
         return min(self.bandwidth, self.spine)
 
 
-def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> GroupShape:
-    """Place a group on the cluster.
+def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0, sharing: int = 0) -> GroupShape:
+    """Place a group on the cluster, among `sharing` ranks that share a node's processors (ClusterSpec.sharing).
 
     Rule: the sibling groups of a layout communicate at the same time, so a group that holds g of the G devices of a
     domain gets g / G of its network cards, each rank its own device's share of them; and of the uplinks of a leaf in
@@ -330,8 +339,8 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
     if len(domains) == 1:
         other = next((p for p in places if p != first), first)
         if other == first:
-            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth)
-        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other))
+            return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth, sharing=sharing)
+        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other), sharing=sharing)
         per_root = spec.scale_up.devices_per_root
         if not per_root:
             return inside
@@ -340,7 +349,7 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0) -> Gr
     card = _tier(graph, first, other)
     share = card * spec.nics_per_node / spec.gpus_per_node
     per_group = -(-len(ranks) // len(domains))
-    shape = GroupShape(len(ranks), len(domains), per_group, share * per_group)
+    shape = GroupShape(len(ranks), len(domains), per_group, share * per_group, sharing=sharing)
     if not spec.nodes_per_leaf:
         return shape
     leaves = {node // spec.nodes_per_leaf for _, node, _ in places}

@@ -92,7 +92,7 @@ def slowest_link(collective: Collective, size: float, shape: GroupShape, spec: C
         inside, cards = _machine_seconds(collective, x, shape, spec), _wire_seconds(collective, x, shape, spec)
     else:
         fits = out.collectives.get(collective)
-        efficiency = _fit(fits, shape.domains).efficiency if fits else 1.0
+        efficiency = fit_of(fits, shape.domains).efficiency if fits else 1.0
         cards = 1 / (_tree_gain(collective, shape, spec) * efficiency * shape.slowest)
         inside = 1 / _domain_bandwidth(collective, shape, spec)
     if inside > cards:
@@ -131,7 +131,7 @@ def _tree_gain(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> 
 
 
 def _inside_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
-    fit = _fit(spec.scale_up.collectives[collective], shape.ranks)
+    fit = fit_of(spec.scale_up.collectives[collective], shape.ranks, shape.sharing)
     return fit.latency + x / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(x)
 
 
@@ -141,7 +141,7 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
     assert spec.scale_out is not None
     if spec.concurrency:
         return max(_wire_seconds(collective, x, shape, spec), _machine_seconds(collective, x, shape, spec))
-    outside = _fit(spec.scale_out.collectives[collective], shape.domains)
+    outside = fit_of(spec.scale_out.collectives[collective], shape.domains)
     cards = outside.efficiency * shape.slowest
     rings = [
         steps + x / (share * min(cards, _domain_bandwidth("all_gather", shape, spec)))
@@ -159,7 +159,7 @@ def _between_seconds(collective: Collective, x: float, shape: GroupShape, spec: 
 def _wire_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
     """Between hosts that are made of one machine, over what links them."""
     assert spec.scale_out is not None
-    wire = _fit(spec.scale_out.collectives[collective], shape.domains)
+    wire = fit_of(spec.scale_out.collectives[collective], shape.domains, shape.sharing)
     return wire.latency + x / (wire.efficiency * shape.slowest) + wire.ramp * math.sqrt(x)
 
 
@@ -178,7 +178,7 @@ def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSp
     bandwidth = link.bandwidth
     if 0 < link.devices_per_root < shape.ranks_per_domain:
         bandwidth = min(bandwidth, link.root_bandwidth * shape.ranks_per_domain / spec.domain)
-    return _fit(fits, shape.ranks_per_domain).efficiency * bandwidth
+    return fit_of(fits, shape.ranks_per_domain).efficiency * bandwidth
 
 
 def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -186,7 +186,8 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     cards and (n - l)/n of the uplinks of its leaf of l ranks; the slowest of the three counts, because they go at the
     same time. Every peer outside costs a posted message (NVIDIA/nccl@5067397c, src/graph/tuning.cc)."""
     n, g = shape.ranks, shape.ranks_per_domain
-    inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
+    up = spec.scale_up.collectives
+    inside = fit_of(up.get("all_to_all") or up["all_gather"], g, shape.sharing)
     if shape.domains == 1:
         x = bus_bytes("all_to_all", n, size)
         times = [x / shape.bandwidth, _crossing_seconds(size, shape)]
@@ -199,13 +200,14 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
 
 def _exchange_fit(shape: GroupShape, spec: ClusterSpec) -> CollectiveFit:
     assert spec.scale_out is not None
-    return _fit(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], shape.ranks)
+    return fit_of(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], shape.ranks)
 
 
 def _exchange_times(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[float, float]:
     """Seconds of what stays in the domains of an all-to-all over several, and of what leaves them."""
     n, g = shape.ranks, shape.ranks_per_domain
-    inside = _fit(spec.scale_up.collectives.get("all_to_all") or spec.scale_up.collectives["all_gather"], g)
+    up = spec.scale_up.collectives
+    inside = fit_of(up.get("all_to_all") or up["all_gather"], g, shape.sharing)
     leaving = size * (n - g) / n
     cards = max(leaving / (shape.bandwidth / g), _crossing_seconds(size, shape)) / _exchange_fit(shape, spec).efficiency
     return size * (g - 1) / n / (inside.efficiency * spec.scale_up.bandwidth), cards
@@ -233,10 +235,18 @@ def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[
     """(latency, transfer) of one point-to-point message: the link is busy for the transfer alone."""
     link = spec.scale_up if shape.domains == 1 else spec.scale_out
     assert link is not None
-    fit = _fit(link.collectives["send_recv"], 2)
+    fit = fit_of(link.collectives["send_recv"], 2, shape.sharing)
     return fit.latency, size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
 
 
-def _fit(fits: tuple[CollectiveFit, ...], ranks: int) -> CollectiveFit:
-    """The constants that hold from the largest known number of ranks that is not more than this one."""
+def active_ranks(collectives: Mapping[str, tuple[CollectiveFit, ...]], ranks: int, sharing: int) -> int:
+    """How many ranks shared a node's processors while the collectives of a group were measured (`fit_of`)."""
+    return sharing if any(f.active == sharing for fits in collectives.values() for f in fits) else ranks
+
+
+def fit_of(fits: tuple[CollectiveFit, ...], ranks: int, sharing: int = 0) -> CollectiveFit:
+    """The constants that hold from the largest known number of ranks that is not more than this one. Among ranks that
+    share processors those that were measured while as many did, or else while the group's own did."""
+    if any(f.active for f in fits):
+        fits = tuple(f for f in fits if f.active == sharing) or tuple(f for f in fits if f.active == f.ranks) or fits
     return max((f for f in fits if f.ranks <= ranks), key=lambda f: f.ranks, default=fits[0])

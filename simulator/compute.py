@@ -246,12 +246,14 @@ def _with_host(host: HostFit, tp: int, work: KernelTime) -> KernelTime:
 def optimizer_seconds(gpu: Gpu, stack: Stack, optimizer: str, parameters: float) -> float:
     """Seconds of one optimizer step with gradient clipping over this rank's parameters.
 
-    Rule: bytes read and written per parameter (stack) over the bandwidth that fused elementwise kernels reach.
+    Rule: bytes read and written per parameter (stack) over the bandwidth that fused elementwise kernels reach, or that
+    an optimizer step was measured to reach (Gpu.optimizer_efficiency).
     Reference: AdamW with fp32 master weights moves 30 bytes, its gradient norm 4 more; 8.03e9 parameters took 46.6 ms
     on a B200 (stas00/ml-engineering@744d01e1), this rule gives 45 ms.
     Ignored: kernels per tensor (multi-tensor kernels are assumed on GPUs).
     """
-    return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * gpu.memory_efficiency)
+    efficiency = gpu.optimizer_efficiency or gpu.memory_efficiency
+    return parameters * stack.optimizer_traffic[optimizer] / (gpu.memory_bandwidth * efficiency)
 
 
 def host_optimizer_seconds(bandwidth: float, parameters: float) -> float:

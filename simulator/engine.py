@@ -11,8 +11,8 @@ wait for the ranks of their group, its messages go to the very peer. Both give t
 
 On a machine without GPUs the ranks of a node share its processors (processors.py): k ranks that compute at once run
 at the measured speed of k, and communication over the loopback needs processors like everything else. The seconds of a
-collective of n ranks were measured while all n of them shared the processors, so that they hold as they are where no
-more than those n are active.
+collective were measured while all ranks of the node shared the processors (CollectiveFit.active), or where no such
+measurement is known while its own did, so that they hold as they are where no more than those are active.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import simpy
 from simpy.core import EmptySchedule
 
+from simulator.collectives import active_ranks
 from simulator.critical_path import pair_work, rank_update
 from simulator.errors import UserError
 from simulator.garbage import uncollected
@@ -143,6 +144,7 @@ class _Engine:
         self.spans: list[Span] = []
         self.pools: dict[int, Processors] = {}
         self.per_node = max(1, int(job.cluster.gpus_per_node * job.cluster.oversubscribe))
+        self.sharing = job.cluster.sharing(layout.world_size)
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
         # By what they carry, and the stage and the global rank that receive them.
@@ -322,11 +324,14 @@ class _Engine:
                     spent[name] = alone
         return spent
 
-    def _unshared(self, rank: Rank, seconds: float, axes: Axes) -> float:
-        """Seconds that a collective would take if its ranks had a processor each, which `_busy` makes longer again."""
+    def _unshared(self, rank: Rank, seconds: float, axes: Axes | None) -> float:
+        """Seconds that a collective along these axes, or a message, would take if its ranks had a processor each, which
+        `_busy` makes longer again."""
         if rank.processors is None:
             return seconds
-        return seconds * rank.processors.speed_of(min(self.groups.group(rank.number, axes).size, self.per_node))
+        size = 2 if axes is None else self.groups.group(rank.number, axes).size
+        known = active_ranks(self.job.cluster.scale_up.collectives, size, self.sharing)
+        return seconds * rank.processors.speed_of(min(known, self.per_node))
 
     def _reshard(self, rank: Rank, op: Op) -> None:
         """Dropping gathered parameters takes no time."""
@@ -416,7 +421,7 @@ class _Engine:
                 self.network.start(route, seconds * route.alone, end)
                 return
             # A wire between hosts takes the time of its rate, and processors what a message inside of a host takes.
-            moved = self._busy(rank, seconds * inside)
+            moved = self._busy(rank, self._unshared(rank, seconds * inside, None))
             if inside < 1:
                 moved = self.env.all_of([self.env.timeout(seconds), moved])
             assert moved.callbacks is not None

@@ -94,6 +94,7 @@ def two_hosts(spec: ClusterSpec, wire: Wire) -> ClusterSpec:
     together = [min(HOSTS * k, len(spec.concurrency)) for k in range(1, per_host + 1)]
     # Beyond the counts that were measured the whole stays as fast as it is.
     speeds = tuple(spec.concurrency[n - 1] * n / (HOSTS * k) for k, n in enumerate(together, start=1))
+    loopback = _halved(spec.scale_up)
     memory = spec.gpu.memory * spec.gpus_per_node / (HOSTS * per_host)
     return dataclasses.replace(
         spec,
@@ -103,18 +104,36 @@ def two_hosts(spec: ClusterSpec, wire: Wire) -> ClusterSpec:
         oversubscribe=1.0,
         concurrency=speeds,
         nics_per_node=1,
-        scale_out=_wired(spec.scale_up, wire),
+        scale_up=loopback,
+        scale_out=_wired(loopback, wire),
         source=f"{spec.source}; the link between its halves as given: {wire}",
     )
 
 
+def _halved(loopback: Link) -> Link:
+    """The loopback inside of a host: of the ranks that shared the machine while it was measured a host has its part."""
+    fits = {
+        kind: tuple(dataclasses.replace(fit, active=fit.active // HOSTS) for fit in found)
+        for kind, found in loopback.collectives.items()
+    }
+    return dataclasses.replace(loopback, collectives=fits)
+
+
 def _wired(loopback: Link, wire: Wire) -> Link:
-    """The loopback with a wire in it: what the collectives of two ranks, one on each host, cost."""
+    """The loopback with a wire in it: what the collectives of two ranks, one on each host, cost. That they are no
+    faster than with all ranks on one host is told by the loopback itself (collectives.py)."""
     rate = min(wire.bandwidth * PAYLOAD, loopback.bandwidth)
     fits: dict[str, tuple[CollectiveFit, ...]] = {}
     for kind, found in loopback.collectives.items():
-        two = min(found, key=lambda fit: fit.ranks)
-        limit = min(rate / _EXCESS.get(kind, 1.0), two.efficiency * loopback.bandwidth)
-        latency = two.latency + _CROSSINGS.get(kind, 2) * wire.delay
-        fits[kind] = (CollectiveFit(HOSTS, latency, limit / rate, two.ramp),)
+        few = {fit.active: fit for fit in sorted(found, key=lambda fit: -fit.ranks)}
+        fits[kind] = tuple(
+            CollectiveFit(
+                HOSTS,
+                two.latency + _CROSSINGS.get(kind, 2) * wire.delay,
+                1 / _EXCESS.get(kind, 1.0),
+                two.ramp,
+                two.active,
+            )
+            for two in few.values()
+        )
     return Link("wire", rate, loopback.latency + wire.delay, fits, tree_over_two=False)

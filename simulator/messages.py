@@ -141,11 +141,12 @@ def _worst_way(job: Job, layout: Layout, source: int, target: int, fold: bool) -
     known, graph = known_to(job, "messages"), job.graph
     stride = layout.rank(pp=1)
     behind = layout.world_size // layout.pp if layout.axes[-1] == "pp" else layout.world_size
-    key = (source % cluster_period(job, layout), target - source, stride, layout.pp, behind, fold)
+    sharing = job.cluster.sharing(layout.world_size)
+    key = (source % cluster_period(job, layout), target - source, stride, layout.pp, behind, fold, sharing)
     if key not in known:
         tiers = job.cluster.tiers if fold else ()
         starts = sorted({start for tier in tiers for start in layout.sibling_starts("pp", tier)}) or [0]
-        shapes = {start: group_shape(graph, (source, target), start) for start in starts}
+        shapes = {start: group_shape(graph, (source, target), start, sharing) for start in starts}
         worst = max(starts, key=lambda start: (shapes[start].domains, -shapes[start].slowest))
         known[key] = worst, shapes[worst]
     found: tuple[int, GroupShape] = known[key]

@@ -74,6 +74,7 @@ class _Placing:
 
     def __init__(self, job: Job, layout: Layout, rank: int, offset: int) -> None:
         self.job, self.layout, self.rank, self.offset = job, layout, rank, offset
+        self.sharing = job.cluster.sharing(layout.world_size)
 
     def groups(self) -> Groups:
         """cp shards state with dp_shard; where nothing is sharded, it reduces gradients with dp_replicate."""
@@ -110,10 +111,10 @@ class _Placing:
             if axis in axes and size > 1:
                 steps.append((stride, size))
             stride *= size
-        return self.offset, tuple(steps), stride // layout.pp if layout.axes[-1] == "pp" else stride
+        return self.offset, self.sharing, tuple(steps), stride // layout.pp if layout.axes[-1] == "pp" else stride
 
     def _worst_shape(self, ranks: tuple[int, ...]) -> GroupShape:
         """How a group and its siblings lie on the cluster; the step waits for the one that lies worst."""
         starts = {start for tier in self.job.cluster.tiers for start in self.layout.starts(ranks, tier)}
-        shapes = (group_shape(self.job.graph, ranks, start) for start in sorted(starts))
+        shapes = (group_shape(self.job.graph, ranks, start, self.sharing) for start in sorted(starts))
         return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))

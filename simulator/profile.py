@@ -37,10 +37,11 @@ CPU_OVERSUBSCRIBE = 2.0
 class Sample:
     """One timing: the median of interleaved repetitions, with the spread between the 10th and 90th percentile.
 
-    kind is "matmul" (sizes m, n, k), "memory" (bytes read and written), "attention_forward" and
+    kind is "matmul" (sizes m, n, k), "memory" and "optimizer" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
     (no sizes), "concurrency" (ranks that compute at once), "compute_alone" and "compute_overlapped" (ranks; a
-    product, and the same beside an all-reduce), or a collective's name (ranks, bytes).
+    product, and the same beside an all-reduce), or a collective's name (ranks, bytes, and ranks that share the
+    processors meanwhile, where they are more).
     """
 
     kind: str
@@ -101,6 +102,7 @@ class Profile:
     concurrency: tuple[float, ...]
     samples: tuple[Sample, ...]
     overlap_slowdown: float = 0.0
+    optimizer_efficiency: float = 0.0
     calibrations: tuple[Calibration, ...] = ()
     version: int = VERSION
 
@@ -132,6 +134,7 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         host=profile.host,
         context_memory=profile.process_memory,
         overlap_slowdown=profile.overlap_slowdown,
+        optimizer_efficiency=profile.optimizer_efficiency,
         source=f"measured {profile.created}",
         timing_spread=timing_spread(profile.samples),
     )
@@ -180,9 +183,10 @@ def calibrate(
         "attention": _fit_attention(samples, serial, fastest),
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
-        "collectives": {} if alone else _fit_collectives(samples, link_bandwidth),
+        "collectives": {} if alone else _fit_collectives(samples, link_bandwidth, kind),
         "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
         "overlap_slowdown": _overlap_slowdown(samples),
+        "optimizer_efficiency": _optimizer_efficiency(samples, memory_bandwidth),
     }
 
 
@@ -241,10 +245,17 @@ def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
     return result
 
 
-def _fit_memory(samples: Sequence[Sample]) -> float:
+def _optimizer_efficiency(samples: Sequence[Sample], memory_bandwidth: float) -> float:
+    """The share of the bandwidth of elementwise kernels that an optimizer step reaches; 0 where it was not measured."""
+    if not any(s.kind == "optimizer" for s in samples):
+        return 0.0
+    return _fit_memory(samples, "optimizer") / memory_bandwidth
+
+
+def _fit_memory(samples: Sequence[Sample], kind: str = "memory") -> float:
     """Bytes per second. The constant is the host's part and fitted with it: for the smallest tensors it is most of
     the time, and taking off the host's average kernel instead would leave anything."""
-    chosen = _of(samples, "memory")
+    chosen = _of(samples, kind)
     size = np.array([s.sizes[0] for s in chosen])
     features, seconds = np.stack([size, np.ones_like(size)], axis=1), np.array([s.seconds for s in chosen])
     return 1 / _per_unit(non_negative_fit(features, seconds)[0], size, seconds)
@@ -292,18 +303,26 @@ def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
     return float(latency), 1 / _per_unit(per_byte, size, seconds)
 
 
-def _fit_collectives(samples: Sequence[Sample], link: float) -> dict[str, tuple[CollectiveFit, ...]]:
+def _group_of(sample: Sample) -> tuple[int, int]:
+    """Ranks of a collective, and those that shared the processors while it was measured."""
+    return int(sample.sizes[0]), int(sample.sizes[2] if len(sample.sizes) > 2 else sample.sizes[0])
+
+
+def _fit_collectives(
+    samples: Sequence[Sample], link: float, kind_of_machine: str
+) -> dict[str, tuple[CollectiveFit, ...]]:
     result = {}
     measured = {s.kind for s in samples}
     for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv", *({"all_to_all"} & measured)):
         fits = []
-        for ranks in sorted({int(s.sizes[0]) for s in _of(samples, kind)}):
-            chosen = [s for s in _of(samples, kind) if s.sizes[0] == ranks]
+        for ranks, active in sorted({_group_of(s) for s in _of(samples, kind)}):
+            chosen = [s for s in _of(samples, kind) if _group_of(s) == (ranks, active)]
             x = np.array([bus_bytes(kind, ranks, s.sizes[1]) for s in chosen])
             features = np.stack([np.ones_like(x), x, np.sqrt(x)], axis=1)
             latency, per_byte, ramp = non_negative_fit(features, np.array([s.seconds for s in chosen]))
             per_byte = per_byte or 1e-3 / link
-            fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp)))
+            shared = active if kind_of_machine == "cpu" else 0
+            fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp), shared))
         result[kind] = tuple(fits)
     return result
 
@@ -320,12 +339,12 @@ def _overlap_slowdown(samples: Sequence[Sample]) -> float:
 def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:
     """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
 
-    From the 10th percentiles, because what disturbs here is other work on the same processors, which would pass for
-    ranks. k ranks never run at more than the whole of the machine's processors, whatever disturbed the first.
+    Of the slowest rank, as the samples are. k ranks never run at more than the whole of the machine's processors,
+    whatever disturbed the first.
     """
     chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
-    seconds = np.array([s.p10 for s in chosen])
+    seconds = np.array([s.seconds for s in chosen])
     speeds = seconds[0] / seconds
     counts = np.arange(1, ranks[-1] + 1)
     bound = np.minimum(1.0, devices / counts)

@@ -39,7 +39,7 @@ def norm_seconds(job: Job, layout: Layout) -> float:
     known, key = known_to(job, "norms"), (layout.world_size, layout.reducing_replicas or layout)
     if key not in known:
         axes = ("tp", "cp", "dp_shard", *layout.reducing_replicas, "pp")
-        world = group_shape(job.graph, layout.group(*axes))
+        world = group_shape(job.graph, layout.group(*axes), sharing=job.cluster.sharing(layout.world_size))
         known[key] = collective_seconds("all_reduce", 4.0, world, job.cluster)
     found: float = known[key]
     return found

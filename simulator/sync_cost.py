@@ -115,7 +115,8 @@ def centre_seconds(job: Job, layout: Layout) -> float:
 def _peers(job: Job, layout: Layout) -> GroupShape:
     """How the ranks of the replicas that hold the same lie on the cluster, where they lie worst."""
     starts = {start for tier in job.cluster.tiers for start in layout.sibling_starts("dp_replicate", tier)} or {0}
-    shapes = (group_shape(job.graph, layout.group("dp_replicate"), start) for start in sorted(starts))
+    sharing = job.cluster.sharing(layout.world_size)
+    shapes = (group_shape(job.graph, layout.group("dp_replicate"), start, sharing) for start in sorted(starts))
     return max(shapes, key=lambda shape: (shape.domains, -shape.slowest))
 
 

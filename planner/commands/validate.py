@@ -96,7 +96,7 @@ def validate_here(
         list[Path] | None, typer.Argument(metavar="[JOB.toml ...]", help="What to train; a small ladder by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every layout is run; medians over them count.")] = 2,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each run, the first three of them without times.")] = 6,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run, the first five of them without times.")] = 10,
     link: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +126,7 @@ def validate_here(
         else:
             typer.echo(f"skipped: {reason}")
         return
-    course = Course(rounds, steps, min(3, steps - 1))
+    course = Course(rounds, steps, min(5, steps - 1))
     with progress("validating", quiet=as_json, lines=True) as report:
         jobs, document, written = validate_machine(job_files or [], course, output, report, wire, profile)
     if as_json:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from simulator.calibrate import Outcome, Run, constants, recalibrate, run_of, scaled
+from simulator.cluster import CollectiveFit
 from simulator.errors import UserError
 from simulator.job import Job, Training
 from simulator.layout import Layout
@@ -101,6 +102,14 @@ def test_what_no_layout_uses_is_refused_in_words() -> None:
     refused = changed({"host.dtensor": 3.0}).refused
     assert refused["host.dtensor"] == "no measured layout has tensor parallelism"
     assert refused["collectives.all_gather.4.latency"] == "no measured layout waits for an all-gather among 4 ranks"
+
+
+def test_constants_of_pairs_among_others_are_named_so_and_changed_alone() -> None:
+    fits = (CollectiveFit(2, 1e-3, 0.5, active=2), CollectiveFit(2, 4e-3, 0.2, active=4))
+    known = dataclasses.replace(profile(), collectives={"all_reduce": fits})
+    changed_one = scaled(known, {"collectives.all_reduce.2-of-4.latency": 2.0})
+    assert [fit.latency for fit in changed_one.collectives["all_reduce"]] == [1e-3, 8e-3]
+    assert "collectives.all_reduce.2.latency" in constants(known)
 
 
 def test_ranks_that_never_compute_at_once_say_nothing_of_sharing() -> None:

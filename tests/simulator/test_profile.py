@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from simulator.cluster import HostFit, build_cluster, group_shape
 from simulator.collectives import bus_bytes
+from simulator.compute import optimizer_seconds
 from simulator.errors import UserError
 from simulator.files import write_json
-from simulator.presets import find_cluster
+from simulator.presets import find_cluster, find_stack
 from simulator.profile import Profile, Sample, calibrate, cluster_of, non_negative_fit, read_profile
 
 HOST = {"host_forward": 5e-6, "host_backward": 11e-6, "dtensor": 40e-6}
@@ -90,6 +91,17 @@ def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
             assert found[ranks] == pytest.approx(known, rel=1e-4, abs=1e-13)
 
 
+def test_pairs_among_others_have_constants_of_their_own() -> None:
+    """Two of four ranks reduce while the two others do: 0.4 ms, and x / (0.2 · 4 GB/s) where a pair alone has 0.5."""
+    among = [sample("all_reduce", (2, size, 4), 4e-4 + size / (0.2 * LINK)) for size in (1e3, 1e5, 1e7)]
+    cpu, gpu = (calibrate([*synthetic(kind), *among], kind)["collectives"]["all_reduce"] for kind in ("cpu", "gpu"))  # type: ignore[index, arg-type]
+    assert [(fit.ranks, fit.active) for fit in cpu] == [(2, 2), (2, 4), (4, 4)]
+    assert (cpu[1].latency, cpu[1].efficiency) == pytest.approx((4e-4, 0.2), rel=1e-4)
+    assert (cpu[0].latency, cpu[0].efficiency) == pytest.approx(ALL_REDUCE[2][:2], rel=1e-4)
+    # A GPU is nobody else's.
+    assert {fit.active for fit in gpu} == {0}
+
+
 def test_concurrency_is_the_speed_of_each_rank_and_fills_the_gaps(profile: Profile) -> None:
     assert profile.concurrency == pytest.approx((1.0, 0.8, 0.525, 0.25))
 
@@ -106,6 +118,21 @@ def test_a_gpus_samples_are_free_of_the_host() -> None:
 def test_a_single_gpu_has_no_collectives() -> None:
     links = ("send_recv", "all_reduce", "all_gather", "reduce_scatter")
     assert calibrate([s for s in synthetic("gpu") if s.kind not in links], "gpu")["collectives"] == {}
+
+
+def test_an_optimizer_step_has_a_bandwidth_of_its_own() -> None:
+    """40 bytes a parameter at 1.5e10 bytes a second, where elementwise kernels reach 2e10: three quarters. 12 million
+    parameters are then 12e6 · 40 / 1.5e10 = 32 ms; without such samples 24 ms."""
+    found = []
+    for more in ([], [sample("optimizer", (40.0 * n,), 1e-5 + 40 * n / 1.5e10) for n in (2**20, 2**22, 2**24)]):
+        constants = calibrate([*synthetic(), *more])
+        profile = Profile(
+            name="test", created="2026-01-31", versions={}, kind="cpu", devices=4, memory=16e9, process_memory=2e8,
+            samples=(), **constants,
+        )  # fmt: skip
+        gpu = cluster_of(profile).gpu
+        found.append(optimizer_seconds(gpu, find_stack("layoutwise-cpu"), "adamw", 12e6))
+    assert found == pytest.approx([0.024, 0.032], rel=1e-3)
 
 
 def test_compute_beside_communication_takes_longer() -> None:

@@ -117,6 +117,24 @@ def test_a_wire_is_never_faster_than_the_loopback() -> None:
     assert collective_seconds("all_reduce", 4e7, shape, spec) == pytest.approx(0.061)
 
 
+def test_a_host_has_half_of_the_ranks_that_shared_the_machine() -> None:
+    """Of four ranks that shared it two are on each host. A pair inside of one took 3 ms among four, and a pair across
+    the wire waits as long: its processors are as busy. 1 MB at 0.5 and 0.25 of 4 GB/s is then 0.5 and 1 ms more."""
+    fits = (CollectiveFit(2, 1e-3, 0.5, active=2), CollectiveFit(2, 3e-3, 0.25, active=4))
+    shared = LOOPBACK.collectives | {"all_reduce": (*fits, CollectiveFit(4, 5e-3, 0.25, active=4))}
+    machine = dataclasses.replace(MACHINE, scale_up=dataclasses.replace(LOOPBACK, collectives=shared))
+    spec = two_hosts(machine, Wire())
+    groups = layout_groups(job_on(spec, 2), Layout(tp=2, dp_replicate=2))[0]
+    assert (groups.tp.domains, groups.replicate.domains, groups.tp.sharing) == (1, 2, 2)
+    for shape in (groups.tp, groups.replicate):
+        assert collective_seconds("all_reduce", 1e6, shape, spec) == pytest.approx(3e-3 + 1e-3)
+    # One machine of two processors takes four ranks, and the pairs of two hybrids then share it.
+    hybrid = layout_groups(job_on(machine, 1), Layout(tp=2, dp_replicate=2))[0].tp
+    alone = layout_groups(job_on(machine, 1), Layout(tp=2))[0].tp
+    assert collective_seconds("all_reduce", 1e6, hybrid, machine) == pytest.approx(3e-3 + 1e-3)
+    assert collective_seconds("all_reduce", 1e6, alone, machine) == pytest.approx(1e-3 + 0.5e-3)
+
+
 def test_the_choice_changes_with_the_link() -> None:
     """Data parallelism across a fast link, a pipeline across a slow one; tensor parallelism across it loses most."""
     chosen = {}
