@@ -47,7 +47,7 @@ LINKED = SMALL | {"training": {"global_batch_size": 32, "seq_len": 128, "learnin
 # Jobs, and the rivals that are run of each; None means all of them.
 LADDER: tuple[tuple[dict[str, Any], tuple[str, ...] | None], ...] = (
     (SMALL, None),
-    (LARGE, ("1 process", "data 2", "tensor 2", "FSDP 2, ZeRO 3")),
+    (LARGE, ("1 process", "data 2", "tensor 2", "pipeline 2, 1F1B", "FSDP 2, ZeRO 3")),
 )
 # The project's own runtime, by what a profile is of.
 STACKS = {"cpu": "layoutwise-cpu", "gpu": "layoutwise-cuda"}

@@ -24,8 +24,7 @@ class Certificate:
     """What the search did with the space of layouts; the counts add up to `space`.
 
     lower_bound_gap is how much better than the best simulated layout (Choice.best) a layout that was not simulated
-    could be, as a fraction of what the search minimises: the step at the high end of its interval, unless another
-    objective was asked for; 0 is a proof that there is none.
+    could be, as a fraction of its step; 0 is a proof that there is none.
     """
 
     space: int
@@ -43,10 +42,9 @@ class Certificate:
 class Choice:
     """How the recommended layout was chosen (planner/ties.py).
 
-    best is the layout with the smallest value of the search, that is, unless another objective was asked for, with the
-    shortest step at the high end of its interval; fastest the one with the shortest predicted step of all that were
-    simulated and may be recommended; ties are other layouts whose value is within `tie` (a share) of the best's, best
-    first; why is a sentence.
+    best is the layout with the shortest step that the search proves, which is the shortest at the high end of its
+    interval too; fastest the same of all that were simulated and may be recommended (with --gap it may be another);
+    ties are other layouts whose step is within `tie` (a share) of the best's, best first; why is a sentence.
     """
 
     tie: float
@@ -99,6 +97,12 @@ class Plan:
         if plain.step_seconds >= best.step_seconds * (1 - self.certificate.lower_bound_gap):
             return "it is so by less than --gap lets the search stop at"
         return "[search] leaves it out"
+
+
+def shortest_first(prediction: Prediction) -> tuple[float, str]:
+    """Sorts predictions: the step, of equal ones the first by name. The high end of a step's interval is a multiple of
+    it that all layouts of a job share, so the order under the pessimistic end is the same."""
+    return prediction.step_seconds, prediction.layout.short()
 
 
 def read_plan(path: Path | str) -> Plan:

@@ -10,8 +10,7 @@ when no layout has a smaller bound:
     5  the exact bytes of its ranks, which dismiss it, or simulate
 
 So the answer is the simulator's optimum over all the layouts that space.py lists (tests/planner/test_search.py holds
-every level against the next, and the answer against brute force). What is optimal says an Order (order.py): bounds are
-of seconds, and what the search compares is their value.
+every level against the next, and the answer against brute force).
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from importlib import metadata
 
 import numpy as np
 
-from planner.order import FASTEST, Order, gap_left
-from planner.plan import Certificate, Plan
+from planner.plan import Certificate, Plan, shortest_first
 from planner.space import Search, candidates, space, without_model_parallelism
 from planner.ties import resolve
 from simulator.axes import AXES
@@ -59,7 +57,6 @@ def plan(
     top: int = 5,
     progress: Progress | None = None,
     gap: float = 0.0,
-    order: Order | None = None,
     ties: bool = True,
 ) -> Plan:
     """Choose the best layout that is unlikely to run out of memory; if there is none, the best that fits. Of layouts
@@ -68,8 +65,7 @@ def plan(
     Args:
         top: how many layouts to rank, the best one included.
         progress: called with what is being done and the fraction that is done.
-        gap: how much better than what is found a layout may be that is not looked at, as a fraction of its value.
-        order: what is best; by default the shortest step, which is the best at the high end of its interval too.
+        gap: how much better than what is found a layout may be that is not looked at, as a fraction of its step.
         ties: prefer the simplest of what ties with the best; without, the best itself is recommended.
 
     Raises:
@@ -77,14 +73,17 @@ def plan(
     """
     with uncollected():
         report = progress or (lambda what, fraction: None)
-        return _plan(job, top, report, gap, order or FASTEST, ties)
+        return _plan(job, top, report, gap, ties)
 
 
-def _plan(job: Job, top: int, report: Progress, gap: float, order: Order, ties: bool) -> Plan:
+def _plan(job: Job, top: int, report: Progress, gap: float, ties: bool) -> Plan:
     started = time.perf_counter()
     report("listing layouts", 0.0)
-    search = _Search(job, job.search, report, order)
-    best = search.run(top, gap)
+    search = _Search(job, job.search, report)
+    # Where the fastest is too likely to run out of memory, those behind it are of no interest.
+    best = search.run(1, gap)
+    if best and not _is_risky(best[0]):
+        best = search.run(top, gap)
     if not best:
         misses = search.misses(3)
         raise NothingFitsError(_nothing_fits(job, search, misses), misses)
@@ -94,22 +93,33 @@ def _plan(job: Job, top: int, report: Progress, gap: float, order: Order, ties: 
         out_of_memory=search.out_of_memory,
         bounded=len(search.rows) - search.out_of_memory - search.simulated,
         simulated=search.simulated,
-        lower_bound_gap=gap_left(order, best[0], search.least),
+        lower_bound_gap=_gap_left(best[0], search.least),
         seconds=time.perf_counter() - started,
     )
     riskier = None
-    if best[0].out_of_memory_probability > HIGH_RISK and (safe := search.run(top, gap, safe=True)):
-        riskier, best = best[0], safe
-    baseline, choice = _baseline(job, order), None
+    if _is_risky(best[0]):
+        safe = search.run(top, gap, safe=True)
+        riskier, best = (best[0], safe) if safe else (None, search.run(top, gap))
+    baseline, choice = _baseline(job), None
     if ties:
         report("looking for simpler layouts that are as fast", 1.0)
-        best, choice = resolve(job, order, best, baseline, search.fastest(best[0]))
+        best, choice = resolve(job, best, baseline, search.fastest(best[0]))
     return Plan(job, best[0], tuple(best[1:]), baseline, certificate, _provenance(job), riskier, choice)
+
+
+def _is_risky(prediction: Prediction) -> bool:
+    """Whether a layout is too likely to run out of memory."""
+    return prediction.out_of_memory_probability > HIGH_RISK
+
+
+def _gap_left(best: Prediction, least: float) -> float:
+    """How much shorter than the best's the step of a layout that was not simulated can be, as a fraction."""
+    return max(0.0, 1 - least / best.step_seconds) if least < math.inf else 0.0
 
 
 @dataclass(order=True)
 class _Entry:
-    """A layout with a lower bound of its value; `level` says which, see above."""
+    """A layout with a lower bound of its step; `level` says which, see above."""
 
     bound: float
     row: int
@@ -121,15 +131,14 @@ class _Entry:
 class _Search:
     """A space, screened, and walks through it. After one `least` is the bound of the best layout that it left."""
 
-    def __init__(self, job: Job, limits: Search, report: Progress, order: Order) -> None:
-        self.job, self.report, self.order = job, report, order
+    def __init__(self, job: Job, limits: Search, report: Progress) -> None:
+        self.job, self.report = job, report
         self.columns = space(job, limits)
         report(f"screening {len(self.columns):,} layouts", 0.0)
         self.rows = np.flatnonzero(legal(job, self.columns))
         self.legal = self.columns.take(self.rows)
         screened = screen(job, self.legal)
         self.seconds, self.memory = _with_stragglers(job, self.legal, screened) * ROUNDING, screened.memory * ROUNDING
-        self.values = order.at_least(self.legal, self.seconds)
         if job.cluster.gpu.kind != "gpu":
             # Ranks that share a machine's memory run out together: one of them says nothing.
             self.memory[:] = 0.0
@@ -148,11 +157,11 @@ class _Search:
         self.top, self.gap, self.safe, self.found = top, gap, safe, []
         self.out_of_memory, self.simulated, self.missed = int(np.count_nonzero(~self.fits)), 0, []
         fitting = np.flatnonzero(self.fits)
-        order = fitting[np.argsort(self.values[fitting], kind="stable")]
+        order = fitting[np.argsort(self.seconds[fitting], kind="stable")]
         queue: list[_Entry] = []
         at = 0
         while at < len(order) or queue:
-            screened = float(self.values[order[at]]) if at < len(order) else math.inf
+            screened = float(self.seconds[order[at]]) if at < len(order) else math.inf
             bound = min(screened, queue[0].bound if queue else math.inf)
             if bound >= self._enough():
                 self.least = bound
@@ -169,7 +178,7 @@ class _Search:
             if entry.level < 4 and not self.job.cluster.concurrency and not is_simulated(self.job, entry.layout):
                 entry.level += 1
                 bound_of = self._alone if entry.level == 3 else self._critical
-                entry.bound = max(entry.bound, self.order.value(entry.layout, bound_of(entry) * ROUNDING))
+                entry.bound = max(entry.bound, bound_of(entry) * ROUNDING)
                 heapq.heappush(queue, entry)
             elif self._holds(entry):
                 self._simulate(entry.layout)
@@ -180,15 +189,14 @@ class _Search:
         """The bound from which on no layout can enter the best."""
         if len(self.found) < self.top:
             return math.inf
-        return self.order.key(self.found[-1])[0] * (1 - self.gap)
+        return self.found[-1].step_seconds * (1 - self.gap)
 
     def _costed(self, row: int) -> _Entry:
         """The second level, or what an earlier walk has found."""
         if row not in self.entries:
             layout = self.legal.layout(row)
             stages = stage_costs(self.job, layout)
-            costed = self.order.value(layout, lower_bound(self.job, layout, stages) * ROUNDING)
-            bound = max(float(self.values[row]), costed)
+            bound = max(float(self.seconds[row]), lower_bound(self.job, layout, stages) * ROUNDING)
             self.entries[row] = _Entry(bound, row, 2, layout, stages)
         return self.entries[row]
 
@@ -225,7 +233,7 @@ class _Search:
             self.predictions[layout] = simulate(self.job, layout)
         self.found.append(self.predictions[layout])
         self.simulated += 1
-        self.found.sort(key=self.order.key)
+        self.found.sort(key=shortest_first)
         del self.found[self.top :]
 
     def fastest(self, best: Prediction) -> Prediction:
@@ -233,7 +241,7 @@ class _Search:
         are."""
         most = HIGH_RISK if best.out_of_memory_probability <= HIGH_RISK else 1.0
         known = (p for p in self.predictions.values() if p.fits and p.out_of_memory_probability <= most)
-        return min(known, key=FASTEST.key)
+        return min(known, key=shortest_first)
 
     def misses(self, count: int) -> list[tuple[float, Layout]]:
         """The layouts that need least more than there is, with how many bytes that is."""
@@ -289,25 +297,25 @@ def lower_bound(job: Job, layout: Layout, stages: tuple[StageCost, ...]) -> floa
     return best * job.stragglers.least_factor(layout)
 
 
-def _baseline(job: Job, order: Order) -> Prediction:
+def _baseline(job: Job) -> Prediction:
     """The best plain data-parallel layout that is unlikely to run out of memory, as the recommendation is; if there is
     none, the best that fits; if none does, the one that comes nearest."""
-    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None, order)
+    search = _Search(job, without_model_parallelism(job), lambda what, fraction: None)
     found = search.run(1)
-    if found and found[0].out_of_memory_probability > HIGH_RISK:
+    if found and _is_risky(found[0]):
         found = search.run(1, safe=True) or found
     found = found or [simulate(job, layout) for _, layout in search.misses(1)]
-    return found[0] if found else _impossible_baseline(job, order)
+    return found[0] if found else _impossible_baseline(job)
 
 
-def _impossible_baseline(job: Job, order: Order) -> Prediction:
+def _impossible_baseline(job: Job) -> Prediction:
     """Where the batch cannot be divided over all ranks: the best plain layout on as many nodes as it can be divided
     over, or on as many ranks of one, the others idle."""
     batch, per_node = job.training.global_batch_size, job.cluster.gpus_per_node
     nodes = max((n for n in range(1, job.nodes) if batch % (n * per_node) == 0), default=0)
     ranks = nodes * per_node or math.gcd(batch, job.world_size)
     fewer = dataclasses.replace(job, nodes=nodes)
-    used = _baseline(fewer, order) if nodes else simulate(job, Layout(dp_replicate=ranks))
+    used = _baseline(fewer) if nodes else simulate(job, Layout(dp_replicate=ranks))
     idle = ranks / job.world_size
     reason = f"global_batch_size = {batch} cannot be divided over {job.world_size} ranks; {ranks} would work"
     return dataclasses.replace(

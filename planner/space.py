@@ -129,10 +129,11 @@ class _Space:
         table = np.array(
             [[self.names[n].index(way.get(n, DEFAULTS[n])) for n in names] for way in ways], dtype=np.int64
         )
-        rows = columns.take(np.repeat(np.arange(len(columns)), len(ways)))
+        rows = columns.take(np.repeat(np.arange(len(columns)), len(ways))) if len(ways) > 1 else columns
         tiled = {name: np.tile(table[:, i], len(columns)) for i, name in enumerate(names)}
         found = rows.replace(**tiled)
-        return found.take((found["dp_replicate"] > 1) | found.is_named("sync", "all_reduce"))
+        kept = (found["dp_replicate"] > 1) | found.is_named("sync", "all_reduce")
+        return found if kept.all() else found.take(kept)
 
     def syncs(self) -> Iterator[dict[str, Any]]:
         for sync in self.values("sync", ["all_reduce"]):

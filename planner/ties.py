@@ -13,8 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from planner.order import Order
-from planner.plan import Choice
+from planner.plan import Choice, shortest_first
 from simulator.critical_path import critical_path
 from simulator.error_bars import tie_share
 from simulator.job import Job
@@ -32,7 +31,7 @@ MOST_ROUNDS = 8
 
 
 def resolve(
-    job: Job, order: Order, best: Sequence[Prediction], baseline: Prediction, fastest: Prediction
+    job: Job, best: Sequence[Prediction], baseline: Prediction, fastest: Prediction
 ) -> tuple[list[Prediction], Choice]:
     """The recommended prediction and those behind it, best first, and how it was chosen.
 
@@ -43,28 +42,28 @@ def resolve(
     """
     share, top = tie_share(), best[0]
     safe = top.out_of_memory_probability <= HIGH_RISK
-    limit = order.key(top)[0] * (1 + share)
+    limit = top.step_seconds * (1 + share)
     pool = {p.layout: p for p in best if _risk_is_fine(p, safe)}
     if baseline.fits and _risk_is_fine(baseline, safe) and _allowed(job, baseline.layout):
         pool.setdefault(baseline.layout, baseline)
     tried: set[Layout] = set(pool)
-    chosen = _simplest(order, pool, share)
+    chosen = _simplest(pool, share)
     for _ in range(MOST_ROUNDS):
         for layout in simpler(chosen.layout):
             if layout not in tried:
                 tried.add(layout)
-                if found := _within(job, order, layout, limit, safe):
+                if found := _within(job, layout, limit, safe):
                     pool[layout] = found
-        before, chosen = chosen, _simplest(order, pool, share)
+        before, chosen = chosen, _simplest(pool, share)
         if chosen is before:
             break
-    others = sorted((p for p in pool.values() if p is not chosen), key=order.key)
-    ties = tuple(p.layout for p in others if order.key(p)[0] <= limit)
+    others = sorted((p for p in pool.values() if p is not chosen), key=shortest_first)
+    ties = tuple(p.layout for p in others if p.step_seconds <= limit)
     choice = Choice(share, top.layout, top.step_seconds, fastest.layout, fastest.step_seconds, ties, "")
     # Shown are those that are likely to run out of memory too.
-    behind = sorted(({p.layout: p for p in best} | pool).values(), key=order.key)
+    behind = sorted(({p.layout: p for p in best} | pool).values(), key=shortest_first)
     kept = [p for p in behind if p is not chosen][: max(0, len(best) - 1)]
-    return [chosen, *kept], dataclasses.replace(choice, why=_why(order, choice, chosen, baseline))
+    return [chosen, *kept], dataclasses.replace(choice, why=_why(choice, chosen, baseline))
 
 
 def simpler(layout: Layout) -> list[Layout]:
@@ -101,14 +100,14 @@ def _to_data(layout: Layout, axis: str, **more: Any) -> Layout:
     return dataclasses.replace(layout, **{axis: 1, data: ranks, **more})
 
 
-def _simplest(order: Order, pool: dict[Layout, Prediction], share: float) -> Prediction:
+def _simplest(pool: dict[Layout, Prediction], share: float) -> Prediction:
     predictions = list(pool.values())
-    values = [order.key(p)[0] for p in predictions]
+    values = [p.step_seconds for p in predictions]
     return predictions[recommended(values, [p.layout for p in predictions], share)]
 
 
-def _within(job: Job, order: Order, layout: Layout, limit: float, safe: bool) -> Prediction | None:
-    """The prediction of a layout that may be recommended and whose value is no more than `limit`; simulated only where
+def _within(job: Job, layout: Layout, limit: float, safe: bool) -> Prediction | None:
+    """The prediction of a layout that may be recommended and whose step is no longer than `limit`; simulated only where
     its bound says that it may be."""
     if not _allowed(job, layout) or layout.problems(job):
         return None
@@ -117,10 +116,10 @@ def _within(job: Job, order: Order, layout: Layout, limit: float, safe: bool) ->
     if need > room or (safe and out_of_memory_probability(need, room, job.stack.name) > HIGH_RISK):
         return None
     alone = not job.cluster.concurrency and not is_simulated(job, layout)
-    if alone and order.value(layout, critical_path(job, layout, stages)) > limit:
+    if alone and critical_path(job, layout, stages) > limit:
         return None
     found = simulate(job, layout)
-    return found if order.key(found)[0] <= limit else None
+    return found if found.step_seconds <= limit else None
 
 
 def _risk_is_fine(prediction: Prediction, safe: bool) -> bool:
@@ -135,7 +134,7 @@ def _allowed(job: Job, layout: Layout) -> bool:
     return True
 
 
-def _why(order: Order, choice: Choice, chosen: Prediction, baseline: Prediction) -> str:
+def _why(choice: Choice, chosen: Prediction, baseline: Prediction) -> str:
     """One sentence: why this one is recommended."""
     band = f"{choice.tie:.1%}"
     best = "the shortest step"

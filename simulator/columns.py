@@ -146,19 +146,19 @@ def legal(job: Job, columns: Columns) -> npt.NDArray[np.bool_]:
     found = np.all([columns[name] >= 1 for name in sizes], axis=0)
     world = columns["dp_replicate"] * columns["dp_shard"] * columns["cp"] * columns["tp"] * columns["pp"]
     extra = [name for name in columns.numbers if name not in _ENUMERATED]
+    derived = {
+        "microbatches": columns.microbatches(job.training.global_batch_size),
+        "replicates": columns["dp_replicate"] > 1,
+        "shards": columns["dp_shard"] > 1,
+        "world": world,
+    }
+    fields = columns.numbers | derived
     for rule, reads in RULES.items():
         rows = np.flatnonzero(found)
         if not len(rows):
             break
-        some = columns.take(rows)
-        derived = {
-            "microbatches": some.microbatches(job.training.global_batch_size),
-            "replicates": some["dp_replicate"] > 1,
-            "shards": some["dp_shard"] > 1,
-            "world": world[rows],
-        }
-        firsts, codes = distinct(*(derived[name] if name in derived else some[name] for name in (*reads, *extra)))
-        fine = [not rule(layout, job) for layout in some.layouts(firsts)]
+        firsts, codes = distinct(*(fields[name][rows] for name in (*reads, *extra)))
+        fine = [not rule(layout, job) for layout in columns.layouts(rows[firsts])]
         found[rows] = np.array(fine)[codes]
     return found
 

@@ -17,6 +17,7 @@ measurement is known while its own did, so that they hold as they are where no m
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -48,13 +49,16 @@ if TYPE_CHECKING:
 
 # What a handler leaves its rank to do: nothing, one event to wait for, or more.
 Waiting = Process | simpy.Event | None
-Step = tuple[Callable[..., Waiting], Any]
+Step = tuple[Callable[[Any], Waiting], Any]
+# By their microbatch.
+Messages = collections.defaultdict[int | None, Message]
 
 
 # Ops that compute, by the field of StageCost that is their work.
 COMPUTE = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 # Ops that finish a stage's gradients: behind the last of them they are reduced.
 GRADIENT = ("B", "W")
+MESSAGES = ("RECV_F", "RECV_B", "SEND_F", "SEND_B")
 # Collectives within an op by the field of Work that they are spent on, with the axes of their ranks.
 COLLECTIVES = {"tp": ("tp",), "cp": ("cp",), "ep": ("dp_shard", "cp", "tp"), "dp": ("dp_shard", "cp")}
 WORLD = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
@@ -143,7 +147,8 @@ class _Engine:
         self.sharing = job.cluster.sharing(layout.world_size)
         numbers = range(layout.world_size) if unfold else [layout.rank(pp=index) for index in range(layout.pp)]
         self.ranks = [self._make_rank(number) for number in numbers]
-        self.messages: dict[tuple[str, int, int, int], Message] = {}
+        # By what they carry, and the stage and the global rank that receive them.
+        self.messages: dict[tuple[str, int, int], Messages] = {}
         self.stages_of = [layout.stages_of(rank) for rank in range(layout.pp)]
         self.rank_of = {stage: rank for rank, stages in enumerate(self.stages_of) for stage in stages}
         self.final: dict[int | None, Op] = {}
@@ -152,9 +157,9 @@ class _Engine:
         self.work = {kind: [getattr(cost, work) for cost in program.stages] for kind, work in COMPUTE.items()}
         self.ready, self.all_ready = 0, self.env.event()
         self.handlers: dict[str, Callable[[Rank, Op], Waiting]] = {
-            **dict.fromkeys(COMPUTE, self._compute), "RECV_F": self._receive, "RECV_B": self._receive,
-            "SEND_F": self._send, "SEND_B": self._send, "UNSHARD": self._unshard, "REDUCE_GRAD": self._reduce,
-            "OVERLAP_F_B": self._compute_pair, "RESHARD": self._reshard, "OPTIMIZER": self._optimize,
+            **dict.fromkeys(COMPUTE, self._compute), "OVERLAP_F_B": self._compute_pair,
+            **dict.fromkeys(MESSAGES, self._pass), "UNSHARD": self._unshard, "RESHARD": self._reshard,
+            "REDUCE_GRAD": self._reduce, "OPTIMIZER": self._optimize,
         }  # fmt: skip
 
     def run(self) -> Run:
@@ -187,8 +192,8 @@ class _Engine:
         return rank
 
     def _run_rank(self, rank: Rank) -> Process:
-        for handler, argument in self._steps(rank):
-            waiting = handler(rank, argument)
+        for act, argument in self._steps(rank):
+            waiting = act(argument)
             if waiting is None:
                 continue
             if isinstance(waiting, simpy.Event):
@@ -197,34 +202,44 @@ class _Engine:
                 yield from waiting
 
     def _steps(self, rank: Rank) -> list[Step]:
-        """What a rank does: a handler and its op. Forwards and backwards between which nothing can happen become one
-        step, and as nothing can change how long they take, they are booked here."""
+        """What a rank does: functions with what they are called with. Forwards and backwards between which nothing can
+        happen become one step, and as nothing can change how long they take, they are booked here."""
         ops = self.program.orders[rank.index]
+        handlers = {kind: functools.partial(handler, rank) for kind, handler in self.handlers.items()}
         together = self.unfold and self.groups.group(rank.number, self.lockstep).size > 1
         if self.trace or rank.processors or together or rank.factor != 1:
-            return [(self.handlers[op.kind], op) for op in ops]
+            return [(handlers[op.kind], op) for op in ops]
         steps: list[Step] = []
         booked: dict[tuple[str, int], int] = {}
-        seconds, gathered, handlers = 0.0, set[int | None](), self.handlers
+        passing: dict[tuple[str, int | None], tuple[Callable[[Message], Waiting], Messages]] = {}
+        receive = functools.partial(self._receive, rank)
+        seconds, gathered = 0.0, set[int | None]()
         stages = self.stages_of[rank.index]
         total = {(kind, stage): work[stage].total for kind, work in self.work.items() for stage in stages}
         final, reducing = self.final, {stage for stage in stages if self.program.stages[stage].reduce > 0}
         for op in ops:
-            kind, stage, _, parts = op
+            kind, stage, microbatch, parts = op
             key = kind, stage
             if key in total and stage not in gathered and (stage not in reducing or final[stage] != op):
                 seconds += total[key]
                 booked[key] = booked.get(key, 0) + 1
                 continue
             if seconds:
-                steps.append((self._busy, seconds))
+                steps.append((self.env.timeout, seconds))
                 seconds = 0.0
+            if kind in MESSAGES:
+                if key not in passing:
+                    channel, messages = self._passing(rank, op)
+                    passing[key] = self._sender(rank, channel) if channel else receive, messages
+                act, messages = passing[key]
+                steps.append((act, messages[microbatch]))
+                continue
             steps.append((handlers[kind], op))
             if kind == "UNSHARD":
                 gathered.add(stage)
             elif gathered:
                 gathered -= {leaf.stage for leaf in parts or (op,) if leaf.kind in COMPUTE}
-        steps += [(self._busy, seconds)] if seconds else []
+        steps += [(self.env.timeout, seconds)] if seconds else []
         for (kind, stage), count in booked.items():
             rank.spend_work(vars(self.work[kind][stage]), count)
         return steps
@@ -360,25 +375,33 @@ class _Engine:
             return None
         return rank.wait(self.env.all_of(rank.reducing), "dp")
 
-    def _message(self, rank: int, op: Op, stage: int) -> Message:
-        """The message that a global rank receives for this stage: whoever asks first makes it for the other."""
-        assert op.microbatch is not None
-        key = (op.kind[-1], stage, op.microbatch, rank)
-        message = self.messages.pop(key, None)
-        if message is None:
-            message = self.messages[key] = Message()
-        return message
-
-    def _send(self, rank: Rank, op: Op) -> Process | None:
-        """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
+    def _passing(self, rank: Rank, op: Op) -> tuple[Channel | None, Messages]:
+        """The messages of a rank's ops of this kind and stage, by microbatch, and the channel that it sends them on,
+        None where it receives them. Whoever asks first makes them for the other."""
         assert op.stage is not None
-        stage = op.stage + (1 if op.kind == "SEND_F" else -1)
-        target = rank.number + (self.rank_of[stage] - rank.index) * self.stride
-        if target not in rank.channels:
-            rank.channels[target] = self._channel(rank, target)
-        message = self._message(target, op, stage)
-        moved = functools.partial(self._span, rank, "send", op) if self.trace else None
-        rank.channels[target].send(message, moved)
+        stage, target, channel = op.stage, rank.number, None
+        if op.kind in ("SEND_F", "SEND_B"):
+            stage += 1 if op.kind == "SEND_F" else -1
+            target += (self.rank_of[stage] - rank.index) * self.stride
+            if target not in rank.channels:
+                rank.channels[target] = self._channel(rank, target)
+            channel = rank.channels[target]
+        return channel, self.messages.setdefault((op.kind[-1], stage, target), collections.defaultdict(Message))
+
+    def _pass(self, rank: Rank, op: Op) -> Process | None:
+        """Send a message or receive it."""
+        channel, messages = self._passing(rank, op)
+        message = messages[op.microbatch]
+        if channel is None:
+            return self._receive(rank, message, op)
+        return self._send(rank, channel, message, op)
+
+    def _sender(self, rank: Rank, channel: Channel) -> Callable[[Message], Waiting]:
+        return channel.send if self.job.stack.overlap_p2p else functools.partial(self._send, rank, channel)
+
+    def _send(self, rank: Rank, channel: Channel, message: Message, op: Op | None = None) -> Process | None:
+        """Put a tensor on the link to the neighbour; the rank goes on where the stack overlaps messages."""
+        channel.send(message, functools.partial(self._span, rank, "send", op) if self.trace and op else None)
         return None if self.job.stack.overlap_p2p else self._sent(rank, message)
 
     def _sent(self, rank: Rank, message: Message) -> Process:
@@ -407,24 +430,23 @@ class _Engine:
         begin = functools.partial(self.network.begin, route, seconds * route.alone) if route is not None else None
         return Channel(self.env, latency, occupy, begin)
 
-    def _receive(self, rank: Rank, op: Op) -> Process | None:
+    def _receive(self, rank: Rank, message: Message, op: Op | None = None) -> Process | None:
         """Wait for a neighbour's tensor, if it is not there yet."""
-        assert op.stage is not None
-        message = self._message(rank.number, op, op.stage)
         if message.arrival <= self.env.now and not self.trace:
             # Nothing is left that could delay it.
             message.flow = None
             return None
         return self._await(rank, message, op)
 
-    def _await(self, rank: Rank, message: Message, op: Op) -> Process:
+    def _await(self, rank: Rank, message: Message, op: Op | None) -> Process:
         """Until a message was sent the wait for it is bubble, from then on it is the link's."""
         start = self.env.now
         yield from message.wait(self.env)
         link = min(self.env.now - start, self.env.now - message.sent)
         rank.spend("pp", link)
         rank.spend("bubble", self.env.now - start - link)
-        self._span(rank, "recv", op, start)
+        if op is not None:
+            self._span(rank, "recv", op, start)
 
     def _optimize(self, rank: Rank, op: Op) -> Process:
         """Wait for the reductions, agree on the gradient norm with all ranks, update the parameters."""

@@ -199,14 +199,13 @@ def _warmup(rank: int, ranks: int, chunks: int, microbatches: int, per_hop: int)
 def _depth_first(kind: str, rank: int, ranks: int, chunks: int, microbatches: int) -> list[Op]:
     """All ops of a kind on a rank: a round of microbatches through each chunk in turn, backwards from the last."""
     per_round = microbatches // max(1, microbatches // ranks)
-    ops = []
-    for step in range(chunks * microbatches):
-        turn, place = divmod(step, per_round)
-        rounds, chunk = divmod(turn, chunks)
-        if kind != "F":
-            chunk = chunks - 1 - chunk
-        ops.append(Op(kind, rank + ranks * chunk, rounds * per_round + place))
-    return ops
+    stages = range(rank, ranks * chunks, ranks)
+    return [
+        Op(kind, stage, microbatch)
+        for first in range(0, microbatches, per_round)
+        for stage in (stages if kind == "F" else reversed(stages))
+        for microbatch in range(first, first + per_round)
+    ]
 
 
 def _numbered(shape: Sequence[Op]) -> list[Op]:

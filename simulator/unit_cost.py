@@ -97,9 +97,27 @@ def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
     return plain, layout.microbatches(job.training.global_batch_size), sharded
 
 
+@dataclass(frozen=True)
+class _UnitKernels:
+    """The kernels of a unit and what follows from them alone, whatever is recomputed and wherever its groups lie.
+    `held` are those of the rank that gets most tokens, whose bytes count; the rest are seconds, and bytes as in
+    UnitCost."""
+
+    kernels: list[Kernel]
+    held: list[Kernel]
+    times: KernelTime
+    saved: float
+    working: float
+    growing: float
+    deferred: float
+    norm_working: float
+
+
 class UnitCosts:
     """Costs of the units of one layout, each found once: most layouts of a job differ in what does not change them.
-    `overlapped` is the share of passes that hide their exchanges of tokens, if it is not the layout's own."""
+    `overlapped` is the share of passes that hide their exchanges of tokens, if it is not the layout's own. `key` is
+    what the cost of a block with experts depends on besides its groups. Other units do not depend on how experts are
+    spread, and embedding and head are not run again."""
 
     def __init__(self, job: Job, layout: Layout, overlapped: float | None = None) -> None:
         self.job, self.layout = job, layout
@@ -107,25 +125,62 @@ class UnitCosts:
         self.recipe = job.stack.recipes[job.training.precision]
         self.grid = expert_grid(layout, job.stack)
         self.cut = cut_of(job, layout)
-        key = _unit_key(job, layout), self.overlapped
-        self._units: dict[object, UnitCost] = known_to(job, "units").setdefault(key, {})
+        self.key = _unit_key(job, layout), self.overlapped
+        dense = layout if layout.ep == 1 else dataclasses.replace(layout, ep=1)
+        ends = dense if layout.recompute == "none" else dataclasses.replace(dense, recompute="none")
+        known: dict[object, dict[object, UnitCost]] = known_to(job, "units")
+        self._units = known.setdefault(self.key, {})
+        self._dense = known.setdefault(_unit_key(job, dense), {})
+        self._ends = self._dense if ends is dense else known.setdefault(_unit_key(job, ends), {})
 
     def block(self, kind: BlockKind, causal: bool, window: int, groups: Groups) -> UnitCost:
         """The cost of one block."""
-        key = (kind, causal, window, groups.tp, groups.cp, groups.ep)
-        if key not in self._units:
+        spread = kind in ("moe", "experts") and self.layout.ep > 1
+        units = self._units if spread else self._dense
+        key = (kind, causal, window, groups.tp, groups.cp, groups.ep if spread else None)
+        if key not in units:
             model = self.job.model
-            kernels = block_kernels(model, kind, causal, self.cut, self.job.stack, window)
-            held = kernels
-            if kind in ("moe", "experts") and self.layout.ep > 1:
-                fullest = dataclasses.replace(self.cut, expert_load=self.job.training.expert_load)
-                held = block_kernels(model, kind, causal, fullest, self.job.stack, window)
-            spread = kind in ("moe", "experts") and self.layout.ep > 1
             cuts = block_cuts(model, kind, spread, self.job.stack.reduces_every_projection)
             experts = model.expert_parameters() / (self.grid.ep * self.grid.tp) if spread else 0.0
             parameters = self._cut_parameters(kind, spread) + experts
-            self._units[key] = self._unit(kernels, parameters, groups, cuts, experts, held)
-        return self._units[key]
+            of = self._block_kernels(kind, causal, window, spread)
+            units[key] = self._unit(of, parameters, groups, cuts, experts)
+        return units[key]
+
+    def _block_kernels(self, kind: BlockKind, causal: bool, window: int, spread: bool) -> _UnitKernels:
+        known: dict[object, _UnitKernels] = known_to(self.job, "kernels")
+        key = (kind, causal, window, self.cut)
+        if key not in known:
+            model, stack = self.job.model, self.job.stack
+            kernels = held = block_kernels(model, kind, causal, self.cut, stack, window)
+            if spread:
+                fullest = dataclasses.replace(self.cut, expert_load=self.job.training.expert_load)
+                held = block_kernels(model, kind, causal, fullest, stack, window)
+            known[key] = self._measured(kernels, held)
+        return known[key]
+
+    def _measured(self, kernels: list[Kernel], held: list[Kernel]) -> _UnitKernels:
+        job, precision = self.job, self.job.training.precision
+        frozen = job.training.peft != "none"
+        times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
+        boundary = self._boundary()
+        working, growing = (
+            working_bytes(held, job.stack, precision, boundary, grows, self.layout.cp) for grows in (False, True)
+        )
+        return _UnitKernels(
+            kernels,
+            held,
+            times.without_weights() if frozen else times,
+            saved_bytes(held, job.stack, precision, frozen),
+            working,
+            growing,
+            deferred_bytes(held, job.stack, precision),
+            norm_working(held, job.stack, precision),
+        )
+
+    def _boundary(self) -> float:
+        """Bytes of the input of a block."""
+        return self.cut.norm_tokens * self.job.model.hidden_size * self.recipe.compute
 
     def _cut_parameters(self, kind: BlockKind, without_experts: bool) -> float:
         """Parameters of a block on one rank: norms and routers are replicated over tp, the rest is divided."""
@@ -142,9 +197,9 @@ class UnitCosts:
     def embedding(self, groups: Groups) -> UnitCost:
         """The cost of the embedding in front of the first block."""
         key = ("embedding", groups.tp, groups.cp)
-        if key not in self._units:
-            self._units[key] = self._embedding(groups)
-        return self._units[key]
+        if key not in self._ends:
+            self._ends[key] = self._embedding(groups)
+        return self._ends[key]
 
     def _embedding(self, groups: Groups) -> UnitCost:
         kernels = embedding_kernels(self.job.model, self.cut, self.job.stack)
@@ -152,7 +207,7 @@ class UnitCosts:
         # The vocabulary is cut over tp; positions, segments and norms are not.
         tokens = model.vocab_size * model.hidden_size
         parameters = tokens / self.layout.tp + model.embedding_parameters() - tokens
-        unit = self._unit(kernels, parameters, groups, embedding_cuts(model))
+        unit = self._unit(self._measured(kernels, kernels), parameters, groups, embedding_cuts(model))
         # Its gradient is as large as its weights, whichever tokens there are.
         growing = unit.growing + parameters * self.recipe.compute
         return dataclasses.replace(unit, growing=growing, stays_gathered=True)
@@ -160,16 +215,17 @@ class UnitCosts:
     def head(self, groups: Groups) -> UnitCost:
         """The cost of the head behind the last block."""
         key = ("head", groups.tp, groups.cp)
-        if key not in self._units:
-            self._units[key] = self._head(groups)
-        return self._units[key]
+        if key not in self._ends:
+            self._ends[key] = self._head(groups)
+        return self._ends[key]
 
     def _head(self, groups: Groups) -> UnitCost:
         model = self.job.model
         # A tied projection on another stage than the embedding is a second copy.
         copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and self.layout.stages > 1 else 0
         parameters = (model.head_parameters() + copy) / self.layout.tp
-        unit = self._unit(head_kernels(model, self.cut, self.job.stack), parameters, groups, HEAD_CUTS)
+        kernels = head_kernels(model, self.cut, self.job.stack)
+        unit = self._unit(self._measured(kernels, kernels), parameters, groups, HEAD_CUTS)
         logits = self.cut.tokens * model.vocab_size / (1 if self.job.stack.gathers_logits else self.layout.tp)
         kept = kept_logits(self.job.stack, self.job.training.precision, self.layout.tp > 1) * logits
         if self.job.stack.loss_makes_gradients:
@@ -185,28 +241,16 @@ class UnitCosts:
         )
 
     def _unit(
-        self,
-        kernels: list[Kernel],
-        parameters: float,
-        groups: Groups,
-        cuts: tuple[int, int],
-        experts: float = 0.0,
-        held: list[Kernel] | None = None,
+        self, of: _UnitKernels, parameters: float, groups: Groups, cuts: tuple[int, int], experts: float = 0.0
     ) -> UnitCost:
         """Cost of kernels with `cuts` column-parallel inputs and row-parallel outputs; `experts` of the parameters are
-        routed experts' that other ranks send tokens to. `held` are the kernels of the rank that gets most tokens, whose
-        bytes count, where they are others."""
+        routed experts' that other ranks send tokens to."""
         job, precision = self.job, self.job.training.precision
-        held = held or kernels
-        times = kernel_time(kernels, job.cluster.gpu, job.stack, precision, self.layout.tp)
-        frozen = job.training.peft != "none"
-        saved = saved_bytes(held, job.stack, precision, frozen)
+        kernels, held, times, saved = of.kernels, of.held, of.times, of.saved
         size = self.cut.tokens * job.model.hidden_size * self.recipe.compute
         tp_forward, tp_backward = (
             tensor_seconds(job, groups.tp, transfers) for transfers in tensor_transfers(self.layout, size, *cuts)
         )
-        if job.training.peft != "none":
-            times = times.without_weights()
         device_backward = times.backward + self._accumulation_seconds(parameters, experts)
         ep_forward = ep_backward = 0.0
         if experts:
@@ -228,13 +272,10 @@ class UnitCosts:
         is_block = (cuts[0] > 0) == (cuts[1] > 0)
         recompute = self.layout.recompute if is_block else "none"
         tp_again = tensor_seconds(job, groups.tp, repeated_transfers(job, self.layout, size, *cuts))
-        boundary = self.cut.norm_tokens * job.model.hidden_size * self.recipe.compute
+        boundary = self._boundary()
         # What a backward computes again before it begins.
         again = 0.0
-        working, growing = (
-            working_bytes(held, job.stack, precision, boundary, grows, self.layout.cp) for grows in (False, True)
-        )
-        kinds = kept_kinds(held, job.stack, precision, frozen, recompute == "selective")
+        kinds = kept_kinds(held, job.stack, precision, job.training.peft != "none", recompute == "selective")
         if recompute == "full":
             repeated = beside_forward.tp * tp_again / tp_forward if tp_forward else 0.0
             backward += self._again(kernels, times, dataclasses.replace(beside_forward, tp=repeated))
@@ -253,7 +294,7 @@ class UnitCosts:
                 dropped = self._selected(held, cp_forward)[1]
             backward += work
             saved, again = saved - dropped, dropped
-        deferred = deferred_bytes(held, job.stack, precision)
+        deferred = of.deferred
         if job.stack.frees_after_input_gradient:
             deferred += min(0.0, weight_input_bytes(held, job.stack, precision) - saved)
         return UnitCost(
@@ -261,12 +302,12 @@ class UnitCosts:
             backward,
             parameters,
             saved,
-            working + again,
-            growing + again,
+            of.working + again,
+            of.growing + again,
             backward_weight=weights,
             deferred=deferred,
             experts=experts,
-            norm_working=norm_working(held, job.stack, precision),
+            norm_working=of.norm_working,
             kinds=kinds,
         )
 

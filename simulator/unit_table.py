@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from simulator.axes import AXES
 from simulator.columns import NAMED, Columns, distinct
+from simulator.layout import Layout
 from simulator.placement import Groups, distinct_groups, known_to
 from simulator.unit_cost import UnitCost, UnitCosts
 
@@ -45,7 +46,8 @@ class UnitTable:
         self.block_kinds = tuple(self.kinds.index(block) for block in blocks)
         self.units = len(self.kinds) + 2
         firsts, self.code = self._entries(columns)
-        costs = [self._costs(columns, row) for row in firsts.tolist()]
+        overlaps = self.overlaps[firsts].tolist()
+        costs = [self._costs(*entry) for entry in zip(columns.layouts(firsts), overlaps, strict=True)]
         fields = (*SECONDS, *SIZES)
         table = np.array(costs, dtype=np.float64).reshape(len(costs), self.units, len(fields))
         self.table = {name: np.ascontiguousarray(table[:, :, i]) for i, name in enumerate(fields)}
@@ -68,12 +70,16 @@ class UnitTable:
         # A tied head is copied under a pipeline.
         return distinct(np.array(lies)[grid], *fields, columns["pp"] > 1, self.overlaps, *others)
 
-    def _costs(self, columns: Columns, row: int) -> list[list[float]]:
-        layout = columns.layout(row)
+    def _costs(self, layout: Layout, overlaps: bool) -> list[list[float]]:
+        """The fields of each unit. A search makes several tables, of which most entries are the same."""
         # Where some passes hide their exchange of tokens all are taken to: which share does differs between layouts.
-        costs = UnitCosts(self.alone, layout, overlapped=float(self.overlaps[row]))
-        ways = [self._units(costs, groups) for groups in distinct_groups(self.job, layout)]
-        return [[min(values) for values in zip(*units, strict=True)] for units in zip(*ways, strict=True)]
+        costs, lies = UnitCosts(self.alone, layout, overlapped=float(overlaps)), distinct_groups(self.job, layout)
+        known: dict[object, list[list[float]]] = known_to(self.alone, "table")
+        key = (costs.key, *((groups.tp, groups.cp, groups.ep) for groups in lies))
+        if key not in known:
+            ways = [self._units(costs, groups) for groups in lies]
+            known[key] = [[min(values) for values in zip(*units, strict=True)] for units in zip(*ways, strict=True)]
+        return known[key]
 
     def _units(self, costs: UnitCosts, groups: Groups) -> list[list[float]]:
         units = [*(costs.block(*kind, groups) for kind in self.kinds), costs.embedding(groups), costs.head(groups)]

@@ -57,7 +57,6 @@ def plan(
     """Recommend a layout; writes plan.json. Over several numbers of nodes, also scaling.json and a plan for each."""
     from planner import documents, show
     from planner.commands.scaling import plan_over_nodes
-    from planner.order import FASTEST
     from planner.plan import write_plan
     from planner.scaling_table import cost_sentence
     from planner.search import plan as search
@@ -81,8 +80,7 @@ def plan(
         raise UserError("--scale-batch says nothing for one number of nodes; add --nodes, like --nodes 4,8,16")
     try:
         with progress("planning", quiet=as_json) as report:
-            order = FASTEST if fastest else None
-            found = search(job, top or RANKED, report, _share(gap), order, ties=not fastest)
+            found = search(job, top or RANKED, report, _share(gap), ties=not fastest)
     except NothingFitsError as error:
         _fail_with_remedies(job, error, as_json)
     write_plan(found, path)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from planner.differences import term_lines, terms
-from planner.order import FASTEST
 from planner.plan import Plan
 from planner.search import plan
 from planner.space import space
@@ -50,7 +49,7 @@ class Published:
 
     @cached_property
     def found(self) -> Plan:
-        return plan(self.job, top=1, order=FASTEST, ties=False)
+        return plan(self.job, top=1, ties=False)
 
     @cached_property
     def layouts(self) -> dict[Layout, Prediction]:

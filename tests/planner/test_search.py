@@ -9,8 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.order import FASTEST
-from planner.plan import read_plan, write_plan
+from planner.plan import read_plan, shortest_first, write_plan
 from planner.search import lower_bound, plan
 from planner.space import candidates, space, without_model_parallelism
 from simulator.errors import NothingFitsError, UserError
@@ -62,7 +61,7 @@ def answer_is_brute_force(task: Job) -> None:
         with pytest.raises(NothingFitsError):
             plan(task)
         return
-    found = plan(task, top=3, order=FASTEST, ties=False)
+    found = plan(task, top=3, ties=False)
     assert [p.step_seconds for p in (found.best, *found.runners_up)] == pytest.approx(fitting[:3])
 
 
@@ -91,35 +90,27 @@ def test_bound_is_admissible_for_every_schedule(name: str) -> None:
 
 def test_a_gap_stops_the_search_earlier_and_is_kept() -> None:
     task = job("llama-3.1-70b", "dgx-h100", 8, global_batch_size=256, seq_len=8192)
-    exact, rough = (plan(task, top=1, gap=gap, order=FASTEST, ties=False) for gap in (0.0, 0.05))
+    exact, rough = (plan(task, top=1, gap=gap, ties=False) for gap in (0.0, 0.05))
     assert exact.certificate.lower_bound_gap == 0
     assert 0 <= rough.certificate.lower_bound_gap <= 0.05
     assert rough.certificate.simulated <= exact.certificate.simulated
     assert exact.best.step_seconds >= rough.best.step_seconds * (1 - rough.certificate.lower_bound_gap)
 
 
-class _ShortPipelines:
-    """A step counts once more for every pipeline rank: an order that is not that of seconds."""
-
-    def value(self, layout: Layout, seconds: float) -> float:
-        return seconds * (1 + layout.pp)
-
-    def at_least(self, columns: Any, seconds: Any) -> Any:
-        return seconds * (1 + columns["pp"])
-
-    def key(self, prediction: Any) -> tuple[float, str]:
-        return self.value(prediction.layout, prediction.step_seconds), prediction.layout.short()
-
-
-def test_another_order_has_its_own_optimum() -> None:
-    """The best by any monotone value of a step's seconds is found as the fastest is."""
-    task, order = job("llama-3.1-8b", global_batch_size=32, search=SMALL), _ShortPipelines()
-    everything = [simulate(task, layout) for layout in candidates(task) if not layout.problems(task)]
-    fitting = sorted((p for p in everything if p.fits), key=order.key)
-    found = plan(task, top=3, order=order, ties=False)
-    assert [order.key(p)[0] for p in (found.best, *found.runners_up)] == [order.key(p)[0] for p in fitting[:3]]
-    fastest = plan(task, top=1, order=FASTEST, ties=False).best
-    assert found.best.layout.pp < fastest.layout.pp or found.best == fastest
+def test_what_is_behind_a_risky_layout_are_the_best_of_those_that_are_not() -> None:
+    """With hardly more memory than the fastest layout needs it is too likely to run out: it is named, with a
+    certificate of its own, and those ranked are the fastest without that risk."""
+    task = job("llama-3.1-8b", global_batch_size=32, search=SMALL)
+    fastest = plan(task, top=1, ties=False).best
+    gpu = dataclasses.replace(task.cluster.gpu, memory=fastest.memory.peak * 1.005)
+    tight = dataclasses.replace(task, cluster=dataclasses.replace(task.cluster, gpu=gpu))
+    everything = [simulate(tight, layout) for layout in candidates(tight) if not layout.problems(tight)]
+    fitting = sorted((p for p in everything if p.fits), key=shortest_first)
+    safe = [p for p in fitting if p.out_of_memory_probability <= HIGH_RISK]
+    found = plan(tight, top=3, ties=False)
+    assert len(safe) >= 3 and found.riskier == fitting[0] != safe[0]
+    assert [found.best, *found.runners_up] == safe[:3]
+    assert found.certificate.lower_bound_gap == 0 and found.certificate.simulated < len(fitting)
 
 
 def test_certificate_accounts_for_every_layout() -> None:

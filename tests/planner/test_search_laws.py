@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner.order import FASTEST
 from planner.plan import Plan
 from planner.search import plan
 from planner.space import candidates
@@ -48,7 +47,7 @@ small = st.builds(
 
 def by_seconds(task: Job, top: int = 1) -> Plan:
     """The layout with the shortest step, without regard to error bars."""
-    return plan(task, top=top, order=FASTEST, ties=False)
+    return plan(task, top=top, ties=False)
 
 
 def planned(task: Job, top: int = 1) -> Plan | None:

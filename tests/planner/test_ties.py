@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from planner.certainty import choice_lines, interval_sentence, warnings
-from planner.order import FASTEST
-from planner.plan import Plan, read_plan, write_plan
+from planner.plan import Plan, read_plan, shortest_first, write_plan
 from planner.search import plan
 from planner.space import candidates
 from planner.ties import resolve, simpler
@@ -37,12 +36,11 @@ def small() -> tuple[Job, Plan]:
 
 def test_the_best_is_proved_as_brute_force_finds_it(small: tuple[Job, Plan]) -> None:
     task, found = small
-    order = FASTEST
     everything = [simulate(task, layout) for layout in candidates(task) if not layout.problems(task)]
     likely = [p for p in everything if p.fits and p.out_of_memory_probability <= HIGH_RISK]
-    best = min(likely, key=order.key)
+    best = min(likely, key=shortest_first)
     assert found.choice
-    assert order.key(simulate(task, found.choice.best))[0] == order.key(best)[0]
+    assert simulate(task, found.choice.best).step_seconds == best.step_seconds
     assert found.certificate.lower_bound_gap == 0
     # The best under the pessimistic end too: the high end is the same multiple of every step.
     assert best == min(likely, key=lambda p: (p.interval.high if p.interval else 0.0, p.layout.short()))
@@ -50,12 +48,12 @@ def test_the_best_is_proved_as_brute_force_finds_it(small: tuple[Job, Plan]) -> 
 
 def test_the_recommended_one_ties_and_none_that_ties_is_simpler(small: tuple[Job, Plan]) -> None:
     task, found = small
-    order, choice = FASTEST, found.choice
+    choice = found.choice
     assert choice
-    least = order.value(choice.best, choice.best_step_seconds)
-    assert order.key(found.best)[0] <= least * (1 + tie_share())
+    least = choice.best_step_seconds
+    assert found.best.step_seconds <= least * (1 + tie_share())
     for layout in choice.ties:
-        assert order.key(simulate(task, layout))[0] <= least * (1 + tie_share())
+        assert simulate(task, layout).step_seconds <= least * (1 + tie_share())
         assert len(complications(layout)) >= len(complications(found.layout))
     assert found.layout not in choice.ties
     assert choice.fastest_step_seconds <= found.best.step_seconds
@@ -64,10 +62,9 @@ def test_the_recommended_one_ties_and_none_that_ties_is_simpler(small: tuple[Job
 def test_a_hybrid_has_to_beat_plain_data_parallelism_by_more_than_the_error(small: tuple[Job, Plan]) -> None:
     """By less, plain data parallelism is recommended; [search] that leaves it out keeps the hybrid."""
     task, found = small
-    order = FASTEST
     assert found.choice
-    least = order.value(found.choice.best, found.choice.best_step_seconds)
-    assert order.key(found.baseline)[0] <= least * (1 + tie_share()), "the example is one where they tie"
+    least = found.choice.best_step_seconds
+    assert found.baseline.step_seconds <= least * (1 + tie_share()), "the example is one where they tie"
     assert found.layout == found.baseline.layout or not complications(found.layout)
     pinned = plan(dataclasses.replace(task, search=SMALL | {"tp": [2]}))
     assert pinned.layout.tp == 2
@@ -75,7 +72,7 @@ def test_a_hybrid_has_to_beat_plain_data_parallelism_by_more_than_the_error(smal
 
 def test_without_ties_the_fastest_is_recommended(small: tuple[Job, Plan]) -> None:
     task, found = small
-    fastest = plan(task, order=FASTEST, ties=False)
+    fastest = plan(task, ties=False)
     assert fastest.choice is None
     assert fastest.best.step_seconds <= found.best.step_seconds
 
@@ -123,14 +120,13 @@ def test_a_claim_that_nobody_reached_is_a_warning(small: tuple[Job, Plan]) -> No
 def test_a_simpler_layout_that_is_likely_to_run_out_of_memory_is_no_choice(small: tuple[Job, Plan]) -> None:
     """Plain data parallelism ties with a hybrid, but its risk is above the limit: the hybrid stays, both are shown."""
     task, _ = small
-    order = FASTEST
     hybrid, plain_one = (simulate(task, Layout(dp_shard=4, tp=2, zero_stage=3)), simulate(task, Layout(dp_shard=8)))
     hybrid = dataclasses.replace(hybrid, out_of_memory_probability=0.01)
     seconds = hybrid.step_seconds * 1.01
     plain_one = dataclasses.replace(plain_one, step_seconds=seconds, out_of_memory_probability=HIGH_RISK + 0.01)
     pinned = dataclasses.replace(task, search={"tp": [2], "zero_stage": [3], "recompute": ["none"]})
-    found, choice = resolve(pinned, order, [hybrid, plain_one], plain_one, hybrid)
+    found, choice = resolve(pinned, [hybrid, plain_one], plain_one, hybrid)
     assert found == [hybrid, plain_one] and choice.ties == ()
     fine = dataclasses.replace(plain_one, out_of_memory_probability=HIGH_RISK)
-    found, choice = resolve(pinned, order, [hybrid, fine], fine, hybrid)
+    found, choice = resolve(pinned, [hybrid, fine], fine, hybrid)
     assert found == [fine, hybrid] and choice.ties == (hybrid.layout,)

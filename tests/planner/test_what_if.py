@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.order import FASTEST
 from planner.search import plan
 from planner.what_if import USUAL, asked, seconds_of, variants, what_if, what_if_json, what_if_rows
 from simulator.error_bars import tie_share
@@ -119,7 +118,7 @@ def test_outcomes_are_plans_of_their_own() -> None:
 
 
 def fastest(task: Job) -> Prediction:
-    found = plan(task, top=1, order=FASTEST, ties=False)
+    found = plan(task, top=1, ties=False)
     return found.riskier or found.best
 
 
