@@ -126,12 +126,12 @@ def pushing_ranks(layout: Layout) -> int:
     return layout.tp * layout.pp * layout.shards
 
 
-def link_rates(job: Job, sharing: int = 0) -> tuple[float, float]:
-    """Bytes per second that messages reach on a device's scale-up link, and on all network cards of a node, among
-    `sharing` ranks that share its processors (ClusterSpec.sharing)."""
+def link_rates(job: Job, size: float = math.inf, sharing: int = 0) -> tuple[float, float]:
+    """Bytes per second that messages of `size` bytes reach on a device's scale-up link, and on all network cards of a
+    node, among `sharing` ranks that share its processors (ClusterSpec.sharing)."""
     spec = job.cluster
     out = spec.scale_out
-    return _rate(spec.scale_up, sharing), _rate(out, sharing) * spec.nics_per_node if out else 0.0
+    return _rate(spec.scale_up, size, sharing), _rate(out, size, sharing) * spec.nics_per_node if out else 0.0
 
 
 def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
@@ -139,10 +139,9 @@ def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
 
     A ring or a tree that goes from node to node has all cards of a node for what replicas on that node have in common.
     """
-    sharing = job.cluster.sharing(layout.world_size)
-    inside, cards = link_rates(job, sharing)
     ranks = layout.world_size / layout.dp_replicate
     size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
+    inside, cards = link_rates(job, size / pushing_ranks(layout), job.cluster.sharing(layout.world_size))
     if job.nodes == 1 or not cards:
         return size, inside * pushing_ranks(layout), inside * pushing_ranks(layout)
     own = cards / job.cluster.gpus_per_node * pushing_ranks(layout)
@@ -170,9 +169,12 @@ def _pieces(job: Job, size: float) -> int:
     return max(1, min(MOST_PIECES, round(size / piece))) if piece else 1
 
 
-def _rate(link: Link, sharing: int) -> float:
+def _rate(link: Link, size: float, sharing: int) -> float:
     fits = link.collectives.get("send_recv")
-    return link.bandwidth * (fit_of(fits, 2, sharing).efficiency if fits else 1.0)
+    if not fits:
+        return link.bandwidth
+    fit = fit_of(fits, 2, sharing)
+    return 1 / (1 / (fit.efficiency * link.bandwidth) + fit.ramp / math.sqrt(size))
 
 
 def _latency(link: Link, sharing: int) -> float:
@@ -224,17 +226,17 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
     spec, servers = job.cluster, layout.servers
     places = server_nodes(servers, job.nodes)
     largest = max(places.count(node) for node in places) / servers
-    sharing = job.cluster.sharing(layout.world_size)
-    inside, cards = link_rates(job, sharing)
     recipe, parameters = job.stack.recipes[job.training.precision], job.model.parameters()
     push = parameters * recipe.gradient_reduce
+    pieces, sharing = _pieces(job, push / servers), job.cluster.sharing(layout.world_size)
+    inside, cards = link_rates(job, push / servers / pieces, sharing)
     receive, finish = _server_work(job, layout, parameters * largest)
     bare = Servers(
         {},
         [],
         push,
         parameters * recipe.parameters,
-        _pieces(job, push / servers),
+        pieces,
         _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up, sharing),
         receive,
         finish,
