@@ -124,18 +124,28 @@ def read_plan(path: Path | str) -> Plan:
         for key in ("step_seconds", "tokens_per_second"):
             if getattr(prediction, key) <= 0:
                 raise UserError(f"plan '{path}': {name}.{key} = {getattr(prediction, key):g} must be above zero")
-        whole = prediction.breakdown.total()
-        if not math.isclose(whole, prediction.step_seconds, rel_tol=1e-6):
-            raise UserError(
-                f"plan '{path}': the parts of {name}.breakdown sum to {whole:g} s, not to {name}.step_seconds = "
-                f"{prediction.step_seconds:g}; plan again"
-            )
         if not prediction.fits and not prediction.problems:
             raise UserError(f"plan '{path}': {name}.fits = false, but {name}.problems is empty")
+    _check_sums(plan, f"plan '{path}'")
     problems = plan.layout.problems(plan.job)
     if problems:
         raise UserError(f"plan '{path}': the layout '{plan.layout.short()}' cannot run this job: {problems[0]}")
     return _with_intervals(plan)
+
+
+def _check_sums(plan: Plan, where: str) -> None:
+    """The parts of every step sum to it: tables and the page show both."""
+    named = {"best": plan.best, "baseline": plan.baseline}
+    named |= {f"runners_up.{number}": prediction for number, prediction in enumerate(plan.runners_up)}
+    if plan.riskier:
+        named["riskier"] = plan.riskier
+    for name, prediction in named.items():
+        whole = prediction.breakdown.total()
+        if not math.isclose(whole, prediction.step_seconds, rel_tol=1e-6):
+            raise UserError(
+                f"{where}: the parts of {name}.breakdown sum to {whole:g} s, not to {name}.step_seconds = "
+                f"{prediction.step_seconds:g}; plan again"
+            )
 
 
 def _with_intervals(plan: Plan) -> Plan:

@@ -51,6 +51,12 @@ def check_model(model: ModelSpec, where: str) -> None:
         raise UserError(
             f"{where}: num_experts_per_tok = {model.num_experts_per_tok} is more than num_experts = {model.num_experts}"
         )
+    left = model.num_experts * model.topk_group // model.n_group
+    if model.num_experts_per_tok > left:
+        raise UserError(
+            f"{where}: num_experts_per_tok = {model.num_experts_per_tok} is more than the {left} of num_experts = "
+            f"{model.num_experts} that are in topk_group = {model.topk_group} of n_group = {model.n_group} groups"
+        )
 
 
 # A modem, and a hundred times what any device has: beyond them nothing is a link, and times have no digits left.
@@ -113,6 +119,13 @@ def _check_links(spec: ClusterSpec, where: str) -> None:
                 raise UserError(
                     f"{where}: {tier}.collectives.{collective} needs ranks, efficiency above zero, no negative time"
                 )
+            for fit in fits:
+                _at_least(where, f"{tier}.collectives.{collective}: active", fit.active, 0)
+                if fit.active and not spec.concurrency:
+                    raise UserError(
+                        f"{where}: {tier}.collectives.{collective}: active = {fit.active} counts ranks that share "
+                        "processors, but concurrency is empty: every rank has a device"
+                    )
 
 
 def _check_bandwidth(where: str, name: str, value: float) -> None:

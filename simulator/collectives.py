@@ -165,8 +165,13 @@ def _wire_seconds(collective: Collective, x: float, shape: GroupShape, spec: Clu
 
 def _machine_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
     """The same with all ranks on that machine."""
-    inside = dataclasses.replace(shape, domains=1, bandwidth=spec.scale_up.bandwidth, spine=math.inf)
-    return _inside_seconds(collective, x, inside, spec)
+    return _inside_seconds(collective, x, _on_one_host(shape, spec), spec)
+
+
+def _on_one_host(shape: GroupShape, spec: ClusterSpec) -> GroupShape:
+    return dataclasses.replace(
+        shape, domains=1, ranks_per_domain=shape.ranks, bandwidth=spec.scale_up.bandwidth, spine=math.inf
+    )
 
 
 def _domain_bandwidth(collective: Collective, shape: GroupShape, spec: ClusterSpec) -> float:
@@ -195,12 +200,14 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     outside = _exchange_fit(shape, spec)
     posts = (n - g) * nccl.post_seconds() if spec.nccl else 0.0
     ramp = outside.ramp * math.sqrt(size * (n - g) / n)
-    return outside.latency + posts + max(_exchange_times(size, shape, spec)) + ramp
+    seconds = outside.latency + posts + max(_exchange_times(size, shape, spec)) + ramp
+    return max(seconds, _exchange_seconds(size, _on_one_host(shape, spec), spec)) if spec.concurrency else seconds
 
 
 def _exchange_fit(shape: GroupShape, spec: ClusterSpec) -> CollectiveFit:
     assert spec.scale_out is not None
-    return fit_of(spec.scale_out.collectives.get("all_to_all") or spec.scale_out.collectives["all_gather"], shape.ranks)
+    out = spec.scale_out.collectives
+    return fit_of(out.get("all_to_all") or out["all_gather"], shape.ranks, shape.sharing)
 
 
 def _exchange_times(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[float, float]:
@@ -232,11 +239,15 @@ def _ring_steps(collective: Collective, shape: GroupShape, spec: ClusterSpec) ->
 
 
 def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[float, float]:
-    """(latency, transfer) of one point-to-point message: the link is busy for the transfer alone."""
+    """(latency, transfer) of one point-to-point message: the link is busy for the transfer alone. Between hosts made
+    of one machine it is no shorter than inside of one."""
     link = spec.scale_up if shape.domains == 1 else spec.scale_out
     assert link is not None
     fit = fit_of(link.collectives["send_recv"], 2, shape.sharing)
-    return fit.latency, size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
+    seconds = size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
+    if spec.concurrency and shape.domains > 1:
+        seconds = max(seconds, message_seconds(size, _on_one_host(shape, spec), spec)[1])
+    return fit.latency, seconds
 
 
 def active_ranks(collectives: Mapping[str, tuple[CollectiveFit, ...]], ranks: int, sharing: int) -> int:

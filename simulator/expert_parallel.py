@@ -9,7 +9,10 @@ experts, and the rest hold the same ones and reduce their gradients among themse
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,19 +75,37 @@ def copies_per_token(model: ModelSpec, parts: int) -> float:
     likely.
 
     Rule: n · (1 - C(E - E/n, k) / C(E, k)) for k of E experts. Where the router first chooses t of its G groups and
-    then k experts in those, the same over the E·t/G that are left: a part that is inside of a group is left with
-    probability t/G; of the G/n groups of a larger part j are left in C(G/n, j) · C(G - G/n, t - j) of C(G, t) cases.
+    then k experts in those, the same over the E·t/G that are left, of which a part has as many as it shares with the
+    chosen groups: a part inside of a group all of its own with probability t/G, of m whole groups those of j with
+    probability C(m, j) · C(G - m, t - j) / C(G, t).
     Reference: arXiv 2412.19437, section 2.1.2 (DeepSeek-V3: 8 groups, 4 of them, so at most 4 nodes).
     Ignored: that groups are chosen by their scores, which the experts then have in common.
     """
-    groups, left = model.n_group, model.topk_group
-    experts, size = model.num_experts * left / groups, model.num_experts / parts
-    if parts >= groups:
-        return parts * left / groups * (1 - _missed(experts, size, model.num_experts_per_tok))
-    whole = groups // parts
-    chances = (math.comb(whole, j) * math.comb(groups - whole, left - j) for j in range(min(whole, left) + 1))
-    hit = (1 - _missed(experts, j * size / whole, model.num_experts_per_tok) for j in range(min(whole, left) + 1))
-    return parts * sum(c * h for c, h in zip(chances, hit, strict=True)) / math.comb(groups, left)
+    return _copies(model.num_experts, model.num_experts_per_tok, model.n_group, model.topk_group, parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _copies(experts: int, chosen: int, groups: int, left: int, parts: int) -> float:
+    """Experts of a part and of a group are counted in 1 / (groups · parts) of all, so that they are whole numbers."""
+    found = 0.0
+    for part in range(parts):
+        shared = [
+            min(groups * (part + 1), parts * (group + 1)) - max(groups * part, parts * group) for group in range(groups)
+        ]
+        common = [share for share in shared if share > 0]
+        for (taken, among), ways in _ways(common).items():
+            chance = ways * math.comb(groups - len(common), left - taken) if taken <= left else 0
+            found += chance * (1 - _missed(experts * left / groups, experts * among / (groups * parts), chosen))
+    return found / math.comb(groups, left)
+
+
+def _ways(shares: Sequence[int]) -> Counter[tuple[int, int]]:
+    """How many choices of these groups have so many of them and so much of the part between them."""
+    ways = Counter({(0, 0): 1})
+    for share in shares:
+        for (taken, among), count in list(ways.items()):
+            ways[taken + 1, among + share] += count
+    return ways
 
 
 def _missed(experts: float, size: float, chosen: int) -> float:

@@ -295,7 +295,8 @@ def _attention_fit(samples: list[Sample], flops_factor: float, host: float, fast
 
 
 def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
-    chosen = _of(samples, "send_recv")
+    # Of a pair that is alone: messages among others are fitted with the collectives.
+    chosen = [s for s in _of(samples, "send_recv") if _group_of(s)[0] == _group_of(s)[1]]
     size = np.array([s.sizes[1] for s in chosen])
     features = np.stack([np.ones_like(size), size], axis=1)
     seconds = np.array([s.seconds for s in chosen])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.cluster import GroupShape, Link, gpu_of, group_shape
-from simulator.collectives import Collective, collective_seconds, message_seconds
+from simulator.collectives import Collective, collective_seconds, fit_of, message_seconds
 from simulator.compute import accumulation_seconds, host_optimizer_seconds, optimizer_seconds
 from simulator.engine import Run, run_program
 from simulator.incast import Kind
@@ -126,11 +126,12 @@ def pushing_ranks(layout: Layout) -> int:
     return layout.tp * layout.pp * layout.shards
 
 
-def link_rates(job: Job) -> tuple[float, float]:
-    """Bytes per second that messages reach on a device's scale-up link, and on all network cards of a node."""
+def link_rates(job: Job, size: float = math.inf, sharing: int = 0) -> tuple[float, float]:
+    """Bytes per second that messages of `size` bytes reach on a device's scale-up link, and on all network cards of a
+    node, among `sharing` ranks that share its processors (ClusterSpec.sharing)."""
     spec = job.cluster
     out = spec.scale_out
-    return _rate(spec.scale_up), _rate(out) * spec.nics_per_node if out else 0.0
+    return _rate(spec.scale_up, size, sharing), _rate(out, size, sharing) * spec.nics_per_node if out else 0.0
 
 
 def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
@@ -138,9 +139,9 @@ def exchange(job: Job, layout: Layout) -> tuple[float, float, float]:
 
     A ring or a tree that goes from node to node has all cards of a node for what replicas on that node have in common.
     """
-    inside, cards = link_rates(job)
     ranks = layout.world_size / layout.dp_replicate
     size = job.model.parameters() * job.stack.recipes[job.training.precision].gradient_reduce
+    inside, cards = link_rates(job, size / pushing_ranks(layout), job.cluster.sharing(layout.world_size))
     if job.nodes == 1 or not cards:
         return size, inside * pushing_ranks(layout), inside * pushing_ranks(layout)
     own = cards / job.cluster.gpus_per_node * pushing_ranks(layout)
@@ -168,14 +169,17 @@ def _pieces(job: Job, size: float) -> int:
     return max(1, min(MOST_PIECES, round(size / piece))) if piece else 1
 
 
-def _rate(link: Link) -> float:
-    fit = link.collectives.get("send_recv")
-    return link.bandwidth * (fit[0].efficiency if fit else 1.0)
+def _rate(link: Link, size: float, sharing: int) -> float:
+    fits = link.collectives.get("send_recv")
+    if not fits:
+        return link.bandwidth
+    fit = fit_of(fits, 2, sharing)
+    return 1 / (1 / (fit.efficiency * link.bandwidth) + fit.ramp / math.sqrt(size))
 
 
-def _latency(link: Link) -> float:
-    fit = link.collectives.get("send_recv")
-    return fit[0].latency if fit else link.latency
+def _latency(link: Link, sharing: int) -> float:
+    fits = link.collectives.get("send_recv")
+    return fit_of(fits, 2, sharing).latency if fits else link.latency
 
 
 @dataclass(frozen=True)
@@ -222,17 +226,18 @@ def _servers(job: Job, layout: Layout) -> _Hosts:
     spec, servers = job.cluster, layout.servers
     places = server_nodes(servers, job.nodes)
     largest = max(places.count(node) for node in places) / servers
-    inside, cards = link_rates(job)
     recipe, parameters = job.stack.recipes[job.training.precision], job.model.parameters()
     push = parameters * recipe.gradient_reduce
+    pieces, sharing = _pieces(job, push / servers), job.cluster.sharing(layout.world_size)
+    inside, cards = link_rates(job, push / servers / pieces, sharing)
     receive, finish = _server_work(job, layout, parameters * largest)
     bare = Servers(
         {},
         [],
         push,
         parameters * recipe.parameters,
-        _pieces(job, push / servers),
-        _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up),
+        pieces,
+        _latency(spec.scale_out if job.nodes > 1 and spec.scale_out else spec.scale_up, sharing),
         receive,
         finish,
     )

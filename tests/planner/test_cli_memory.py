@@ -9,6 +9,7 @@ import pytest
 from command_line import call
 
 from planner.plan import read_plan
+from simulator.errors import UserError
 
 LARGE = ("--set", "model=llama-3.1-8b", "--set", "cluster=dgx-h100", "--set", "training.seq_len=8192")
 
@@ -67,9 +68,13 @@ def test_a_plan_from_before_there_were_risks_is_read(
 def test_a_plan_whose_parts_do_not_sum_to_the_step_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody has edited it: a second more of computing, in the same step."""
+    """Somebody has edited it: a second more of computing, in the same step; first of a runner-up, then of the best."""
     call(monkeypatch, "plan", "job.toml")
     document = json.loads((folder / "plan.json").read_text())
+    document["runners_up"][0]["breakdown"]["compute"] += 1.0
+    (folder / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="the parts of runners_up"):
+        read_plan(folder / "plan.json")
     whole = document["best"]["step_seconds"]
     document["best"]["breakdown"]["compute"] += 1.0
     (folder / "plan.json").write_text(json.dumps(document))

@@ -184,6 +184,8 @@ def test_a_cluster_is_read_from_a_file(tmp_path: Path) -> None:
         ("all_gather", "all_gathers", ["scale_up.collectives", "no 'all_gather'"]),
         ("efficiency = 0.7", "efficiency = 0.0", ["all_to_all", "efficiency above zero"]),
         ("efficiency = 0.7", "efficency = 0.7", ["unknown key", "efficency"]),
+        ("efficiency = 0.7", "efficiency = 0.7, active = -1", ["all_to_all", "active = -1 must be at least 0"]),
+        ("efficiency = 0.7", "efficiency = 0.7, active = 4", ["all_to_all: active = 4", "concurrency is empty"]),
         ('source = "a test"', "source = 2026-01-31\nprice_per_gpu_hour = 2026-01-31", ["price_per_gpu_hour"]),
     ],
 )

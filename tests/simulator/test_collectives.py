@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.cluster import ClusterSpec, GroupShape, build_cluster, group_shape
-from simulator.collectives import Collective, bus_bytes, collective_seconds, message_seconds, slowest_link
+from simulator.cluster import ClusterSpec, CollectiveFit, GroupShape, build_cluster, group_shape
+from simulator.collectives import (
+    Collective,
+    active_ranks,
+    bus_bytes,
+    collective_seconds,
+    fit_of,
+    message_seconds,
+    slowest_link,
+)
 from simulator.layout import Layout
 from simulator.presets import THIS_MACHINE, find_cluster, names
 
@@ -63,6 +71,32 @@ def test_more_bytes_take_longer(size: float, more: float, kind: Collective) -> N
     spec = find_cluster("dgx-a100")
     group = shape(spec, 2, 16)
     assert collective_seconds(kind, size * more, group, spec) >= collective_seconds(kind, size, group, spec)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sharing", "latency"),
+    [
+        (2, 4, 3.0),  # measured so
+        (3, 4, 3.0),  # the pairs among four, which three ranks reach
+        (4, 4, 5.0),
+        (2, 2, 1.0),
+        (2, 3, 1.0),  # nobody measured three that share: a pair alone
+        (4, 8, 5.0),
+    ],
+)
+def test_constants_among_ranks_that_share_processors(ranks: int, sharing: int, latency: float) -> None:
+    fits = (
+        CollectiveFit(2, 1.0, 1.0, active=2), CollectiveFit(2, 3.0, 1.0, active=4), CollectiveFit(4, 5.0, 1.0, active=4)
+    )  # fmt: skip
+    assert fit_of(fits, ranks, sharing).latency == latency
+    # So many were active then, and their seconds hold where no more are.
+    assert active_ranks({"all_reduce": fits}, ranks, sharing) == (sharing if sharing in (2, 4) else ranks)
+
+
+def test_constants_of_ranks_that_share_nothing_know_no_others() -> None:
+    fits = (CollectiveFit(2, 1.0, 1.0), CollectiveFit(4, 5.0, 1.0))
+    assert [fit_of(fits, ranks, 4).latency for ranks in (2, 3, 4, 8)] == [1.0, 1.0, 5.0, 5.0]
+    assert active_ranks({"all_reduce": fits}, 2, 4) == 2
 
 
 @pytest.mark.parametrize("network", [1, 30])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -81,18 +82,19 @@ def test_a_token_goes_once_to_each_rank() -> None:
     assert copies == pytest.approx(5.34, abs=0.01)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("experts", "parts"), [(16, 2), (16, 4), (16, 8), (16, 16), (20, 5), (20, 10), (24, 3), (24, 6), (24, 12)]
+)
 @pytest.mark.parametrize("left", [1, 2, 4])
-def test_copies_with_groups_are_counted_over_all_choices(parts: int, left: int) -> None:
-    """Every way to choose `left` of 4 groups of 16 experts, and then 2 experts in those."""
-    import itertools
-
+def test_copies_with_groups_are_counted_over_all_choices(experts: int, parts: int, left: int) -> None:
+    """Every way to choose `left` of 4 groups of experts, and then 2 experts in those; on 5 nodes of 4 experts out of
+    groups of 5 most nodes have a part of two groups."""
     counts = []
     for groups in itertools.combinations(range(4), left):
-        among = [e for e in range(16) if e // 4 in groups]
-        counts += [len({e * parts // 16 for e in two}) for two in itertools.combinations(among, 2)]
+        among = [e for e in range(experts) if e * 4 // experts in groups]
+        counts += [len({e * parts // experts for e in two}) for two in itertools.combinations(among, 2)]
     mixtral = find_model("mixtral-8x7b")
-    model = dataclasses.replace(mixtral, num_experts=16, num_experts_per_tok=2, n_group=4, topk_group=left)
+    model = dataclasses.replace(mixtral, num_experts=experts, num_experts_per_tok=2, n_group=4, topk_group=left)
     assert copies_per_token(model, parts) == pytest.approx(sum(counts) / len(counts))
 
 

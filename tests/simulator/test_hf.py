@@ -183,6 +183,9 @@ def test_more_experts_per_token_than_experts_is_refused() -> None:
     mixtral = json.loads((DATA / "models" / "mixtral-8x7b.json").read_text())
     with pytest.raises(UserError, match="num_experts_per_tok = 9 is more than num_experts = 8"):
         read_config(mixtral | {"num_experts_per_tok": 9}, "x")
+    deepseek = json.loads((DATA / "models" / "deepseek-v2.json").read_text())
+    with pytest.raises(UserError, match="= 6 is more than the 4 of num_experts = 160 that are in topk_g"):
+        read_config(deepseek | {"n_group": 40, "topk_group": 1}, "x")
 
 
 def test_a_model_is_found_by_preset_and_by_path(tmp_path: Path) -> None:

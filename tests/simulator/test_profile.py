@@ -98,6 +98,9 @@ def test_pairs_among_others_have_constants_of_their_own() -> None:
     assert [(fit.ranks, fit.active) for fit in cpu] == [(2, 2), (2, 4), (4, 4)]
     assert (cpu[1].latency, cpu[1].efficiency) == pytest.approx((4e-4, 0.2), rel=1e-4)
     assert (cpu[0].latency, cpu[0].efficiency) == pytest.approx(ALL_REDUCE[2][:2], rel=1e-4)
+    # Messages of pairs among others are no measure of the link.
+    busy = [sample("send_recv", (2, size, 4), 1e-2 + size / 1e8) for size in (1e3, 1e5, 1e7)]
+    assert calibrate([*synthetic(), *busy])["link_bandwidth"] == pytest.approx(LINK, rel=1e-6)
     # A GPU is nobody else's.
     assert {fit.active for fit in gpu} == {0}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from simulator.cluster import CollectiveFit
 from simulator.engine import run_program
 from simulator.job import Job, build_job
 from simulator.layout_text import parse_layout
@@ -73,6 +74,18 @@ def make_profiled() -> Job:
     gpu = dataclasses.replace(found.cluster.gpu, overlap_slowdown=0.0)
     stack = dataclasses.replace(found.stack, overlap_grad_reduce=False, pads_vocabulary=True)
     return dataclasses.replace(found, stack=stack, cluster=dataclasses.replace(found.cluster, gpu=gpu))
+
+
+def test_messages_of_servers_reach_what_messages_of_their_size_do() -> None:
+    """4 MB at 2 GB/s and 1e-6 s for the root of a byte: 2 + 2 ms, 1 GB/s; among four ranks that share the processors,
+    which they do here, the latter is twice as much: 2 + 4 ms."""
+    found = job()
+    fits = (CollectiveFit(2, 0.0, 0.5, 1e-6, active=2), CollectiveFit(2, 0.0, 0.5, 2e-6, active=4))
+    link = dataclasses.replace(found.cluster.scale_up, bandwidth=4e9, collectives={"send_recv": fits})
+    where = dataclasses.replace(found, cluster=dataclasses.replace(found.cluster, scale_up=link))
+    assert link_rates(where, 4e6, 2)[0] == pytest.approx(1e9)
+    assert link_rates(where, 4e6, 4)[0] == pytest.approx(4e6 / 6e-3)
+    assert link_rates(where, sharing=4)[0] == pytest.approx(2e9)
 
 
 def test_servers_reach_their_bound_when_they_are_all_that_binds() -> None:

@@ -10,7 +10,7 @@ import pytest
 from planner.rivals import planned, rivals_of_hosts
 from simulator import presets
 from simulator.cluster import AttentionFit, AttentionKernel, ClusterSpec, CollectiveFit, Gpu, HostFit, Link, MatmulFit
-from simulator.collectives import collective_seconds
+from simulator.collectives import collective_seconds, message_seconds
 from simulator.errors import UserError
 from simulator.hosts import Wire, parse_wire, ranks_per_host, two_hosts
 from simulator.job import Job, Training
@@ -111,10 +111,19 @@ def test_a_delay_is_crossed_four_times_by_an_all_reduce() -> None:
 
 
 def test_a_wire_is_never_faster_than_the_loopback() -> None:
-    """60 MB of four ranks at 4 GB/s · 0.25 and 1 ms: 61 ms, whatever the wire could do."""
-    spec = two_hosts(MACHINE, Wire())
+    """60 MB of four ranks at 4 GB/s · 0.25 and 1 ms: 61 ms, whatever the wire could do. A pair that exchanges 4 MB
+    moves half of it at 4 GB/s · 0.25 in 2 ms and 0.1 ms, as inside of a host; a message of 4 MB where messages reach a
+    quarter takes 4 ms. (With half of the wire each of the two pairs would need 1 and 2 ms for them.)"""
+    quarter = (CollectiveFit(2, 1e-4, 0.25),)
+    slow = LOOPBACK.collectives | {"send_recv": quarter, "all_to_all": quarter}
+    spec = two_hosts(dataclasses.replace(MACHINE, scale_up=dataclasses.replace(LOOPBACK, collectives=slow)), Wire())
     shape = layout_groups(job_on(spec, 2), Layout(dp_replicate=4))[0].replicate
     assert collective_seconds("all_reduce", 4e7, shape, spec) == pytest.approx(0.061)
+    groups = layout_groups(job_on(spec, 2), Layout(tp=2, dp_replicate=2))[0]
+    assert (groups.tp.domains, groups.replicate.domains) == (1, 2)
+    for pair in (groups.tp, groups.replicate):
+        assert collective_seconds("all_to_all", 4e6, pair, spec) == pytest.approx(1e-4 + 2e-3)
+        assert message_seconds(4e6, pair, spec) == pytest.approx((1e-4, 4e-3))
 
 
 def test_a_host_has_half_of_the_ranks_that_shared_the_machine() -> None:
