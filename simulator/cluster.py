@@ -332,29 +332,31 @@ def group_shape(graph: nx.DiGraph, ranks: tuple[int, ...], start: int = 0, shari
     Ignored: congestion inside the spine (hash collisions of flows), and siblings that are idle.
     """
     spec: ClusterSpec = graph.graph["spec"]
-    places = [gpu_of(graph, rank + start) for rank in ranks]
-    per_domain = max(1, spec.domain // spec.gpus_per_node)
-    domains = {node // per_domain for _, node, _ in places}
+    # As gpu_of says, of thousands of ranks.
+    per_node, devices = spec.gpus_per_node, graph.graph["nodes"] * spec.gpus_per_node
+    places = [divmod((rank + start) % devices, per_node) for rank in ranks]
+    per_domain = max(1, spec.domain // per_node)
+    domains = {node // per_domain for node, _ in places}
     first = places[0]
     if len(domains) == 1:
         other = next((p for p in places if p != first), first)
         if other == first:
             return GroupShape(len(ranks), 1, len(ranks), spec.scale_up.bandwidth, sharing=sharing)
-        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, first, other), sharing=sharing)
+        inside = GroupShape(len(ranks), 1, len(ranks), _tier(graph, ("gpu", *first), ("gpu", *other)), sharing=sharing)
         per_root = spec.scale_up.devices_per_root
         if not per_root:
             return inside
-        return _cross(inside, {(node, i // per_root) for _, node, i in places}, spec.scale_up.root_bandwidth, per_root)
-    other = next(p for p in places if p[1] // per_domain != first[1] // per_domain)
-    card = _tier(graph, first, other)
-    share = card * spec.nics_per_node / spec.gpus_per_node
+        return _cross(inside, {(node, i // per_root) for node, i in places}, spec.scale_up.root_bandwidth, per_root)
+    other = next(p for p in places if p[0] // per_domain != first[0] // per_domain)
+    card = _tier(graph, ("gpu", *first), ("gpu", *other))
+    share = card * spec.nics_per_node / per_node
     per_group = -(-len(ranks) // len(domains))
     shape = GroupShape(len(ranks), len(domains), per_group, share * per_group, sharing=sharing)
     if not spec.nodes_per_leaf:
         return shape
-    leaves = {node // spec.nodes_per_leaf for _, node, _ in places}
+    leaves = {node // spec.nodes_per_leaf for node, _ in places}
     uplinks: float = graph.edges["fabric", ("leaf", min(leaves))]["bandwidth"]
-    return _cross(shape, leaves, uplinks, spec.nodes_per_leaf * spec.gpus_per_node)
+    return _cross(shape, leaves, uplinks, spec.nodes_per_leaf * per_node)
 
 
 def _cross(shape: GroupShape, parts: set[Any], uplinks: float, devices: int) -> GroupShape:

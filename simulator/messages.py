@@ -127,13 +127,16 @@ def message_bytes(job: Job, layout: Layout) -> float:
 
 def message_shapes(job: Job, layout: Layout) -> tuple[GroupShape, ...]:
     """The different ways in which the pipeline ranks of a folded run and the ranks behind them lie."""
-    stride, first, found = layout.rank(pp=1), dict[int, int](), dict[GroupShape, None]()
-    period = cluster_period(job, layout)
-    for source in range(0, (layout.pp - 1) * stride, stride):
-        first.setdefault(source % period, source)
-    for source in first.values():
-        found[_worst_way(job, layout, source, source + stride, True)[1]] = None
-    return tuple(found)
+    known, stride = known_to(job, "message shapes"), layout.rank(pp=1)
+    key = stride, layout.pp, layout.world_size, layout.axes[-1] == "pp"
+    if key not in known:
+        first, period = dict[int, int](), cluster_period(job, layout)
+        for source in range(0, (layout.pp - 1) * stride, stride):
+            first.setdefault(source % period, source)
+        ways = (_worst_way(job, layout, source, source + stride, True)[1] for source in first.values())
+        known[key] = tuple(dict.fromkeys(ways))
+    found: tuple[GroupShape, ...] = known[key]
+    return found
 
 
 def _worst_way(job: Job, layout: Layout, source: int, target: int, fold: bool) -> tuple[int, GroupShape]:

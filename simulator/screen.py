@@ -253,10 +253,17 @@ def _busiest(layout: Layout, block_kinds: tuple[int, ...], units: int) -> list[F
 
 def _fullest(layout: Layout, batch: int, block_kinds: tuple[int, ...], units: int) -> list[Floats]:
     """Vectors (own units, units whose microbatches are kept) of the ranks that no other rank exceeds in everything."""
-    held = np.array([layout.stages_of(rank) for rank in range(layout.pp)])
+    held = _held_stages(layout.pp, layout.virtual_stages, layout.schedule)
     stages = stage_units(layout, block_kinds, units)[held]
     kept = _kept(layout.schedule, layout.pp, layout.virtual_stages, layout.microbatches(batch))
     return _undominated(np.hstack([stages.sum(axis=1), np.einsum("rc,rcu->ru", kept, stages)]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _held_stages(ranks: int, chunks: int, schedule: Schedule) -> Column:
+    """The stages of each rank: ranks x chunks."""
+    layout = Layout(pp=ranks, virtual_stages=chunks, schedule=schedule)
+    return np.array([layout.stages_of(rank) for rank in range(ranks)])
 
 
 @functools.lru_cache(maxsize=65536)

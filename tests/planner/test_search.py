@@ -49,7 +49,7 @@ def test_answer_equals_brute_force(task: Job) -> None:
 @given(task=jobs)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_answer_equals_brute_force_on_many_jobs(task: Job) -> None:
-    """pytest -m slow tests/planner/test_search.py, in about ten minutes."""
+    """pytest -m slow tests/planner/test_search.py, in about seven minutes."""
     answer_is_brute_force(task)
 
 
