@@ -340,12 +340,13 @@ def _overlap_slowdown(samples: Sequence[Sample]) -> float:
 def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:
     """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
 
-    Of the slowest rank, as the samples are. k ranks never run at more than the whole of the machine's processors,
-    whatever disturbed the first.
+    Of the slowest rank, as the samples are, and from their 10th percentiles, because what disturbs here is other work
+    on the same processors, which would pass for ranks. k ranks never run at more than the whole of the machine's
+    processors, whatever disturbed the first.
     """
     chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
-    seconds = np.array([s.seconds for s in chosen])
+    seconds = np.array([s.p10 for s in chosen])
     speeds = seconds[0] / seconds
     counts = np.arange(1, ranks[-1] + 1)
     bound = np.minimum(1.0, devices / counts)
