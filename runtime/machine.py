@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-# What a rank without a GPU runs with. One thread, because each rank stands for one processor. The two others keep
-# freed memory in the process (glibc, mallopt(3): never mmap, never trim): otherwise each step takes its large
-# activations as fresh pages, whose faults cost more than the kernels that fill them. Other C libraries ignore them.
+# What a rank without a GPU runs with. One thread, because each rank stands for one processor. The others keep
+# freed memory in the process (glibc, mallopt(3): never mmap, never trim, one heap for all threads, because what is too
+# large for those of other threads is mapped all the same): otherwise each step takes its large activations as fresh
+# pages, whose faults cost more than the kernels that fill them. Other C libraries ignore them.
 CPU_RANK_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_ARENA_MAX": "1",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 
 from planner.plan import write_plan
 from runtime.host_allocator import short_of_memory
+from runtime.machine import CPU_RANK_ENVIRONMENT
 from simulator.layout import Layout
 
 # Resident bytes after 64 blocks of 1 MiB were filled and freed again, beyond those before.
@@ -29,6 +31,20 @@ print(resident_bytes() - before)
 """
 
 
+# Page faults of a thread that fills 128 MiB where another one has given as much back.
+THREADS = """
+import resource, threading, torch
+def fill():
+    thread = threading.Thread(target=lambda: torch.ones(2**25))
+    thread.start()
+    thread.join()
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 def left(function: str) -> float:
     done = subprocess.run(
         [sys.executable, "-c", FREED.format(function=function)], capture_output=True, text=True, check=True
@@ -40,6 +56,22 @@ def left(function: str) -> float:
 def test_freed_blocks_leave_or_stay() -> None:
     assert left("give_back_freed") < 16
     assert left("keep_freed") > 60
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+@pytest.mark.skipif(HUGE.is_file() and "[always]" in HUGE.read_text(), reason="pages of 2 MiB are few")
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_take_what_others_gave_back(shared: bool) -> None:
+    """128 MiB are 32,768 pages of 4 KiB; a thread's own heap ends at 64 MiB, and beyond it all are fresh."""
+    environment = os.environ | CPU_RANK_ENVIRONMENT
+    if not shared:
+        del environment["MALLOC_ARENA_MAX"]
+    command = [sys.executable, "-c", THREADS]
+    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert faults < 1000 if shared else faults > 30000
 
 
 def test_a_machine_is_short_below_a_tenth(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
 export MALLOC_MMAP_MAX_=0
 export MALLOC_TRIM_THRESHOLD_=1099511627776
+export MALLOC_ARENA_MAX=1
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --standalone \
