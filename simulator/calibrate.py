@@ -7,7 +7,8 @@ leave less than half of the doubt that there was about it before; every other co
 Rule: the factors x minimise sum ((J x - r) / sigma)^2 + sum (x / prior)^2, where r is log(measured / predicted) and J
 the change of log(predicted) with the logarithm of each constant, by differences of `simulate` (Tikhonov
 regularisation, which is the most probable x under normal errors; Tarantola, Inverse Problem Theory, 2005, section 3.2).
-Ignored: correlated errors of the measurements, and shapes of the formulas (k0, half lengths, ramps), which stay.
+Ignored: correlated errors of the measurements, and shapes of the formulas (sides of products, half lengths, ramps),
+which stay.
 """
 
 from __future__ import annotations

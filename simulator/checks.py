@@ -162,7 +162,7 @@ def check_gpu(gpu: Gpu, where: str) -> None:
         if precision not in gpu.peak:
             raise UserError(f"{where}: peak has no '{precision}', but matmul has")
         _above_zero(where, f"matmul.{precision}.rate and peak.{precision}", [fit.rate, gpu.peak[precision]])
-        _at_least(where, f"matmul.{precision}", min(fit.k0, fit.overhead), 0)
+        _at_least(where, f"matmul.{precision}", min(fit.k0, fit.m0, fit.n0, fit.overhead), 0)
     _above_zero(where, "tiles", [size for tile in gpu.tiles for size in tile])
     for name, kernels in gpu.attention.items():
         if not kernels:

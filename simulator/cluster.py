@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MatmulFit:
     """Constants of `compute.matmul_seconds`: rate reached on a large product, depth lost to filling the pipeline of
-    a tile (k0, elements), the time below which no product goes, and the share of that speed that a training load
-    sustains (the Gpu's own if it is not given)."""
+    a tile (k0, elements), the time below which no product goes, the share of that speed that a training load
+    sustains (the Gpu's own if it is not given), and the rows and columns whose products take as long as reading the
+    two operands (m0, n0; without tiles)."""
 
     rate: Annotated[float, FLOPS]
     k0: float = 0.0
     overhead: Annotated[float, SECONDS] = 0.0
     sustained: float | None = None
+    m0: float = 0.0
+    n0: float = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -219,6 +222,11 @@ class ClusterSpec:
     def domain(self) -> int:
         """Devices that the scale-up network joins; larger than a node on NVL72 racks."""
         return self.scale_up_domain or self.gpus_per_node
+
+    @property
+    def wired(self) -> bool:
+        """Whether ranks compute on processors that they share, and a wire joins their hosts."""
+        return bool(self.concurrency) and self.scale_out is not None
 
     def sharing(self, world_size: int) -> int:
         """Ranks of a layout that share the processors of a node; 0 where each has a device of its own."""

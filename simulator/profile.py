@@ -35,7 +35,8 @@ CPU_OVERSUBSCRIBE = 2.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One timing: the median of interleaved repetitions, with the spread between the 10th and 90th percentile.
+    """One timing: the median of interleaved repetitions, with the spread between the 10th and 90th percentile; means of
+    both where they were repeated later.
 
     kind is "matmul" (sizes m, n, k), "memory" and "optimizer" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
@@ -133,7 +134,8 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         attention={"sdpa": profile.attention},
         host=profile.host,
         context_memory=profile.process_memory,
-        overlap_slowdown=profile.overlap_slowdown,
+        # What runs beside each other on processors shares them, which the engine plays (processors.py).
+        overlap_slowdown=0.0 if cpu else profile.overlap_slowdown,
         optimizer_efficiency=profile.optimizer_efficiency,
         source=f"measured {profile.created}",
         timing_spread=timing_spread(profile.samples),
@@ -175,7 +177,7 @@ def calibrate(
     fastest = max(fit.rate for fit in matmul.values())
     # A single device has no link: then no collective is ever asked for, and messages stay in its memory.
     alone = not any(s.kind == "send_recv" for s in samples) and kind == "gpu"
-    link_latency, link_bandwidth = (0.0, memory_bandwidth) if alone else _fit_link(samples)
+    link_latency, link_bandwidth = (0.0, memory_bandwidth) if alone else _fit_link(samples, kind)
     return {
         "host": host,
         "matmul": matmul,
@@ -190,12 +192,14 @@ def calibrate(
     }
 
 
-def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Coefficients >= 0 that minimise the relative error of features @ coefficients against seconds.
+def non_negative_fit(features: np.ndarray, seconds: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+    """Coefficients >= 0 that minimise the error of features @ coefficients against seconds, relative to these seconds
+    or to `scale`.
 
-    There are at most three features, so every subset of them is tried: exact, where iterative methods are not.
+    There are at most five features, so every subset of them is tried: exact, where iterative methods are not.
     """
-    weighted, target = features / seconds[:, None], np.ones(len(seconds))
+    scale = seconds if scale is None else scale
+    weighted, target = features / scale[:, None], seconds / scale
     count = features.shape[1]
     best, best_error = np.zeros(count), float("inf")
     for size in range(1, count + 1):
@@ -206,6 +210,16 @@ def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
                 best, best_error = np.zeros(count), error
                 best[list(subset)] = found
     return best
+
+
+def noisy_fit(features: np.ndarray, seconds: np.ndarray, rounds: int = 10) -> np.ndarray:
+    """The same for seconds that scatter by a good part of what they are: relative to the fit itself, because relative
+    to the seconds those that came out short would count more than those that came out long."""
+    scale = seconds
+    for _ in range(rounds):
+        found = non_negative_fit(features, seconds, scale)
+        scale = features @ found
+    return found
 
 
 def _per_unit(coefficient: float, sizes: np.ndarray, seconds: np.ndarray) -> float:
@@ -236,12 +250,14 @@ def _fit_matmul(samples: Sequence[Sample], host: float) -> dict[str, MatmulFit]:
     for precision in sorted({s.precision for s in _of(samples, "matmul")}):
         chosen = [s for s in _of(samples, "matmul") if s.precision == precision]
         m, n, k = np.array([s.sizes for s in chosen]).T
-        features = np.stack([2 * m * n * k, 2 * m * n, np.ones_like(m)], axis=1)
+        features = np.stack([2 * m * n * k, 2 * m * n, 2 * n * k, 2 * m * k, np.ones_like(m)], axis=1)
         seconds = np.array([s.seconds for s in chosen])
-        fitted, per_output, constant = non_negative_fit(features, seconds)
+        fitted, *sides, constant = non_negative_fit(features, seconds)
         per_flop = _per_unit(fitted, features[:, 0], seconds)
         overhead = max(0.0, float(constant) - host)
-        result[precision] = MatmulFit(rate=float(1 / per_flop), k0=float(per_output / per_flop), overhead=overhead)
+        # Where noise has fitted no arithmetic, its sides are not known either.
+        k0, m0, n0 = (float(side / per_flop) if fitted else 0.0 for side in sides)
+        result[precision] = MatmulFit(rate=float(1 / per_flop), k0=k0, overhead=overhead, m0=m0, n0=n0)
     return result
 
 
@@ -294,13 +310,13 @@ def _attention_fit(samples: list[Sample], flops_factor: float, host: float, fast
     return AttentionFit(*constants)
 
 
-def _fit_link(samples: Sequence[Sample]) -> tuple[float, float]:
+def _fit_link(samples: Sequence[Sample], kind_of_machine: str) -> tuple[float, float]:
     # Of a pair that is alone: messages among others are fitted with the collectives.
     chosen = [s for s in _of(samples, "send_recv") if _group_of(s)[0] == _group_of(s)[1]]
     size = np.array([s.sizes[1] for s in chosen])
     features = np.stack([np.ones_like(size), size], axis=1)
     seconds = np.array([s.seconds for s in chosen])
-    latency, per_byte = non_negative_fit(features, seconds)
+    latency, per_byte = (noisy_fit if kind_of_machine == "cpu" else non_negative_fit)(features, seconds)
     return float(latency), 1 / _per_unit(per_byte, size, seconds)
 
 
@@ -319,10 +335,14 @@ def _fit_collectives(
         for ranks, active in sorted({_group_of(s) for s in _of(samples, kind)}):
             chosen = [s for s in _of(samples, kind) if _group_of(s) == (ranks, active)]
             x = np.array([bus_bytes(kind, ranks, s.sizes[1]) for s in chosen])
+            seconds = np.array([s.seconds for s in chosen])
             features = np.stack([np.ones_like(x), x, np.sqrt(x)], axis=1)
-            latency, per_byte, ramp = non_negative_fit(features, np.array([s.seconds for s in chosen]))
+            if kind_of_machine == "cpu":
+                # Processors copy at one rate, and ranks that share them make every timing scatter.
+                (latency, per_byte), ramp, shared = noisy_fit(features[:, :2], seconds), 0.0, active
+            else:
+                (latency, per_byte, ramp), shared = non_negative_fit(features, seconds), 0
             per_byte = per_byte or 1e-3 / link
-            shared = active if kind_of_machine == "cpu" else 0
             fits.append(CollectiveFit(ranks, float(latency), float(1 / per_byte / link), float(ramp), shared))
         result[kind] = tuple(fits)
     return result
@@ -340,13 +360,12 @@ def _overlap_slowdown(samples: Sequence[Sample]) -> float:
 def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:
     """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
 
-    Of the slowest rank, as the samples are, and from their 10th percentiles, because what disturbs here is other work
-    on the same processors, which would pass for ranks. k ranks never run at more than the whole of the machine's
-    processors, whatever disturbed the first.
+    Of the mean rank, as the samples are. k ranks never run at more than the whole of the machine's processors,
+    whatever disturbed the first.
     """
     chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
-    seconds = np.array([s.p10 for s in chosen])
+    seconds = np.array([s.seconds for s in chosen])
     speeds = seconds[0] / seconds
     counts = np.arange(1, ranks[-1] + 1)
     bound = np.minimum(1.0, devices / counts)

@@ -49,7 +49,7 @@ def synthetic(kind: str = "cpu") -> list[Sample]:
     for collective, (ranks, fit), size in itertools.product(
         ("all_reduce", "all_gather", "reduce_scatter"), ALL_REDUCE.items(), (1e3, 1e4, 1e5, 1e6, 1e7)
     ):
-        latency, efficiency, ramp = fit
+        latency, efficiency, ramp = fit if kind == "gpu" else (*fit[:2], 0.0)
         x = bus_bytes(collective, ranks, size)
         samples.append(sample(collective, (ranks, size), latency + x / (efficiency * LINK) + ramp * x**0.5))
     samples += [sample("concurrency", (ranks,), 1e-3 * slowdown) for ranks, slowdown in ((1, 1.0), (2, 1.25), (4, 4.0))]
@@ -84,11 +84,36 @@ def test_attention_constants_are_recovered_with_and_without_mask(profile: Profil
 
 def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
     assert (profile.link_latency, profile.link_bandwidth) == pytest.approx((LINK_LATENCY, LINK), rel=1e-6)
+    gpu = calibrate(synthetic("gpu"), "gpu")["collectives"]
     for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-        found = {fit.ranks: (fit.latency, fit.efficiency, fit.ramp) for fit in profile.collectives[kind]}
-        assert found.keys() == ALL_REDUCE.keys()
+        found = {fit.ranks: (fit.latency, fit.efficiency, fit.ramp) for fit in gpu[kind]}  # type: ignore[index]
+        near = {fit.ranks: (fit.latency, fit.efficiency, fit.ramp) for fit in profile.collectives[kind]}
+        assert found.keys() == near.keys() == ALL_REDUCE.keys()
         for ranks, known in ALL_REDUCE.items():
             assert found[ranks] == pytest.approx(known, rel=1e-4, abs=1e-13)
+            assert near[ranks] == pytest.approx((*known[:2], 0.0), rel=1e-4)
+
+
+def test_scattered_timings_neither_lengthen_nor_shorten_a_collective() -> None:
+    """Half of the timings are 60 % too long, half 60 % too short: in the mean they are right. Relative to themselves
+    the short ones would count sixteen times as much as the long ones, and the latency would come out as 0.55 ms."""
+    sizes = (1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
+    scattered = [
+        sample("all_reduce", (2, size), factor * (1e-3 + size / LINK)) for size in sizes for factor in (0.4, 1.6)
+    ]
+    others = [s for s in synthetic() if s.kind != "all_reduce"]
+    (fit,) = calibrate([*others, *scattered])["collectives"]["all_reduce"]  # type: ignore[index]
+    assert (fit.latency, fit.efficiency) == pytest.approx((1e-3, 1.0), rel=1e-3)
+
+
+def test_sides_of_a_product_cost_by_their_size() -> None:
+    """2 (m n k + 13 m n + 9 n k + 17 m k) / rate."""
+    samples = [s for s in synthetic() if s.kind != "matmul"]
+    for m, n, k in itertools.product((64, 1024), (128, 512, 2048), (128, 4096)):
+        flops = 2 * (m * n * k + 13 * m * n + 9 * n * k + 17 * m * k)
+        samples.append(sample("matmul", (m, n, k), HOST["host_forward"] + OVERHEAD + flops / RATE, "fp32"))
+    fit = calibrate(samples)["matmul"]["fp32"]  # type: ignore[index]
+    assert (fit.rate, fit.k0, fit.m0, fit.n0, fit.overhead) == pytest.approx((RATE, 13, 9, 17, OVERHEAD), rel=1e-4)
 
 
 def test_pairs_among_others_have_constants_of_their_own() -> None:
