@@ -165,10 +165,11 @@ def _wire_seconds(collective: Collective, x: float, shape: GroupShape, spec: Clu
 
 def _machine_seconds(collective: Collective, x: float, shape: GroupShape, spec: ClusterSpec) -> float:
     """The same with all ranks on that machine."""
-    return _inside_seconds(collective, x, _on_one_host(shape, spec), spec)
+    return _inside_seconds(collective, x, on_one_host(shape, spec), spec)
 
 
-def _on_one_host(shape: GroupShape, spec: ClusterSpec) -> GroupShape:
+def on_one_host(shape: GroupShape, spec: ClusterSpec) -> GroupShape:
+    """The group with all its ranks in one scale-up domain."""
     return dataclasses.replace(
         shape, domains=1, ranks_per_domain=shape.ranks, bandwidth=spec.scale_up.bandwidth, spine=math.inf
     )
@@ -201,7 +202,7 @@ def _exchange_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> floa
     posts = (n - g) * nccl.post_seconds() if spec.nccl else 0.0
     ramp = outside.ramp * math.sqrt(size * (n - g) / n)
     seconds = outside.latency + posts + max(_exchange_times(size, shape, spec)) + ramp
-    return max(seconds, _exchange_seconds(size, _on_one_host(shape, spec), spec)) if spec.concurrency else seconds
+    return max(seconds, _exchange_seconds(size, on_one_host(shape, spec), spec)) if spec.concurrency else seconds
 
 
 def _exchange_fit(shape: GroupShape, spec: ClusterSpec) -> CollectiveFit:
@@ -246,7 +247,7 @@ def message_seconds(size: float, shape: GroupShape, spec: ClusterSpec) -> tuple[
     fit = fit_of(link.collectives["send_recv"], 2, shape.sharing)
     seconds = size / (fit.efficiency * shape.slowest) + fit.ramp * math.sqrt(size)
     if spec.concurrency and shape.domains > 1:
-        seconds = max(seconds, message_seconds(size, _on_one_host(shape, spec), spec)[1])
+        seconds = max(seconds, message_seconds(size, on_one_host(shape, spec), spec)[1])
     return fit.latency, seconds
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+from simulator.data_parallel import reduces_beside
 from simulator.expert_parallel import per_shard
 from simulator.layout import Layout
 from simulator.messages import message_bytes, message_cost
@@ -70,8 +71,8 @@ def step_at_least(job: Job, layout: Layout, stages: tuple[StageCost, ...], times
     if stack.overlap_param_gather and first.gather:
         seconds = first.gather / first.units + gpu.hiding_cost(min(first.gather, first.forward.total))
     if layout.schedule not in SPLIT_BACKWARD and first.reduce:
-        overlaps = stack.overlap_grad_reduce and layout.zero_stage < 2
-        seconds += first.reduce / (first.units if overlaps else 1)
+        overlaps = reduces_beside(job, layout)
+        seconds += first.reduce / (first.reductions if overlaps else 1)
         if overlaps and layout.pp > 1:
             seconds += gpu.hiding_cost(min(first.reduce, first.backward.total))
     return seconds + times.end + step_end(job, layout, stages)
@@ -183,8 +184,8 @@ class _Pipeline:
         assert op.stage is not None
         cost = self.stages[op.stage]
         gathered = self.gathered[op.stage] if first and job.stack.overlap_param_gather else []
-        overlaps = bool(final) and job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
-        pieces = len(gathered) or (cost.units if overlaps else 1)
+        overlaps = bool(final) and reduces_beside(job, self.layout)
+        pieces = len(gathered) or (cost.reductions if overlaps else 1)
         if gathered or overlaps:
             work += job.cluster.gpu.hiding_cost(min(cost.gather if gathered else cost.reduce, work))
         for piece in range(pieces):

@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from simulator.cluster import GroupShape
-from simulator.collectives import Transfer, transfer_seconds
+from simulator.collectives import Transfer, on_one_host, transfer_seconds
 from simulator.expert_parallel import expert_grid
 from simulator.layout import Layout
 from simulator.schedules import SPLIT_BACKWARD
 
 if TYPE_CHECKING:
     from simulator.job import Job
+
+
+_GROUPS = ("shard", "replicate", "expert_shard", "expert_replicate")
 
 
 def uses_fsdp(job: Job, layout: Layout) -> bool:
@@ -36,6 +39,15 @@ def uses_fsdp(job: Job, layout: Layout) -> bool:
     without_ddp = layout.tp > 1 or layout.schedule in SPLIT_BACKWARD
     replicated = without_ddp and layout.dp_replicate * layout.cp > 1
     return job.training.precision != "fp32" or layout.zero_stage > 0 or layout.ep > 1 or replicated
+
+
+def reduces_beside(job: Job, layout: Layout) -> bool:
+    """Whether gradients are reduced bucket by bucket, once a step, beside the backward that makes them. Ranks that send
+    with the processors they compute with gain nothing from that unless a wire between hosts carries the bytes, and
+    then from DDP only: torch's FSDP waits on a CPU until a reduction is done."""
+    if job.stack.overlap_grad_reduce:
+        return layout.zero_stage < 2
+    return job.cluster.wired and layout.zero_stage == 0 and not uses_fsdp(job, layout)
 
 
 def gather_transfer(job: Job, parameters: float, group: str, pieces: int = 1) -> Transfer:
@@ -104,6 +116,16 @@ class DataParallel:
     expert_replicate: GroupShape
 
     @property
+    def over_wire(self) -> bool:
+        """Whether ranks that send with the processors they compute with wait for a wire meanwhile."""
+        return self.job.cluster.wired and any(getattr(self, name).domains > 1 for name in _GROUPS)
+
+    def on_one_host(self) -> DataParallel:
+        """The same with each group on one host."""
+        near = [on_one_host(getattr(self, name), self.job.cluster) for name in _GROUPS]
+        return DataParallel(self.job, self.layout, *near)
+
+    @property
     def gathers_every_microbatch(self) -> bool:
         return self.layout.zero_stage == 3
 
@@ -149,6 +171,11 @@ class DataParallel:
             replica_transfer(self.job, experts, "expert_replicate", shards, pieces[1]),
         )
 
+    def reductions(self, parameters: float, units: int) -> int:
+        """Pieces in which gradients are reduced beside a backward: units, or DDP's buckets where a wire carries them.
+        Of these the first is a small one (`bucket_sizes`); here all are alike."""
+        return min(units, 1 + self._reduced_pieces(parameters, units)) if self.job.cluster.wired else units
+
     def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""
         changed = self.job.training.peft == "none" or self.layout.zero_stage >= 2
@@ -158,8 +185,7 @@ class DataParallel:
 
     def seconds(self, transfers: Iterable[Transfer]) -> float:
         """Seconds of collectives over these groups, one after another."""
-        names = ("shard", "replicate", "expert_shard", "expert_replicate")
-        return transfer_seconds(transfers, {name: getattr(self, name) for name in names}, self.job.cluster)
+        return transfer_seconds(transfers, {name: getattr(self, name) for name in _GROUPS}, self.job.cluster)
 
     def exposed_forward(self, units: Sequence[Unit]) -> float:
         """Seconds that a forward waits for parameters: what the unit before does not hide.

@@ -30,6 +30,7 @@ from simpy.core import EmptySchedule
 
 from simulator.collectives import active_ranks
 from simulator.critical_path import pair_work, rank_update
+from simulator.data_parallel import reduces_beside
 from simulator.errors import UserError
 from simulator.garbage import uncollected
 from simulator.layout import Layout
@@ -250,9 +251,11 @@ class _Engine:
             return self.env.timeout(seconds)
         return rank.processors.work(seconds, rank.replicas)
 
-    def _occupy(self, rank: Rank, route: Route | None, seconds: float) -> simpy.Event:
-        """Occupy the links of a route for what takes `seconds` there alone."""
-        return self._busy(rank, seconds) if route is None else self.network.transfer(route, seconds * route.alone)
+    def _move(self, rank: Rank, seconds: float, axes: Axes | None, copying: float) -> simpy.Event:
+        """Occupy what a collective along these axes, or a message, uses besides the links of a route, for what takes
+        `seconds` alone: a wire between hosts for all of them, processors for the share in which they copy."""
+        moved = self._busy(rank, self._unshared(rank, seconds * copying, axes))
+        return moved if copying == 1 else self.env.all_of([self.env.timeout(seconds), moved])
 
     def _shown(self, rank: Rank) -> int:
         """The number of a rank in a timeline: of a folded run's that of the pipeline rank."""
@@ -275,8 +278,8 @@ class _Engine:
         gathered = rank.gathering.pop(op.stage, [])
         reduces = self._reduces(op)
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
-        overlaps = reduces and self.job.stack.overlap_grad_reduce and self.layout.zero_stage < 2
-        pieces = len(gathered) or (cost.units if overlaps else 1)
+        overlaps = reduces and reduces_beside(self.job, self.layout)
+        pieces = len(gathered) or (cost.reductions if overlaps else 1)
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
@@ -346,7 +349,10 @@ class _Engine:
             if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
                 yield begin
             start = self.env.now
-            yield self._occupy(rank, self._ring(rank, axes), self._unshared(rank, seconds, axes))
+            if route := self._ring(rank, axes):
+                yield self.network.transfer(route, seconds * route.alone)
+            else:
+                yield self._move(rank, seconds, axes, self.program.stages[op.stage or 0].copying)
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):
                 yield end
             self._span(rank, "dp", op, start)
@@ -412,18 +418,15 @@ class _Engine:
     def _channel(self, rank: Rank, target: int) -> Channel:
         fold = not self.unfold
         latency, seconds, route = message_cost(self.job, self.layout, rank.number, target, self.routes, fold)
-        inside, spec = 1.0, self.job.cluster
-        if rank.processors is not None and spec.scale_out and rank.number // self.per_node != target // self.per_node:
-            inside = min(1.0, spec.scale_out.bandwidth / spec.scale_up.bandwidth)
+        copying, spec = 1.0, self.job.cluster
+        if spec.scale_out and spec.wired and rank.number // self.per_node != target // self.per_node:
+            copying = min(1.0, spec.scale_out.bandwidth / spec.scale_up.bandwidth)
 
         def occupy(end: Callable[[], None]) -> None:
             if route is not None:
                 self.network.start(route, seconds * route.alone, end)
                 return
-            # A wire between hosts takes the time of its rate, and processors what a message inside of a host takes.
-            moved = self._busy(rank, self._unshared(rank, seconds * inside, None))
-            if inside < 1:
-                moved = self.env.all_of([self.env.timeout(seconds), moved])
+            moved = self._move(rank, seconds, None, copying)
             assert moved.callbacks is not None
             moved.callbacks.append(lambda _: end())
 

@@ -28,7 +28,9 @@ class StageCost:
     happen once a step; where they happen in every microbatch they are part of forward and backward. backward_weight
     is the part of backward that a schedule may put off: the gradients of weights and their adding up; deferred is the
     bytes that are kept for it besides saved once the rest is done. blocks are its units in order with how many of them
-    follow each other."""
+    follow each other. copying is the share of reduce and gather in which ranks that send with their processors are at
+    work: less than 1 where they wait for a wire between hosts (of both together; one may wait more than the other).
+    reductions are the pieces of reduce."""
 
     forward: Work
     backward: Work
@@ -41,6 +43,8 @@ class StageCost:
     backward_weight: Work = NOTHING
     deferred: float = 0.0
     blocks: tuple[tuple[UnitCost, int], ...] = ()
+    copying: float = 1.0
+    reductions: int = 1
 
     @functools.cached_property
     def known_bytes(self) -> dict[object, Any]:
@@ -128,6 +132,14 @@ class StageCosts:
         backward = functools.reduce(Work.__add__, (u.backward for u in units))
         weights = functools.reduce(Work.__add__, (u.backward_weight for u in units))
         parameters, experts = sum(u.parameters for u in units), sum(u.experts for u in units)
+        reduce = data.once_reduce_seconds(parameters, experts, len(units))
+        gather = data.once_gather_seconds(parameters, experts, len(units))
+        copying = 1.0
+        if data.over_wire and reduce + gather:
+            near = data.on_one_host()
+            inside = near.once_reduce_seconds(parameters, experts, len(units))
+            inside += near.once_gather_seconds(parameters, experts, len(units))
+            copying = min(1.0, inside / (reduce + gather))
         return StageCost(
             forward=forward + Work(dp=data.exposed_forward(units)),
             backward=backward + Work(dp=data.exposed_backward(units)),
@@ -135,10 +147,12 @@ class StageCosts:
             saved=sum(u.saved for u in units),
             working=max(u.working for u in units),
             units=len(units),
-            reduce=data.once_reduce_seconds(parameters, experts, len(units)),
-            gather=data.once_gather_seconds(parameters, experts, len(units)),
+            reduce=reduce,
+            gather=gather,
             backward_weight=weights,
             deferred=sum(u.deferred for u in units),
             experts=experts,
             blocks=_runs(units),
+            copying=copying,
+            reductions=data.reductions(parameters, len(units)),
         )

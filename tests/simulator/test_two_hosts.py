@@ -12,7 +12,7 @@ from simulator import presets
 from simulator.cluster import AttentionFit, AttentionKernel, ClusterSpec, CollectiveFit, Gpu, HostFit, Link, MatmulFit
 from simulator.collectives import collective_seconds, message_seconds
 from simulator.errors import UserError
-from simulator.hosts import Wire, parse_wire, ranks_per_host, two_hosts
+from simulator.hosts import PAYLOAD, Wire, parse_wire, ranks_per_host, two_hosts
 from simulator.job import Job, Training
 from simulator.layout import Layout
 from simulator.placement import layout_groups
@@ -147,16 +147,29 @@ def test_a_host_has_half_of_the_ranks_that_shared_the_machine() -> None:
 def test_the_choice_changes_with_the_link() -> None:
     """Data parallelism across a fast link, a pipeline across a slow one; tensor parallelism across it loses most."""
     chosen = {}
-    for rate in (1e10, 1e8):
+    for rate in (1e10, 2e7):
         job = job_on(two_hosts(MACHINE, Wire(rate)), 2)
         plans, _ = planned(job, rivals_of_hosts(2))
         seconds = {name: one.best.step_seconds for name, one in plans.items()}
         chosen[rate] = min(seconds, key=lambda name: seconds[name]), seconds
     assert chosen[1e10][0].endswith("data across") or chosen[1e10][0] == "data across and inside"
-    assert chosen[1e8][0].endswith("pipeline across") or chosen[1e8][0] == "pipeline across and inside"
-    slow = chosen[1e8][1]
+    assert chosen[2e7][0].endswith("pipeline across") or chosen[2e7][0] == "pipeline across and inside"
+    slow = chosen[2e7][1]
     assert slow["tensor across and inside"] > 1.5 * slow["tensor inside, pipeline across"]
     assert slow["tensor across and inside"] > slow["tensor inside, data across"]
+
+
+def test_ddp_hides_what_a_wire_carries_behind_the_backward() -> None:
+    """Two replicas, one on each host: what a ring of two sends of the gradients, all of them once, takes 0.5 s at
+    100 MB/s, and the backward of 16 samples 1.4 s. 48 MB fill DDP's small first bucket and two of 25 MiB, so that a
+    third is left when the backward is done. FSDP waits for each of its reductions, which gloo makes of twice the
+    bytes, and for its gather."""
+    job = job_on(dataclasses.replace(two_hosts(MACHINE, Wire(1e8)), gpus_per_node=1), 2)
+    wire = 4 * job.model.parameters() / (1e8 * PAYLOAD)
+    hidden = simulate(job, Layout(dp_replicate=2, micro_batch_size=16)).breakdown.dp
+    waiting = simulate(job, Layout(dp_shard=2, zero_stage=2, micro_batch_size=16)).breakdown.dp
+    assert hidden == pytest.approx(wire / 3, rel=0.01)
+    assert waiting == pytest.approx(1.5 * wire, rel=0.01)
 
 
 def test_a_slower_link_never_makes_a_step_shorter() -> None:
