@@ -123,7 +123,8 @@ class Between:
 
 
 def collective_samples(grid: Grid, device: torch.device, group: Group) -> list[Sample]:
-    """Median seconds of each case on the slowest rank: what it adds to computing, waiting for the others included.
+    """Median seconds of each case: what it adds, on the slowest rank, to the computing that ranks do on the average, so
+    that waiting for the others is a part of it.
 
     Never less than a quarter of what it takes when nothing else is done: computing is taken off, and where a
     collective is short next to it the rest is noise.
@@ -133,28 +134,35 @@ def collective_samples(grid: Grid, device: torch.device, group: Group) -> list[S
     # All ranks must make the same number of calls; an even one, so that messages go there and back.
     dist.all_reduce(least, dist.ReduceOp.MAX)
     if not computes_between(grid, device):
-        rounds = _rounds(cases, least, 25, grid, device)
+        rounds = _slowest(_rounds(cases, least, 25, grid, device))
         return [sample(case.kind, case.sizes, times) for case, times in zip(cases, rounds.T.tolist(), strict=True)]
     between = Between(grid.between, grid, device)
     # Computing alone, three times in every round: its median over all leaves less noise than that of each.
     plain = [Case("", (), between)] * 3
     rounds = _rounds([*map(between.before, cases), *plain], torch.cat([least, torch.zeros(3)]), 2, grid, device)
-    rounds -= rounds[:, -3:].median()
+    computing = rounds[:, -3:].clone()
+    dist.all_reduce(computing)
+    beyond = _slowest(rounds[:, :-3].contiguous()) - computing.median() / dist.get_world_size()
     found = []
-    for case, times, seconds in zip(cases, rounds.T.tolist(), least.tolist(), strict=False):
+    for case, times, seconds in zip(cases, beyond.T.tolist(), least.tolist(), strict=True):
         found.append(sample(case.kind, case.sizes, [max(time, 0.25 * seconds) for time in times]))
     return found
 
 
 def _rounds(cases: Sequence[Case], least: Tensor, longest: int, grid: Grid, device: torch.device) -> Tensor:
-    """Seconds of each case in turn, on the slowest rank, round after round: (rounds, cases). Each is called up to
-    2 · `longest` times, by its `least` seconds."""
+    """Seconds of each case in turn on this rank, round after round: (rounds, cases). Each is called up to 2 · `longest`
+    times, by its `least` seconds."""
     counts = [2 * max(1, min(longest, int(2 * grid.seconds / max(seconds, 1e-9)))) for seconds in least.tolist()]
-    rounds = torch.tensor(
+    # The first round meets what is loaded and taken once.
+    return torch.tensor(
         [
             [together_seconds(case, count, device) for case, count in zip(cases, counts, strict=True)]
-            for _ in range(grid.repeats)
+            for _ in range(1 + grid.repeats)
         ]
-    )
-    dist.all_reduce(rounds, dist.ReduceOp.MAX)
-    return rounds
+    )[1:]
+
+
+def _slowest(seconds: Tensor) -> Tensor:
+    """Of all ranks."""
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -66,19 +67,23 @@ def measure(output: Path, progress: Progress | None = None, grid: GridName = "fu
 
     busy, own = busy_seconds()
     begin = time.perf_counter()
-    # Kernels of one rank take about half of the time.
-    machine, samples = _measure_ranks(1, grid, part(0.0, 0.5))
-    worlds = world_sizes(machine["kind"], machine["devices"], grid)
+    # Kernels of one rank take about half of the time: a part of them before all others and a part behind, because a
+    # machine that others use too is now faster, now slower for a minute.
+    machine, first = _measure_ranks(1, grid, part(0.0, 0.25))
+    worlds, samples = world_sizes(machine["kind"], machine["devices"], grid), list[Sample]()
     for index, ranks in enumerate(worlds):
-        samples += _measure_ranks(ranks, grid, part(0.5 + index / len(worlds) / 2, 0.5 / len(worlds)))[1]
-    profile = profile_of(machine, samples)
+        at_once = [1, *worlds] if machine["kind"] == "cpu" and ranks == worlds[-1] else []
+        share = part(0.25 + index / len(worlds) / 2, 0.5 / len(worlds))
+        samples += _measure_ranks(ranks, grid, share, at_once)[1]
+    second = _measure_ranks(1, grid, part(0.75, 0.25))[1]
+    profile = profile_of(machine, [*itertools.starmap(pooled, zip(first, second, strict=True)), *samples])
     if profile.kind == "cpu":
         profile = replace(profile, process_memory=process_memory(profile))
     write_json(output, profile)
     report("done", 1.0)
     busy_after, own_after = busy_seconds()
     others = (busy_after - busy - (own_after - own)) / (time.perf_counter() - begin)
-    for disturbance in disturbances(noise(samples), others, machine["devices"]):
+    for disturbance in disturbances(noise(profile.samples), others, machine["devices"]):
         print(f"warning: {disturbance}; measure again on a quiet machine", file=sys.stderr)
     return profile
 
@@ -94,6 +99,15 @@ def world_sizes(kind: str, devices: int, grid: GridName = "full") -> list[int]:
         most = min(2, most)
     sizes = {2**i for i in range(1, most.bit_length())} | {devices, most}
     return sorted(size for size in sizes if 1 < size <= most)
+
+
+def pooled(one: Sample, other: Sample) -> Sample:
+    """Timings of the same thing at two times: the means of medians and percentiles.
+
+    >>> pooled(Sample("memory", (8.0,), 2.0, 1.5, 2.5), Sample("memory", (8.0,), 4.0, 3.0, 5.0))
+    Sample(kind='memory', sizes=(8.0,), seconds=3.0, p10=2.25, p90=3.75, precision='')
+    """
+    return replace(one, **{name: (getattr(one, name) + getattr(other, name)) / 2 for name in ("seconds", "p10", "p90")})
 
 
 def profile_of(machine: dict[str, Any], samples: Sequence[Sample]) -> Profile:
@@ -165,12 +179,16 @@ def busy_seconds() -> tuple[float, float]:
     return ticks / os.sysconf("SC_CLK_TCK"), own
 
 
-def _measure_ranks(ranks: int, grid: GridName, report: Progress) -> tuple[dict[str, Any], list[Sample]]:
-    """Run the microbenchmarks on some ranks of this machine: how it describes itself, and its samples."""
+def _measure_ranks(
+    ranks: int, grid: GridName, report: Progress, at_once: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Run the microbenchmarks on some ranks of this machine: how it describes itself, and its samples, with those of
+    fewer ranks computing `at_once`."""
     with tempfile.TemporaryDirectory(prefix="layoutwise-") as folder:
         result = Path(folder) / "samples.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "runtime.microbenchmarks", f"--grid={grid}", f"--output={result}"]
+        command += ["--at-once", *map(str, at_once)] if at_once else []
         report(f"starting {ranks} rank{'s' if ranks > 1 else ''}", 0.0)
         _run(command, Path(folder) / "errors.txt", report)
         data = read_json(result, "result of the microbenchmarks")

@@ -9,7 +9,7 @@ import argparse
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -113,22 +113,26 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
     return [sample(kind, (), seconds) for kind, seconds in host_seconds(device, 10 * grid.repeats).items()]
 
 
-def concurrency_seconds(grid: Grid, device: torch.device) -> list[float]:
-    """Seconds of a small training step on every rank at once, repeated: those of the slowest, which a step waits for.
-    More ranks than processors do not get equal parts of them: the system moves them now and then."""
+def concurrency_rounds(grid: Grid, device: torch.device, counts: Sequence[int]) -> list[list[float]]:
+    """Seconds of some small training steps on the first so many ranks at once while the others wait, for all counts in
+    turn and round after round: the mean over these ranks. That they are not done together is part of what their next
+    collective takes (collective_benchmarks.py).
+    """
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
     times = []
-    # Twice as many as of other cases: a single constant, from which all ranks' compute follows.
-    for _ in range(1 + 2 * grid.repeats):
-        dist.barrier()
-        start = now(device)
-        layer(x).sum().backward()
-        times.append(now(device) - start)
-    slowest = torch.tensor(times[1:], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    seconds: list[float] = slowest.tolist()
-    return seconds
+    for _ in range(1 + grid.repeats):
+        for count in counts:
+            dist.barrier()
+            active, start = dist.get_rank() < count, now(device)
+            # More than one, because the system takes a while to find each rank a processor.
+            for _ in range(3 * active):
+                layer(x).sum().backward()
+            times.append((now(device) - start) * active / count)
+    mean = torch.tensor(times, dtype=torch.float64).view(-1, len(counts))[1:]
+    dist.all_reduce(mean)
+    rounds: list[list[float]] = mean.tolist()
+    return rounds
 
 
 def overlap_samples(grid: Grid, device: torch.device) -> list[Sample]:
@@ -189,19 +193,22 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
-def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[tuple[str, Callable[[], list[Sample]]]]:
+def list_steps(
+    grid: Grid, device: torch.device, counts: Sequence[int], at_once: list[list[float]]
+) -> list[tuple[str, Callable[[], list[Sample]]]]:
     """What this number of ranks measures, with names for the progress.
 
     Args:
-        at_once: takes the timings of ranks that share processors, which are made before and after all others, since
-            a disturbance of some seconds would change each of them alike.
+        counts: ranks that are timed computing at once.
+        at_once: takes those timings, which are made before and after all others, since a disturbance of some seconds
+            would change each of them alike.
     """
 
     def kernels(make: Callable[..., list[Case]], *arguments: str) -> Callable[[], list[Sample]]:
         return lambda: time_cases(make(grid, device, *arguments), grid, device)
 
     def concurrency() -> list[Sample]:
-        at_once.extend(concurrency_seconds(grid, device))
+        at_once.extend(concurrency_rounds(grid, device, counts))
         return []
 
     ranks = dist.get_world_size()
@@ -222,14 +229,15 @@ def list_steps(grid: Grid, device: torch.device, at_once: list[float]) -> list[t
         ]
         if ranks == 2:
             steps.append(("compute beside communication", lambda: overlap_samples(grid, device)))
-    if device.type == "cpu":
-        shared = (f"{ranks} at once", concurrency)
+    if counts:
+        shared = ("ranks at once", concurrency)
         steps = [shared, *steps, shared]
     return steps
 
 
-def run(grid_name: str, output: Path) -> None:
-    """Everything that this number of ranks is there for; rank 0 writes {"machine", "samples"}."""
+def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
+    """Everything that this number of ranks is there for, and so many of them computing at once; rank 0 writes
+    {"machine", "samples"}."""
     cuda = torch.cuda.is_available()
     # A GPU is not busy with what fills a processor.
     grid = GRIDS["gpu" if cuda and grid_name == "full" else grid_name]
@@ -240,13 +248,12 @@ def run(grid_name: str, output: Path) -> None:
     ranks, samples = dist.get_world_size(), list[Sample]()
     # The machine is described once, by the world of one rank.
     machine = describe(device) if ranks == 1 else None
-    at_once: list[float] = []
-    for index, (name, step) in enumerate(steps := list_steps(grid, device, at_once)):
+    at_once: list[list[float]] = []
+    for index, (name, step) in enumerate(steps := list_steps(grid, device, counts, at_once)):
         if dist.get_rank() == 0:
             print(PROGRESS, index / len(steps), name, flush=True)
         samples += step()
-    if at_once:
-        samples.append(sample("concurrency", (ranks,), at_once))
+    samples += [sample("concurrency", (n,), times) for n, times in zip(counts, zip(*at_once, strict=True), strict=True)]
     if dist.get_rank() == 0:
         write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
     dist.barrier()
@@ -256,8 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", choices=("full", "quick"), default="full")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--at-once", type=int, nargs="*", default=[], help="numbers of ranks timed computing together")
     arguments = parser.parse_args()
-    run(arguments.grid, arguments.output)
+    run(arguments.grid, arguments.output, arguments.at_once)
     leave()
 
 
