@@ -126,7 +126,7 @@ def validate_here(
         else:
             typer.echo(f"skipped: {reason}")
         return
-    course = Course(rounds, steps, min(5, steps - 1))
+    course = Course(rounds, steps, min(Course.warmup, steps - 1))
     with progress("validating", quiet=as_json, lines=True) as report:
         jobs, document, written = validate_machine(job_files or [], course, output, report, wire, profile)
     if as_json:

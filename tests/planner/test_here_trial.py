@@ -13,7 +13,7 @@ import pytest
 from command_line import call
 
 from planner import here_trial
-from planner.here_trial import FRESH, ladder, profile_for, slug
+from planner.here_trial import FRESH, Course, ladder, profile_for, slug
 from planner.rivals import pinned, planned, rivals, rivals_of_hosts, with_ranks, with_recommended
 from planner.search import plan
 from runtime import here as runtime_here
@@ -121,6 +121,11 @@ def test_every_layout_runs_in_every_round(
         assert one["measured"]["step_seconds"] == pytest.approx(sum(one["measured"]["rounds"]) / 2)
     assert len(document["layouts"]) == 3
     assert len(list((here / "out" / "runs").glob("*/round-*/measurement.json"))) == 6
+
+
+def test_runs_that_are_not_warm_say_so() -> None:
+    assert Course().warning is None
+    assert "give --steps 7" in (Course(rounds=1, steps=2, warmup=1).warning or "")
 
 
 @pytest.mark.slow
