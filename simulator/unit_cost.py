@@ -4,6 +4,7 @@ bytes."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -196,9 +197,16 @@ class UnitCosts:
 
     def embedding(self, groups: Groups) -> UnitCost:
         """The cost of the embedding in front of the first block."""
-        key = ("embedding", groups.tp, groups.cp)
+        return self._end("embedding", groups, self._embedding)
+
+    def head(self, groups: Groups) -> UnitCost:
+        """The cost of the head behind the last block."""
+        return self._end("head", groups, self._head)
+
+    def _end(self, name: str, groups: Groups, make: Callable[[Groups], UnitCost]) -> UnitCost:
+        key = (name, groups.tp, groups.cp)
         if key not in self._ends:
-            self._ends[key] = self._embedding(groups)
+            self._ends[key] = make(groups)
         return self._ends[key]
 
     def _embedding(self, groups: Groups) -> UnitCost:
@@ -211,13 +219,6 @@ class UnitCosts:
         # Its gradient is as large as its weights, whichever tokens there are.
         growing = unit.growing + parameters * self.recipe.compute
         return dataclasses.replace(unit, growing=growing, stays_gathered=True)
-
-    def head(self, groups: Groups) -> UnitCost:
-        """The cost of the head behind the last block."""
-        key = ("head", groups.tp, groups.cp)
-        if key not in self._ends:
-            self._ends[key] = self._head(groups)
-        return self._ends[key]
 
     def _head(self, groups: Groups) -> UnitCost:
         model = self.job.model
