@@ -96,7 +96,8 @@ def test_link_and_collective_constants_are_recovered(profile: Profile) -> None:
 
 def test_scattered_timings_neither_lengthen_nor_shorten_a_collective() -> None:
     """Half of the timings are 60 % too long, half 60 % too short: in the mean they are right. Relative to themselves
-    the short ones would count sixteen times as much as the long ones, and the latency would come out as 0.55 ms."""
+    the short ones would count sixteen times as much as the long ones, and all would come out at
+    (1/0.4 + 1/1.6) / (1/0.4² + 1/1.6²) = 0.47 of what it is."""
     sizes = (1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
     scattered = [
         sample("all_reduce", (2, size), factor * (1e-3 + size / LINK)) for size in sizes for factor in (0.4, 1.6)
