@@ -93,6 +93,8 @@ def print_profile(profile: Profile) -> None:
         f"{show_seconds(profile.host.forward)} forward, DTensor +{show_seconds(profile.host.dtensor)}",
     )
     table.add_row("speed of k ranks at once", ", ".join(f"{speed:.2f}" for speed in profile.concurrency))
+    if profile.streaming:
+        table.add_row("the same of updates", ", ".join(f"{speed:.2f}" for speed in profile.streaming))
     table.add_row("link", f"{profile.link_bandwidth / 1e9:.2f} GB/s, {show_seconds(profile.link_latency)}")
     for name, fits in profile.collectives.items():
         for known in fits:

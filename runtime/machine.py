@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,6 +64,25 @@ def processors(root: Path = Path("/")) -> int:
         if limit.isdigit() and period.isdigit():
             quota = min(quota, int(limit) / int(period))
     return max(1, int(min(allowed, quota)))
+
+
+def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[int]:
+    """The processors of one of a machine's ranks: an equal part of them, or all where there is less than one for each.
+
+    >>> part_of([0, 1, 2, 3, 4], 1, 2), part_of([0, 1], 3, 4)
+    ([2, 3], [0, 1])
+    """
+    each = len(allowed) // local_ranks
+    return list(allowed[local_rank * each : (local_rank + 1) * each]) or list(allowed)
+
+
+def take_processors(local_rank: int, local_ranks: int) -> None:
+    """Keep this rank on its part of the processors. Left to themselves two ranks on two processors may share one for
+    a whole run: a scheduler that packs tasks saw no reason to part them, and the same step took 816 ms in one run and
+    546 in the next, apart 526 to 565. Where ranks outnumber processors the scheduler fills the waits of one with
+    another."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, part_of(sorted(os.sched_getaffinity(0)), local_rank, local_ranks))
 
 
 def memory_bytes(root: Path = Path("/")) -> int:

@@ -9,6 +9,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -33,7 +34,7 @@ from runtime.benchmark_cases import (
 )
 from runtime.collective_benchmarks import collective_samples, groups
 from runtime.host_overhead import host_seconds, now, train_once
-from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes
+from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes, take_processors
 from runtime.measure import PROGRESS
 from runtime.optimizer import build_optimizer, clip_gradients, squared_norm
 from simulator.files import write_json
@@ -113,23 +114,26 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
     return [sample(kind, (), seconds) for kind, seconds in host_seconds(device, 10 * grid.repeats).items()]
 
 
-def concurrency_rounds(grid: Grid, device: torch.device, counts: Sequence[int]) -> list[list[float]]:
-    """Seconds of some small training steps on the first so many ranks at once while the others wait, for all counts in
-    turn and round after round: the mean over these ranks. That they are not done together is part of what their next
+def at_once_rounds(grid: Grid, device: torch.device, counts: Sequence[int]) -> list[list[float]]:
+    """Seconds of some small training steps ("concurrency"), and of some updates of more parameters than the caches hold
+    ("streaming"), on the first so many ranks at once while the others wait: of the one for all counts and then of the
+    other, round after round. The mean over these ranks: that they are not done together is part of what their next
     collective takes (collective_benchmarks.py).
     """
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
+    update = optimizer_cases(grid, device)[len(grid.optimizer) // 2].call
+    works: list[Callable[[int], object]] = [lambda i: layer(x).sum().backward(), update]
     times = []
     for _ in range(1 + grid.repeats):
-        for count in counts:
+        for work, count in itertools.product(works, counts):
             dist.barrier()
             active, start = dist.get_rank() < count, now(device)
             # More than one, because the system takes a while to find each rank a processor.
-            for _ in range(3 * active):
-                layer(x).sum().backward()
+            for i in range(3 * active):
+                work(i)
             times.append((now(device) - start) * active / count)
-    mean = torch.tensor(times, dtype=torch.float64).view(-1, len(counts))[1:]
+    mean = torch.tensor(times, dtype=torch.float64).view(-1, len(works) * len(counts))[1:]
     dist.all_reduce(mean)
     rounds: list[list[float]] = mean.tolist()
     return rounds
@@ -208,7 +212,7 @@ def list_steps(
         return lambda: time_cases(make(grid, device, *arguments), grid, device)
 
     def concurrency() -> list[Sample]:
-        at_once.extend(concurrency_rounds(grid, device, counts))
+        at_once.extend(at_once_rounds(grid, device, counts))
         return []
 
     ranks = dist.get_world_size()
@@ -244,6 +248,8 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
     device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
     ranks, samples = dist.get_world_size(), list[Sample]()
     # The machine is described once, by the world of one rank.
@@ -253,7 +259,8 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
         if dist.get_rank() == 0:
             print(PROGRESS, index / len(steps), name, flush=True)
         samples += step()
-    samples += [sample("concurrency", (n,), times) for n, times in zip(counts, zip(*at_once, strict=True), strict=True)]
+    measured = itertools.product(("concurrency", "streaming"), counts)
+    samples += [sample(kind, (n,), times) for (kind, n), times in zip(measured, zip(*at_once, strict=True), strict=True)]
     if dist.get_rank() == 0:
         write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
     dist.barrier()

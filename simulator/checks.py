@@ -88,8 +88,13 @@ def check_cluster(spec: ClusterSpec) -> None:
         raise UserError(f"{where}: spine_oversubscription needs nodes_per_leaf: how many nodes share the uplinks")
     if not 1 <= spec.oversubscribe <= 64:
         raise UserError(f"{where}: oversubscribe = {spec.oversubscribe} must be from 1 to 64")
-    if any(not 0 < speed <= 1 for speed in spec.concurrency):
-        raise UserError(f"{where}: concurrency = {list(spec.concurrency)} must hold speeds above 0 and up to 1")
+    for name, speeds in (("concurrency", spec.concurrency), ("streaming", spec.streaming)):
+        if any(not 0 < speed <= 1 for speed in speeds):
+            raise UserError(f"{where}: {name} = {list(speeds)} must hold speeds above 0 and up to 1")
+    if len(spec.streaming) > len(spec.concurrency):
+        raise UserError(
+            f"{where}: streaming has {len(spec.streaming)} speeds of ranks at once, concurrency {len(spec.concurrency)}"
+        )
     if spec.price_per_gpu_hour is not None:
         _above_zero(where, "price_per_gpu_hour", [spec.price_per_gpu_hour])
     _check_links(spec, where)

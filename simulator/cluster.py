@@ -195,7 +195,8 @@ class ClusterSpec:
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
     send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
     1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
-    every rank has its own device. price_per_gpu_hour is in US dollars, of one GPU with its share of the node. samples
+    every rank has its own device; streaming[k - 1] is the same of ranks that stream through memory, as an optimizer does:
+    empty where nobody measured it. price_per_gpu_hour is in US dollars, of one GPU with its share of the node. samples
     are what constants of this file were fitted to (fabric_fit.py): kept to be read and fitted again, not used
     otherwise.
     """
@@ -213,6 +214,7 @@ class ClusterSpec:
     spine_oversubscription: float = 1.0
     oversubscribe: float = 1.0
     concurrency: tuple[float, ...] = ()
+    streaming: tuple[float, ...] = ()
     price_per_gpu_hour: Annotated[float | None, DOLLARS] = None
     samples: tuple[CollectiveSample, ...] = ()
 
@@ -231,6 +233,14 @@ class ClusterSpec:
     def sharing(self, world_size: int) -> int:
         """Ranks of a layout that share the processors of a node; 0 where each has a device of its own."""
         return min(world_size, max(1, int(self.gpus_per_node * self.oversubscribe))) if self.concurrency else 0
+
+    def streaming_cost(self, world_size: int) -> float:
+        """How many times longer ranks of a node that all stream through its memory take, beyond what they take longer
+        for sharing its processors: 1 where every rank has a device of its own.
+
+        Ignored: that ranks which compute meanwhile leave more of the memory to those that stream."""
+        known = min(self.sharing(world_size), len(self.streaming), len(self.concurrency))
+        return max(1.0, self.concurrency[known - 1] / self.streaming[known - 1]) if known else 1.0
 
     @property
     def tiers(self) -> tuple[int, ...]:

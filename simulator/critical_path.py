@@ -72,7 +72,7 @@ def step_at_least(job: Job, layout: Layout, stages: tuple[StageCost, ...], times
         seconds = first.gather / first.units + gpu.hiding_cost(min(first.gather, first.forward.total))
     if layout.schedule not in SPLIT_BACKWARD and first.reduce:
         overlaps = reduces_beside(job, layout)
-        seconds += first.reduce / (first.reductions if overlaps else 1)
+        seconds += first.reduce * (first.reductions[-1][1] if overlaps else 1)
         if overlaps and layout.pp > 1:
             seconds += gpu.hiding_cost(min(first.reduce, first.backward.total))
     return seconds + times.end + step_end(job, layout, stages)
@@ -97,7 +97,7 @@ def rank_update(job: Job, layout: Layout, stages: tuple[StageCost, ...], rank: i
     seconds: float = update_seconds(
         job, share, min(job.cluster.gpus_per_node, layout.world_size), layout.offload == "optimizer"
     )
-    return seconds
+    return seconds * job.cluster.streaming_cost(layout.world_size)
 
 
 def message_ways(job: Job, layout: Layout) -> dict[tuple[int, int], tuple[float, float]]:
@@ -185,13 +185,12 @@ class _Pipeline:
         cost = self.stages[op.stage]
         gathered = self.gathered[op.stage] if first and job.stack.overlap_param_gather else []
         overlaps = bool(final) and reduces_beside(job, self.layout)
-        pieces = len(gathered) or (cost.reductions if overlaps else 1)
         if gathered or overlaps:
             work += job.cluster.gpu.hiding_cost(min(cost.gather if gathered else cost.reduce, work))
-        for piece in range(pieces):
-            now = max(now, gathered[piece]) + work / pieces if gathered else now + work / pieces
+        for piece, (share, reduced) in enumerate(cost.pieces(len(gathered), overlaps)):
+            now = (max(now, gathered[piece]) if gathered else now) + work * share
             if overlaps:
-                self.stream[rank] = max(now, self.stream[rank]) + cost.reduce / pieces
+                self.stream[rank] = max(now, self.stream[rank]) + cost.reduce * reduced
         if final and not overlaps:
             self.stream[rank] = max(now, self.stream[rank]) + cost.reduce
         return now

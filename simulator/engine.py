@@ -279,21 +279,22 @@ class _Engine:
         reduces = self._reduces(op)
         # Under a pipeline FSDP reduces when a stage's backwards are done, not beside the last one.
         overlaps = reduces and reduces_beside(self.job, self.layout)
-        pieces = len(gathered) or (cost.reductions if overlaps else 1)
+        pieces = cost.pieces(len(gathered), overlaps)
         if gathered or overlaps:
             beside = cost.gather if gathered else cost.reduce
             work += Work(dp=self.job.cluster.gpu.hiding_cost(min(beside, work.total)))
         spent = self._spent(rank, work)
         yield from rank.wait(self.groups.meet(rank.number, self.lockstep, op), self.lockstep_name)
         began = self.env.now
-        for piece in range(pieces):
+        for piece, (share, reduced) in enumerate(pieces):
             if gathered and not gathered[piece].processed:
                 yield from rank.wait(gathered[piece], "dp")
             start = self.env.now
-            yield self._busy(rank, spent["total"] / pieces)
+            yield self._busy(rank, spent["total"] * share)
             rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                rank.reducing.append(self._collective(rank, cost.reduce / pieces, op, self.reducing, piece))
+                beside = piece + 1 < len(pieces)
+                rank.reducing.append(self._collective(rank, cost.reduce * reduced, op, self.reducing, piece, beside))
         if reduces and not overlaps:
             rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
         self._span(rank, "compute", op, began)
@@ -339,11 +340,14 @@ class _Engine:
     def _reshard(self, rank: Rank, op: Op) -> None:
         """Dropping gathered parameters takes no time."""
 
-    def _collective(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
-        """Queue a collective of the data-parallel group: it runs after the ones queued before it."""
-        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece))
+    def _collective(
+        self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0, beside: bool = False
+    ) -> simpy.Event:
+        """Queue a collective of the data-parallel group: it runs after the ones queued before it. `beside` says that
+        its ranks go on computing."""
+        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece, beside))
 
-    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
+    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int, beside: bool) -> Process:
         with rank.dp_stream.request() as turn:
             yield turn
             if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
@@ -352,7 +356,13 @@ class _Engine:
             if route := self._ring(rank, axes):
                 yield self.network.transfer(route, seconds * route.alone)
             else:
-                yield self._move(rank, seconds, axes, self.program.stages[op.stage or 0].copying)
+                copying = self.program.stages[op.stage or 0].copying
+                if beside and copying < 1:
+                    # The wire idles while what came over it waits for a processor.
+                    yield self._move(rank, seconds * copying, axes, 1.0)
+                    yield self.env.timeout(seconds)
+                else:
+                    yield self._move(rank, seconds, axes, copying)
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):
                 yield end
             self._span(rank, "dp", op, start)

@@ -94,6 +94,10 @@ def two_hosts(spec: ClusterSpec, wire: Wire) -> ClusterSpec:
     together = [min(HOSTS * k, len(spec.concurrency)) for k in range(1, per_host + 1)]
     # Beyond the counts that were measured the whole stays as fast as it is.
     speeds = tuple(spec.concurrency[n - 1] * n / (HOSTS * k) for k, n in enumerate(together, start=1))
+    # As many times longer than computing as on the whole machine.
+    streaming = tuple(
+        speed / spec.streaming_cost(HOSTS * k) for k, speed in enumerate(speeds, start=1) if spec.streaming
+    )
     loopback = _halved(spec.scale_up)
     memory = spec.gpu.memory * spec.gpus_per_node / (HOSTS * per_host)
     return dataclasses.replace(
@@ -103,6 +107,7 @@ def two_hosts(spec: ClusterSpec, wire: Wire) -> ClusterSpec:
         gpus_per_node=per_host,
         oversubscribe=1.0,
         concurrency=speeds,
+        streaming=streaming,
         nics_per_node=1,
         scale_up=loopback,
         scale_out=_wired(loopback, wire),

@@ -40,7 +40,7 @@ class Sample:
 
     kind is "matmul" (sizes m, n, k), "memory" and "optimizer" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
-    (no sizes), "concurrency" (ranks that compute at once), "compute_alone" and "compute_overlapped" (ranks; a
+    (no sizes), "concurrency" and "streaming" (ranks that compute, or update parameters, at once), "compute_alone" and "compute_overlapped" (ranks; a
     product, and the same beside an all-reduce), or a collective's name (ranks, bytes, and ranks that share the
     processors meanwhile, where they are more).
     """
@@ -104,6 +104,7 @@ class Profile:
     samples: tuple[Sample, ...]
     overlap_slowdown: float = 0.0
     optimizer_efficiency: float = 0.0
+    streaming: tuple[float, ...] = ()
     calibrations: tuple[Calibration, ...] = ()
     version: int = VERSION
 
@@ -148,6 +149,7 @@ def cluster_of(profile: Profile) -> ClusterSpec:
         scale_up=link,
         oversubscribe=CPU_OVERSUBSCRIBE if cpu else 1.0,
         concurrency=profile.concurrency,
+        streaming=profile.streaming,
         source=f"measured {profile.created}",
     )
 
@@ -186,7 +188,9 @@ def calibrate(
         "link_latency": link_latency,
         "link_bandwidth": link_bandwidth,
         "collectives": {} if alone else _fit_collectives(samples, link_bandwidth, kind),
-        "concurrency": _concurrency(samples, devices) if kind == "cpu" else (),
+        "concurrency": _at_once(samples, "concurrency", devices) if kind == "cpu" else (),
+        # Profiles that are older have none.
+        "streaming": _at_once(samples, "streaming", devices) if "streaming" in {s.kind for s in samples} else (),
         "overlap_slowdown": _overlap_slowdown(samples),
         "optimizer_efficiency": _optimizer_efficiency(samples, memory_bandwidth),
     }
@@ -357,13 +361,13 @@ def _overlap_slowdown(samples: Sequence[Sample]) -> float:
     return max(0.0, medians["compute_overlapped"] / medians["compute_alone"] - 1)
 
 
-def _concurrency(samples: Sequence[Sample], devices: float) -> tuple[float, ...]:
-    """Speed of each of k ranks that compute at once, for k = 1, 2, ...; counts not measured are interpolated.
+def _at_once(samples: Sequence[Sample], kind: str, devices: float) -> tuple[float, ...]:
+    """Speed of each of k ranks that do the same at once, for k = 1, 2, ...; counts not measured are interpolated.
 
     Of the mean rank, as the samples are. k ranks never run at more than the whole of the machine's processors,
     whatever disturbed the first.
     """
-    chosen = sorted(_of(samples, "concurrency"), key=lambda s: s.sizes[0])
+    chosen = sorted(_of(samples, kind), key=lambda s: s.sizes[0])
     ranks = np.array([s.sizes[0] for s in chosen])
     seconds = np.array([s.seconds for s in chosen])
     speeds = seconds[0] / seconds

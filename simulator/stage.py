@@ -30,7 +30,8 @@ class StageCost:
     bytes that are kept for it besides saved once the rest is done. blocks are its units in order with how many of them
     follow each other. copying is the share of reduce and gather in which ranks that send with their processors are at
     work: less than 1 where they wait for a wire between hosts (of both together; one may wait more than the other).
-    reductions are the pieces of reduce."""
+    reductions are the pieces of reduce, each with its shares of the backward before it and of the bytes
+    (data_parallel.py)."""
 
     forward: Work
     backward: Work
@@ -44,12 +45,19 @@ class StageCost:
     deferred: float = 0.0
     blocks: tuple[tuple[UnitCost, int], ...] = ()
     copying: float = 1.0
-    reductions: int = 1
+    reductions: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     @functools.cached_property
     def known_bytes(self) -> dict[object, Any]:
         """What memory.py has found about this stage."""
         return {}
+
+    def pieces(self, gathered: int, overlaps: bool) -> tuple[tuple[float, float], ...]:
+        """The pieces of a forward or backward that waits for so many gathers one after another, or hands over its
+        gradients as it goes, each with its shares of the op and of what is reduced behind it."""
+        if gathered:
+            return ((1 / gathered, 1 / gathered),) * gathered
+        return self.reductions if overlaps else ((1.0, 1.0),)
 
     @property
     def backward_input(self) -> Work:
@@ -154,5 +162,5 @@ class StageCosts:
             experts=experts,
             blocks=_runs(units),
             copying=copying,
-            reductions=data.reductions(parameters, len(units)),
+            reductions=data.reductions(units),
         )

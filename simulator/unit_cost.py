@@ -95,7 +95,8 @@ def _unit_key(job: Job, layout: Layout) -> tuple[object, ...]:
     if job.stack.fused_accumulation:
         return (plain,)
     sharded = (layout.dp_replicate, layout.dp_shard, layout.zero_stage) if layout.shards_gradients else ()
-    return plain, layout.microbatches(job.training.global_batch_size), sharded
+    streaming = job.cluster.streaming_cost(layout.world_size)
+    return plain, layout.microbatches(job.training.global_batch_size), sharded, streaming
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,8 @@ class UnitCosts:
         share = parameters
         if self.layout.shards_gradients:
             share = per_shard(self.layout, self.job.stack, parameters, experts)
-        return accumulation_seconds(self.job.cluster.gpu, share) * (count - 1) / count
+        spec = self.job.cluster
+        return accumulation_seconds(spec.gpu, share) * spec.streaming_cost(self.layout.world_size) * (count - 1) / count
 
     def _context_seconds(self, kernels: list[Kernel], groups: Groups) -> tuple[float, float]:
         """Exposed seconds of the attention cores' context-parallel communication, forward and backward."""

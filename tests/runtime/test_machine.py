@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine import memory_bytes, processor_name, processors, resident_bytes
+from runtime.machine import memory_bytes, part_of, processor_name, processors, resident_bytes
 
 
 def system(root: Path, files: dict[str, str]) -> Path:
@@ -64,3 +64,15 @@ def test_without_control_groups_the_affinity_and_the_machine_hold(tmp_path: Path
 def test_this_process_is_in_memory_and_its_processor_has_a_name() -> None:
     assert 1e6 < resident_bytes() < memory_bytes()
     assert processor_name()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_divide_the_processors(ranks: int) -> None:
+    """Equal parts that do not meet; of four processors three ranks leave one over."""
+    parts = [part_of([0, 2, 4, 6], rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {4 // ranks}
+    assert len({one for part in parts for one in part}) == 4 // ranks * ranks
+
+
+def test_ranks_that_outnumber_the_processors_share_all_of_them() -> None:
+    assert [part_of([0, 1], rank, 3) for rank in range(3)] == [[0, 1]] * 3

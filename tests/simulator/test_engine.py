@@ -49,7 +49,7 @@ def program(layout: Layout, microbatches: int, forward: float, backward: float, 
     stage = StageCost(
         forward=Work(compute=forward / chunks), backward=Work(compute=backward / chunks), parameters=0.0, saved=0.0,
         working=0.0, units=4, reduce=cost.get("reduce", 0.0), gather=0.0,
-        backward_weight=Work(compute=cost.get("weight", 0.0) / chunks), reductions=4,
+        backward_weight=Work(compute=cost.get("weight", 0.0) / chunks), reductions=((0.25, 0.25),) * 4,
     )  # fmt: skip
     stages = (stage,) * layout.stages
     orders = (compute_order(layout.schedule, r, layout.pp, chunks, microbatches) for r in range(layout.pp))

@@ -135,6 +135,24 @@ def test_concurrency_is_the_speed_of_each_rank_and_fills_the_gaps(profile: Profi
     assert profile.concurrency == pytest.approx((1.0, 0.8, 0.525, 0.25))
 
 
+def test_ranks_that_stream_share_the_memory() -> None:
+    """Updates of four ranks at once take 6 times as long as one: each goes at 1/6, where computing goes at 1/4. An
+    update among four is then 1.5 times as long as what sharing the processors makes of it, among two 1.28 times, and
+    alone, or on a machine whose profile is older, as long as it was."""
+    slow = [sample("streaming", (ranks,), 1e-3 * slowdown) for ranks, slowdown in ((1, 1.0), (2, 1.6), (4, 6.0))]
+    constants = calibrate([*synthetic(), *slow])
+    assert constants["streaming"] == pytest.approx((1.0, 1 / 1.6, (1 / 1.6 + 1 / 6) / 2, 1 / 6))
+    machine = Profile(
+        name="test", created="2026-01-31", versions={}, kind="cpu", devices=4, memory=16e9, process_memory=2e8,
+        samples=(), **constants,
+    )  # fmt: skip
+    spec, old = cluster_of(machine), cluster_of(dataclasses.replace(machine, streaming=()))
+    assert [spec.streaming_cost(ranks) for ranks in (1, 2, 4)] == pytest.approx([1.0, 1.6 / 1.25, 1.5])
+    # Among more than were measured the memory is shared like the processors are.
+    assert spec.streaming_cost(8) == pytest.approx(1.5)
+    assert [old.streaming_cost(ranks) for ranks in (1, 4)] == [1.0, 1.0]
+
+
 def test_a_gpus_samples_are_free_of_the_host() -> None:
     fits = calibrate(synthetic("gpu"), "gpu")
     fit = fits["matmul"]["fp32"]
