@@ -72,19 +72,15 @@ def gradient_bytes(job: Job, parameters: float) -> float:
     return parameters * job.stack.recipes[job.training.precision].gradient_reduce
 
 
-# Bytes at which DDP closes a bucket: the first one, and all others.
-_FIRST_BUCKET, _BUCKET = 2.0**20, 25 * 2.0**20
-
-
 def bucket_sizes(sizes: Sequence[float]) -> list[float]:
     """Bytes of DDP's buckets of gradients of these sizes, in the order of the parameters: from the last on they fill a
     bucket until it has 25 MiB, the first one 1 MiB (torch 2.13, compute_bucket_assignment_by_size)."""
-    found, filled, most = [], 0.0, _FIRST_BUCKET
+    found, filled, most = [], 0.0, 2.0**20
     for size in reversed(sizes):
         filled += size
         if filled >= most:
             found.append(filled)
-            filled, most = 0.0, _BUCKET
+            filled, most = 0.0, 25 * 2.0**20
     return [*found, filled] if filled else found
 
 
@@ -177,22 +173,17 @@ class DataParallel:
             replica_transfer(self.job, experts, "expert_replicate", shards, pieces[1]),
         )
 
-    def reductions(self, units: Sequence[Unit]) -> tuple[tuple[float, float], ...]:
+    def reductions(self, units: Sequence[Unit], weights: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
         """The pieces in which gradients are reduced beside a backward, one after another: how much of the backward
-        there is up to each since the one before, and how much of the bytes it has. Units, taken for alike; where a
-        wire carries them DDP's buckets, which fill in the order of the backward.
-        Ignored: a bucket closes behind the weight that fills it, not within (`bucket_sizes`)."""
-        if not self.job.cluster.wired:
+        there is up to each since the one before, and how much of the bytes it has. These are DDP's buckets, where the
+        bytes of the weights of every unit are given, and else units, taken for alike."""
+        if not weights:
             return ((1 / len(units), 1 / len(units)),) * len(units)
-        backwards = units[::-1]
-        made = np.cumsum([0.0, *(gradient_bytes(self.job, unit.parameters) for unit in backwards)])
-        spent = np.cumsum([0.0, *(unit.backward_seconds for unit in backwards)])
-        ends = [*np.arange(_FIRST_BUCKET, made[-1], _BUCKET), made[-1]]
-        ready = np.interp(ends, made, spent / spent[-1])
-        # What a backward still has to do behind its last gradient belongs to it.
-        ready[-1] = 1.0
-        shares = np.diff(ready, prepend=0.0), np.diff(ends, prepend=0.0) / made[-1]
-        return tuple((float(one), float(other)) for one, other in zip(*shares, strict=True))
+        ends = np.cumsum(bucket_sizes([size for sizes in weights for size in sizes]))
+        made = np.cumsum([0.0, *(sum(sizes) for sizes in reversed(weights))])
+        spent = np.cumsum([0.0, *(unit.backward_seconds for unit in reversed(units))])
+        shares = (np.diff(values / values[-1], prepend=0.0) for values in (np.interp(ends, made, spent), ends))
+        return tuple((float(before), float(size)) for before, size in zip(*shares, strict=True))
 
     def once_gather_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is gathered once, ahead of the step's first forward."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simulator.data_parallel import DataParallel
+from simulator.data_parallel import DataParallel, gradient_bytes, reduces_beside
 from simulator.layout import Layout
 from simulator.model import BlockKind
 from simulator.placement import Groups, known_to, layout_groups
 from simulator.unit_cost import UnitCost, UnitCosts
+from simulator.weights import Cutting, block_weights, embedding_weights, head_weights
 from simulator.work import NOTHING, Work
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class StageCosts:
                 units.insert(0, self.units.embedding(groups))
             if index == self.layout.stages - 1:
                 units.append(self.units.head(groups))
-            cost = self._sum(units, groups)
+            cost = self._sum(units, groups, self._bucketed(blocks, *ends))
             # Nobody waits for an input gradient of the first stage: torch runs its whole backward in the weights' turn.
             if index == 0:
                 cost = dataclasses.replace(cost, backward_weight=cost.backward, deferred=0.0)
@@ -132,7 +134,19 @@ class StageCosts:
         gone = (dataclasses.replace(block, saved=0.0, kinds=()) for block in blocks[: max(0, count)])
         return [*gone, *blocks[max(0, count) :]]
 
-    def _sum(self, units: list[UnitCost], groups: Groups) -> StageCost:
+    def _bucketed(self, blocks: Iterable[tuple[BlockKind, bool, int]], first: bool, last: bool) -> list[list[float]]:
+        """Bytes of the gradients of a stage's weights unit by unit, where DDP reduces them beside a backward."""
+        job, model, cut = self.job, self.job.model, Cutting()
+        if not job.cluster.wired or not reduces_beside(job, self.layout):
+            return []
+        units = [block_weights(model, kind, cut) for kind, _, _ in blocks]
+        if first:
+            units.insert(0, embedding_weights(model, cut))
+        if last:
+            units.append(head_weights(model, cut, first and model.tie_word_embeddings))
+        return [[gradient_bytes(job, weight.elements) for weight in weights] for weights in units]
+
+    def _sum(self, units: list[UnitCost], groups: Groups, bucketed: list[list[float]]) -> StageCost:
         data = DataParallel(
             self.job, self.layout, groups.shard, groups.replicate, groups.expert_shard, groups.expert_replicate
         )
@@ -162,5 +176,5 @@ class StageCosts:
             experts=experts,
             blocks=_runs(units),
             copying=copying,
-            reductions=data.reductions(units),
+            reductions=data.reductions(units, bucketed),
         )
