@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.plan import Plan
-from reports.scores import kendall_tau, quantile
+from reports.scores import kendall_tau, kendall_tau_within, quantile
 from reports.tables import Comparison
 from reports.timeline import COMPUTE, Total, join, kind_of, totals_by_kind
 from simulator.errors import UserError
@@ -149,7 +149,7 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
         median_abs_error=quantile(sizes, 0.5),
         p90_abs_error=quantile(sizes, 0.9),
         bias=statistics.fmean(one.error for one in compared) if compared else None,
-        kendall_tau=kendall_tau([one.prediction.step_seconds for one in compared], steps),
+        kendall_tau=kendall_tau(*_speeds(compared)),
         regret=None if chosen is None else chosen / min(steps) - 1,
         memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
         noise=quantile([trial.noise for trial in trials if trial.noise is not None], 0.5),
@@ -157,13 +157,19 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
 
 
 def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> Summary:
-    """Figures of merit over several jobs: errors over all layouts, and tau and regret of the job that is ordered
-    worst, because layouts of different jobs are no choice."""
-    each = [summary(trials, recommended) for trials, recommended in jobs]
-    taus = [one.kendall_tau for one in each if one.kendall_tau is not None]
-    regrets = [one.regret for one in each if one.regret is not None]
+    """Figures of merit over several jobs: errors over all layouts, tau over the pairs of layouts of one job, because
+    layouts of different jobs are no choice, and the worst regret of a job."""
+    regrets = [one.regret for one in (summary(*job) for job in jobs) if one.regret is not None]
     every = summary([trial for trials, _ in jobs for trial in trials], "")
-    return dataclasses.replace(every, kendall_tau=min(taus, default=None), regret=max(regrets, default=None))
+    groups = [_speeds([trial.comparison for trial in trials]) for trials, _ in jobs]
+    return dataclasses.replace(every, kendall_tau=kendall_tau_within(groups), regret=max(regrets, default=None))
+
+
+def _speeds(compared: Sequence[Comparison]) -> tuple[list[float], list[float]]:
+    """Predicted and measured seconds of steps."""
+    return (
+        [one.prediction.step_seconds for one in compared], [one.measurement.step_seconds.median for one in compared]
+    )  # fmt: skip
 
 
 def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:

@@ -70,7 +70,16 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
     >>> kendall_tau([1, 2, 3, 4], [1, 2, 4, 3])
     0.666666666667
     """
-    signs = [_signs(values) for values in (first, second)]
+    return kendall_tau_within([(first, second)])
+
+
+def kendall_tau_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """The same over the pairs of several groups, none of which is a pair of two groups: what is no choice is no order.
+
+    >>> kendall_tau_within([([1, 2, 3], [1, 2, 3]), ([1, 2], [2, 1])])
+    0.5
+    """
+    signs = [np.concatenate([_signs(group[side]) for group in groups]) for side in (0, 1)] if groups else [np.zeros(0)]
     untied = [np.count_nonzero(sign) for sign in signs]
     if not all(untied):
         return None

@@ -22,9 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 import runtime.experts
@@ -33,6 +31,7 @@ from planner.plan import Plan
 from runtime.collective_log import CollectiveLog
 from runtime.data import Batch, Batches
 from runtime.experts import count_tokens, even_counts, even_sizes, message_sizes
+from runtime.fake_group import fake_group
 from runtime.here import check_alone
 from runtime.machine import memory_bytes
 from runtime.parallelize import apply_ddp
@@ -67,7 +66,7 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
     symbols = {"shape_env": ShapeEnv(), "static_shapes": True}
     mode = FakeTensorMode(allow_non_fake_inputs=True, **symbols) if fake else contextlib.nullcontext()
     log, buckets = CollectiveLog(), Buckets()
-    with _fake_group(rank, layout.world_size), _stand_ins(mode, log, buckets if fake else None):
+    with fake_group(rank, layout.world_size), _stand_ins(mode, log, buckets if fake else None):
         batches = Batches(plan.job, layout, rank, device)
         run = build_run(plan.job, layout, device)
         seconds = [_timed(run, batches.load(step), mode) for step in range(1 if fake else steps)]
@@ -89,18 +88,6 @@ def run_alone(plan: Plan, rank: int, steps: int, warmup: int, fake: bool) -> Alo
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={"torch": torch.__version__},
     )
-
-
-@contextlib.contextmanager
-def _fake_group(rank: int, world_size: int) -> Iterator[None]:
-    """A world whose other ranks are not there. What DTensor remembers of an op holds the mesh that it saw first, and
-    with it groups of a world that this process had before."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    _clear_sharding_prop_cache()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def needs_fake(plan: Plan, rank: int, device: torch.device) -> bool:

@@ -67,20 +67,19 @@ def processors(root: Path = Path("/")) -> int:
 
 
 def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[int]:
-    """The processors of one of a machine's ranks: an equal part of them, or all where there is less than one for each.
+    """The processors of one of a machine's ranks: an equal part of them, or one that it shares, dealt in turn, so that
+    neighbours, which compute at the same time, have different ones.
 
-    >>> part_of([0, 1, 2, 3, 4], 1, 2), part_of([0, 1], 3, 4)
-    ([2, 3], [0, 1])
+    >>> part_of([0, 1, 2, 3, 4], 1, 2), [part_of([0, 1], rank, 4) for rank in range(4)]
+    ([2, 3], [[0], [1], [0], [1]])
     """
     each = len(allowed) // local_ranks
-    return list(allowed[local_rank * each : (local_rank + 1) * each]) or list(allowed)
+    return list(allowed[local_rank * each : (local_rank + 1) * each]) or [allowed[local_rank % len(allowed)]]
 
 
 def take_processors(local_rank: int, local_ranks: int) -> None:
-    """Keep this rank on its part of the processors. Left to themselves two ranks on two processors may share one for
-    a whole run: a scheduler that packs tasks saw no reason to part them, and the same step took 816 ms in one run and
-    546 in the next, apart 526 to 565. Where ranks outnumber processors the scheduler fills the waits of one with
-    another."""
+    """Keep this rank on its part of the processors. Left to themselves, ranks may share one while another idles for a
+    whole run: a scheduler that packs tasks sees no reason to part them."""
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, part_of(sorted(os.sched_getaffinity(0)), local_rank, local_ranks))
 

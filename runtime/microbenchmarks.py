@@ -219,7 +219,6 @@ def list_steps(
     steps: list[tuple[str, Callable[[], list[Sample]]]]
     if ranks == 1:
         steps = [
-            ("host", lambda: host_samples(grid, device)),
             ("matmul fp32", kernels(matmul_cases, "fp32")),
             ("matmul bf16", kernels(matmul_cases, "bf16")),
             ("memory", kernels(memory_cases)),
@@ -250,8 +249,12 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
         torch.cuda.set_device(device)
     else:
         take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    ranks, samples = int(os.environ["WORLD_SIZE"]), list[Sample]()
+    if ranks == 1:
+        # Before the process has its group, because this needs one of its own.
+        print(PROGRESS, 0.0, "host", flush=True)
+        samples += host_samples(grid, device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
-    ranks, samples = dist.get_world_size(), list[Sample]()
     # The machine is described once, by the world of one rank.
     machine = describe(device) if ranks == 1 else None
     at_once: list[list[float]] = []

@@ -127,6 +127,25 @@ class DataParallel:
         near = [on_one_host(getattr(self, name), self.job.cluster) for name in _GROUPS]
         return DataParallel(self.job, self.layout, *near)
 
+    def copy_seconds(self, parameters: float, gathers: float = 0.0, reductions: float = 0.0) -> float:
+        """Seconds of copying parameters out of so many gathers, and their gradients into so many reductions.
+
+        Rule: each reads and writes them once, in the width that kernels read, gradients in that of the reduction; at
+        the bandwidth of elementwise kernels, beside nothing.
+        Reference: torch 2.13, _fsdp_collectives.py (split_with_sizes_copy, chunk_cat) and reducer.cpp
+        (mark_variable_ready_dense).
+        Ignored: copying a shard into the buffer that is gathered."""
+        job, stack = self.job, self.job.stack
+        if not stack.copies_units or self.shard.ranks * self.replicate.ranks == 1:
+            return 0.0
+        recipe, gpu = stack.recipes[job.training.precision], job.cluster.gpu
+        sharded = self.shard.ranks > 1
+        trained = job.training.peft == "none"
+        width = gathers * sharded * 2 * recipe.compute
+        width += reductions * trained * (recipe.compute + recipe.gradient_reduce)
+        seconds = parameters * width / (gpu.memory_bandwidth * gpu.memory_efficiency)
+        return job.cluster.streamed(seconds, self.layout.world_size)
+
     @property
     def gathers_every_microbatch(self) -> bool:
         return self.layout.zero_stage == 3
@@ -160,7 +179,10 @@ class DataParallel:
     def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
         replicas = self.seconds(self.replicas(parameters, experts, units))
-        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
+        if self.layout.shards_gradients:
+            return replicas
+        copied = self.copy_seconds(parameters, reductions=1)
+        return replicas + self.scatter_seconds(parameters, experts, units) + copied
 
     def replicas(self, parameters: float, experts: float, units: int) -> tuple[Transfer, ...]:
         """The collectives over replicas at the end of the step; frozen weights have none."""
@@ -190,7 +212,7 @@ class DataParallel:
         changed = self.job.training.peft == "none" or self.layout.zero_stage >= 2
         if self.gathers_every_microbatch or not self.layout.zero_stage or not changed:
             return 0.0
-        return self.gather_seconds(parameters, experts, units)
+        return self.gather_seconds(parameters, experts, units) + self.copy_seconds(parameters, gathers=1)
 
     def seconds(self, transfers: Iterable[Transfer]) -> float:
         """Seconds of collectives over these groups, one after another."""
@@ -205,11 +227,12 @@ class DataParallel:
         if not self.gathers_every_microbatch or self.layout.pp > 1:
             return 0.0
         gathers = _of_each(units, lambda unit: self.gather_seconds(unit.parameters, unit.experts))
+        copied = self.copy_seconds(sum(unit.parameters for unit in units), gathers=1)
         if not self.job.stack.overlap_param_gather:
-            return sum(gathers)
+            return sum(gathers) + copied
         beside = [u.forward_seconds for u in units[:-1]]
         exposed = self.job.cluster.gpu.exposed
-        return gathers[0] + sum(exposed(g, work) for g, work in zip(gathers[1:], beside, strict=True))
+        return copied + gathers[0] + sum(exposed(g, work) for g, work in zip(gathers[1:], beside, strict=True))
 
     def exposed_backward(self, units: Sequence[Unit]) -> float:
         """Seconds that a backward waits. Beside a unit's backward run the gather of the next unit and the reduction
@@ -221,7 +244,10 @@ class DataParallel:
         scatters = _of_each(
             backwards, lambda unit: self.scatter_seconds(unit.parameters, unit.experts) if reduces else 0.0
         )
-        stack, exposed = self.job.stack, gathers[0] + scatters[-1]
+        again = (unit.parameters for unit in units if self.gathers_every_microbatch and not unit.stays_gathered)
+        copied = self.copy_seconds(sum(again), gathers=1)
+        copied += self.copy_seconds(sum(unit.parameters for unit in units), reductions=reduces)
+        stack, exposed = self.job.stack, copied + gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
             scatter = scatters[i - 1] if i else 0.0

@@ -74,5 +74,7 @@ def test_ranks_divide_the_processors(ranks: int) -> None:
     assert len({one for part in parts for one in part}) == 4 // ranks * ranks
 
 
-def test_ranks_that_outnumber_the_processors_share_all_of_them() -> None:
-    assert [part_of([0, 1], rank, 3) for rank in range(3)] == [[0, 1]] * 3
+def test_ranks_that_outnumber_the_processors_take_turns() -> None:
+    """Of eight ranks on three processors neighbours have different ones, and none has two more than another."""
+    parts = [part_of([0, 1, 5], rank, 8) for rank in range(8)]
+    assert parts == [[0], [1], [5], [0], [1], [5], [0], [1]]

@@ -68,3 +68,29 @@ def test_embedding_and_head_are_counted_where_they_are() -> None:
     expected = [3 * block + matrix, *(n * block for n in (4, 4, 5, 5, 4, 4)), 3 * block + matrix + 4096]
     assert [stage.parameters for stage in stages] == pytest.approx(expected)
     assert layout.stages_of(0) == (0, 7)
+
+
+def test_fsdp_copies_what_it_gathers_and_what_it_reduces() -> None:
+    """In bf16 a weight is read and written in 2 bytes behind each gather, its gradient read in 2 and written in 4 ahead
+    of its reduction. Embedding and head, 128256 · 4096 weights each and a norm, are not gathered again."""
+    task, layout = job(), Layout(dp_shard=8, zero_stage=3)
+    (copied,) = stage_costs(task, layout)
+    (place,) = stage_costs(dataclasses.replace(task, stack=dataclasses.replace(task.stack, copies_units=False)), layout)
+    gpu, everything = task.cluster.gpu, task.model.parameters()
+    again = everything - 2 * 128256 * 4096 - 4096
+    speed = gpu.memory_bandwidth * gpu.memory_efficiency
+    assert copied.forward.dp - place.forward.dp == pytest.approx(4 * everything / speed)
+    assert copied.backward.dp - place.backward.dp == pytest.approx((4 * again + 6 * everything) / speed)
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (8, 1)])
+def test_ddp_copies_gradients_into_its_buckets(ranks: int, copies: int) -> None:
+    """4 bytes read and 4 written, of every gradient once a step; a single rank reduces nothing."""
+    data = {"model": "gpt2", "cluster": "dgx-a100", "nodes": 1}
+    training = {"global_batch_size": 64, "seq_len": 1024, "precision": "fp32", "stack": "layoutwise-cuda"}
+    task, layout = build_job(data | {"training": training}, "test"), Layout(dp_replicate=ranks)
+    (copied,) = stage_costs(task, layout)
+    (place,) = stage_costs(dataclasses.replace(task, stack=dataclasses.replace(task.stack, copies_units=False)), layout)
+    gpu = task.cluster.gpu
+    seconds = 8 * copied.parameters / (gpu.memory_bandwidth * gpu.memory_efficiency)
+    assert copied.reduce - place.reduce == pytest.approx(copies * seconds)
