@@ -44,9 +44,10 @@ def host_seconds(device: torch.device, repeats: int) -> dict[str, list[float]]:
     such a block is not there (fake_group.py): what collectives take besides the host's work is measured elsewhere."""
     kernels_forward, kernels_backward = kernel_counts(device)
     with fake_group(0, 2):
-        stages = [build_stage(device, cut) for cut in (None, False, True)]
+        # Under sequence parallelism each of the two ranks has half of the tokens between blocks.
+        stages = [(build_stage(device, cut), TOKENS // (2 if cut else 1)) for cut in (None, False, True)]
         # The first rounds fill the caches of DTensor and of the allocator.
-        rounds = [[_time(stage, device) for stage in stages] for _ in range(3 + repeats)][3:]
+        rounds = [[_time(stage, device, tokens) for stage, tokens in stages] for _ in range(3 + repeats)][3:]
     seconds = np.array(rounds) / LAYERS
     plain, parallel = seconds[:, 0], seconds[:, 1:].mean(axis=1)
     added = (parallel - plain).sum(axis=1) / (kernels_forward + kernels_backward)
@@ -92,15 +93,15 @@ def train_once(device: torch.device) -> None:
     used (DTensor's dispatcher, the compiler behind fused optimizers) is a rank's memory too."""
     for cut in (None, True):
         stage = build_stage(device, cut)
-        _time(stage, device)
+        _time(stage, device, TOKENS)
         norm = squared_norm(stage.parameters(), 1).sqrt()
         clip_gradients(stage.parameters(), norm)
         build_optimizer(stage.parameters(), Training(1, TOKENS, "fp32")).step()
 
 
-def _time(stage: Stage, device: torch.device) -> tuple[float, float]:
+def _time(stage: Stage, device: torch.device, tokens: int) -> tuple[float, float]:
     """Seconds of the stage, forward and backward."""
-    x = torch.randn(1, TOKENS, BLOCK.hidden_size, device=device, requires_grad=True)
+    x = torch.randn(1, tokens, BLOCK.hidden_size, device=device, requires_grad=True)
     start = now(device)
     out = stage(x)
     middle = now(device)
