@@ -262,8 +262,8 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
         if dist.get_rank() == 0:
             print(PROGRESS, index / len(steps), name, flush=True)
         samples += step()
-    measured = itertools.product(("concurrency", "streaming"), counts)
-    samples += [sample(kind, (n,), times) for (kind, n), times in zip(measured, zip(*at_once, strict=True), strict=True)]
+    timed = zip(itertools.product(("concurrency", "streaming"), counts), zip(*at_once, strict=True), strict=True)
+    samples += [sample(kind, (count,), times) for (kind, count), times in timed]
     if dist.get_rank() == 0:
         write_json(output, {"machine": machine, "samples": [asdict(s) for s in samples]})
     dist.barrier()

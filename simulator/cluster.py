@@ -195,9 +195,9 @@ class ClusterSpec:
     nodes_per_leaf nodes hang on one leaf switch, whose uplinks carry 1 / spine_oversubscription of what their cards
     send; with 0 the network is flat. oversubscribe is how many ranks a device may carry (1 on GPUs). concurrency[k -
     1] is the speed of each of k ranks that compute at the same time on a node, relative to one alone: empty where
-    every rank has its own device; streaming[k - 1] is the same of ranks that stream through memory, as an optimizer does:
-    empty where nobody measured it. price_per_gpu_hour is in US dollars, of one GPU with its share of the node. samples
-    are what constants of this file were fitted to (fabric_fit.py): kept to be read and fitted again, not used
+    every rank has its own device; streaming[k - 1] is the same of ranks that stream through memory, as an optimizer
+    does: empty where nobody measured it. price_per_gpu_hour is in US dollars, of one GPU with its share of the node.
+    samples are what constants of this file were fitted to (fabric_fit.py): kept to be read and fitted again, not used
     otherwise.
     """
 

@@ -127,23 +127,26 @@ class DataParallel:
         near = [on_one_host(getattr(self, name), self.job.cluster) for name in _GROUPS]
         return DataParallel(self.job, self.layout, *near)
 
-    def copy_seconds(self, parameters: float, gathers: float = 0.0, reductions: float = 0.0) -> float:
-        """Seconds of copying parameters out of so many gathers, and their gradients into so many reductions.
+    def copy_seconds(self, parameters: float, gathers: int = 0, reductions: int = 0) -> float:
+        """Seconds of copying parameters behind so many gathers, and their gradients ahead of so many reductions.
 
-        Rule: each reads and writes them once, in the width that kernels read, gradients in that of the reduction; at
-        the bandwidth of elementwise kernels, beside nothing.
+        Rule: every copy that the stack makes reads and writes them once, in the width that kernels read, and the last
+        one of gradients writes in that of the reduction; at the bandwidth of elementwise kernels, hidden by nothing.
         Reference: torch 2.13, _fsdp_collectives.py (split_with_sizes_copy, chunk_cat) and reducer.cpp
-        (mark_variable_ready_dense).
-        Ignored: copying a shard into the buffer that is gathered."""
+        (mark_variable_ready_dense). Of 86 published runs under FSDP1 it takes the median signed error of tokens per
+        second from 1.3 to 0.2 %, of 38 under FSDP2 from 10.3 to 7.4 %.
+        Ignored: copying a shard into the buffer that is gathered.
+        """
         job, stack = self.job, self.job.stack
-        if not stack.copies_units or self.shard.ranks * self.replicate.ranks == 1:
+        if self.shard.ranks * self.replicate.ranks == 1:
             return 0.0
         recipe, gpu = stack.recipes[job.training.precision], job.cluster.gpu
-        sharded = self.shard.ranks > 1
-        trained = job.training.peft == "none"
-        width = gathers * sharded * 2 * recipe.compute
-        width += reductions * trained * (recipe.compute + recipe.gradient_reduce)
-        seconds = parameters * width / (gpu.memory_bandwidth * gpu.memory_efficiency)
+        moved = 0.0
+        if self.shard.ranks > 1:
+            moved += gathers * stack.gather_copies * 2 * recipe.compute
+        if job.training.peft == "none" and stack.reduce_copies:
+            moved += reductions * ((2 * stack.reduce_copies - 1) * recipe.compute + recipe.gradient_reduce)
+        seconds = parameters * moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
         return job.cluster.streamed(seconds, self.layout.world_size)
 
     @property

@@ -40,9 +40,9 @@ class Sample:
 
     kind is "matmul" (sizes m, n, k), "memory" and "optimizer" (bytes read and written), "attention_forward" and
     "attention_backward" (batch, heads, seq, head_dim, causal 0 or 1), "host_forward", "host_backward", "dtensor"
-    (no sizes), "concurrency" and "streaming" (ranks that compute, or update parameters, at once), "compute_alone" and "compute_overlapped" (ranks; a
-    product, and the same beside an all-reduce), or a collective's name (ranks, bytes, and ranks that share the
-    processors meanwhile, where they are more).
+    (no sizes), "concurrency" and "streaming" (ranks that compute, or update parameters, at once), "compute_alone"
+    and "compute_overlapped" (ranks; a product, and the same beside an all-reduce), or a collective's name (ranks,
+    bytes, and ranks that share the processors meanwhile, where they are more).
     """
 
     kind: str

@@ -147,8 +147,9 @@ class Stack:
 
     gather_buffers: buffers, there all the time, for the whole of a tensor that sequence parallelism gathers.
 
-    copies_units: weights are copied out of what data parallelism gathers, and gradients into what it reduces, as
-    torch's FSDP and DDP do (split_with_sizes_copy, chunk_cat, the views of a bucket); others work in place.
+    gather_copies, reduce_copies: how often weights are copied behind a gather of data parallelism, and gradients ahead
+    of a reduction, as torch's FSDP and DDP do (split_with_sizes_copy, chunk_cat, the views of a bucket); others work
+    in place.
 
     bare_ends: with several stages per rank the first stage may be the embedding alone, and the last the head.
 
@@ -199,7 +200,8 @@ class Stack:
     adds_after_backward: bool = False
     gather_buffers: int = 0
     bare_ends: bool = False
-    copies_units: bool = False
+    gather_copies: float = 0.0
+    reduce_copies: float = 0.0
     parallel_logits_bytes: float | None = None
     fragmentation: float | None = None
     reduce_buffer_bytes: float = 0.0

@@ -266,7 +266,7 @@ def this_machine(folder: Path) -> None:
     }
     profile = Profile(
         name="two processors", created="2026-01-01T00:00:00+00:00", versions={}, kind="cpu", devices=2, memory=16e9,
-        process_memory=3e8, matmul={"fp32": MatmulFit(8e10)}, memory_bandwidth=1e10,
+        process_memory=3e8, matmul={"fp32": MatmulFit(8e10)}, memory_bandwidth=3e10,
         attention=(AttentionKernel(64, rate, rate),), host=HostFit(1e-5, 2e-5, 5e-5), link_bandwidth=3e9,
         link_latency=1e-4, collectives=fits, concurrency=(1.0, 0.9, 0.6, 0.45), samples=(),
     )  # fmt: skip

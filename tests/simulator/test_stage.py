@@ -11,6 +11,7 @@ from simulator.job import Job, build_job
 from simulator.kernels import Matmul, Pointwise
 from simulator.layout import Layout
 from simulator.program import stage_costs
+from simulator.stack import Stack
 
 V = {"schedule": "ZBVZeroBubble", "virtual_stages": 2}
 
@@ -70,12 +71,16 @@ def test_embedding_and_head_are_counted_where_they_are() -> None:
     assert layout.stages_of(0) == (0, 7)
 
 
+def in_place(stack: Stack) -> Stack:
+    return dataclasses.replace(stack, gather_copies=0.0, reduce_copies=0.0)
+
+
 def test_fsdp_copies_what_it_gathers_and_what_it_reduces() -> None:
     """In bf16 a weight is read and written in 2 bytes behind each gather, its gradient read in 2 and written in 4 ahead
     of its reduction. Embedding and head, 128256 · 4096 weights each and a norm, are not gathered again."""
     task, layout = job(), Layout(dp_shard=8, zero_stage=3)
     (copied,) = stage_costs(task, layout)
-    (place,) = stage_costs(dataclasses.replace(task, stack=dataclasses.replace(task.stack, copies_units=False)), layout)
+    (place,) = stage_costs(dataclasses.replace(task, stack=in_place(task.stack)), layout)
     gpu, everything = task.cluster.gpu, task.model.parameters()
     again = everything - 2 * 128256 * 4096 - 4096
     speed = gpu.memory_bandwidth * gpu.memory_efficiency
@@ -90,7 +95,7 @@ def test_ddp_copies_gradients_into_its_buckets(ranks: int, copies: int) -> None:
     training = {"global_batch_size": 64, "seq_len": 1024, "precision": "fp32", "stack": "layoutwise-cuda"}
     task, layout = build_job(data | {"training": training}, "test"), Layout(dp_replicate=ranks)
     (copied,) = stage_costs(task, layout)
-    (place,) = stage_costs(dataclasses.replace(task, stack=dataclasses.replace(task.stack, copies_units=False)), layout)
+    (place,) = stage_costs(dataclasses.replace(task, stack=in_place(task.stack)), layout)
     gpu = task.cluster.gpu
     seconds = 8 * copied.parameters / (gpu.memory_bandwidth * gpu.memory_efficiency)
     assert copied.reduce - place.reduce == pytest.approx(copies * seconds)

@@ -36,7 +36,9 @@ MACHINE = ClusterSpec(
 
 def job_on(spec: ClusterSpec, nodes: int, batch: int = 32) -> Job:
     training = Training(global_batch_size=batch, seq_len=128, precision="fp32")
-    return Job(presets.find_model("llama-bytes-12m"), spec, nodes, training, presets.find_stack("layoutwise-cpu"))
+    # What data parallelism copies is no matter of links (test_stage.py).
+    stack = dataclasses.replace(presets.find_stack("layoutwise-cpu"), gather_copies=0.0, reduce_copies=0.0)
+    return Job(presets.find_model("llama-bytes-12m"), spec, nodes, training, stack)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +150,14 @@ def test_a_host_has_half_of_the_ranks_that_shared_the_machine() -> None:
 def test_the_choice_changes_with_the_link() -> None:
     """Data parallelism across a fast link, a pipeline across a slow one; tensor parallelism across it loses most."""
     chosen = {}
-    for rate in (1e10, 2e7):
+    for rate in (1e10, 1e8):
         job = job_on(two_hosts(MACHINE, Wire(rate)), 2)
         plans, _ = planned(job, rivals_of_hosts(2))
         seconds = {name: one.best.step_seconds for name, one in plans.items()}
         chosen[rate] = min(seconds, key=lambda name: seconds[name]), seconds
     assert chosen[1e10][0].endswith("data across") or chosen[1e10][0] == "data across and inside"
-    assert chosen[2e7][0].endswith("pipeline across") or chosen[2e7][0] == "pipeline across and inside"
-    slow = chosen[2e7][1]
+    assert chosen[1e8][0].endswith("pipeline across") or chosen[1e8][0] == "pipeline across and inside"
+    slow = chosen[1e8][1]
     assert slow["tensor across and inside"] > 1.5 * slow["tensor inside, pipeline across"]
     assert slow["tensor across and inside"] > slow["tensor inside, data across"]
 
@@ -225,7 +227,7 @@ def test_messages_over_a_wire_that_nothing_limits_need_processors_as_inside() ->
     on hosts as fast as the machine the step is the same."""
     spec = two_hosts(MACHINE, Wire())
     together = dataclasses.replace(MACHINE, concurrency=(1.0, 1.0, 1.0, 1.0), gpus_per_node=4, oversubscribe=1.0)
-    hosts = dataclasses.replace(spec, concurrency=(1.0, 1.0))
+    hosts = dataclasses.replace(spec, concurrency=(1.0, 1.0, 1.0, 1.0))
     layout = Layout(pp=4)
     steps = [simulate(job_on(one, nodes), layout).step_seconds for one, nodes in ((hosts, 2), (together, 1))]
     # The norm's all-reduce crosses the wire as one of two hosts.
