@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine import memory_bytes, part_of, processor_name, processors, resident_bytes
+from runtime.machine import memory_bytes, part_of, processor_name, processors, resident_bytes, take_processors
 
 
 def system(root: Path, files: dict[str, str]) -> Path:
@@ -74,7 +74,17 @@ def test_ranks_divide_the_processors(ranks: int) -> None:
     assert len({one for part in parts for one in part}) == 4 // ranks * ranks
 
 
-def test_ranks_that_outnumber_the_processors_take_turns() -> None:
-    """Of eight ranks on three processors neighbours have different ones, and none has two more than another."""
-    parts = [part_of([0, 1, 5], rank, 8) for rank in range(8)]
-    assert parts == [[0], [1], [5], [0], [1], [5], [0], [1]]
+def test_ranks_that_outnumber_the_processors_share_all_of_them() -> None:
+    assert [part_of([0, 1], rank, 3) for rank in range(3)] == [[0, 1]] * 3
+
+
+def test_a_rank_takes_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 2 gets the second half of what its parent may use. A rank that was bound to less stays where it is."""
+    may_use = {os.getppid(): {0, 1, 2, 3}, 0: {0, 1, 2, 3}}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: may_use[pid], raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", may_use.__setitem__, raising=False)
+    take_processors(1, 2)
+    assert may_use[0] == [2, 3]
+    may_use[0] = {1, 2}
+    take_processors(1, 2)
+    assert may_use[0] == {1, 2}
