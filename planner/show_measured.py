@@ -94,7 +94,7 @@ def print_profile(profile: Profile) -> None:
     )
     table.add_row("speed of k ranks at once", ", ".join(f"{speed:.2f}" for speed in profile.concurrency))
     if profile.streaming:
-        table.add_row("the same of updates", ", ".join(f"{speed:.2f}" for speed in profile.streaming))
+        table.add_row("speed of k ranks that update at once", ", ".join(f"{speed:.2f}" for speed in profile.streaming))
     table.add_row("link", f"{profile.link_bandwidth / 1e9:.2f} GB/s, {show_seconds(profile.link_latency)}")
     for name, fits in profile.collectives.items():
         for known in fits:

@@ -149,7 +149,7 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
         median_abs_error=quantile(sizes, 0.5),
         p90_abs_error=quantile(sizes, 0.9),
         bias=statistics.fmean(one.error for one in compared) if compared else None,
-        kendall_tau=kendall_tau(*_speeds(compared)),
+        kendall_tau=kendall_tau(*_seconds(compared)),
         regret=None if chosen is None else chosen / min(steps) - 1,
         memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
         noise=quantile([trial.noise for trial in trials if trial.noise is not None], 0.5),
@@ -161,11 +161,11 @@ def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> Summary:
     layouts of different jobs are no choice, and the worst regret of a job."""
     regrets = [one.regret for one in (summary(*job) for job in jobs) if one.regret is not None]
     every = summary([trial for trials, _ in jobs for trial in trials], "")
-    groups = [_speeds([trial.comparison for trial in trials]) for trials, _ in jobs]
+    groups = [_seconds([trial.comparison for trial in trials]) for trials, _ in jobs]
     return dataclasses.replace(every, kendall_tau=kendall_tau_within(groups), regret=max(regrets, default=None))
 
 
-def _speeds(compared: Sequence[Comparison]) -> tuple[list[float], list[float]]:
+def _seconds(compared: Sequence[Comparison]) -> tuple[list[float], list[float]]:
     """Predicted and measured seconds of steps."""
     return (
         [one.prediction.step_seconds for one in compared], [one.measurement.step_seconds.median for one in compared]

@@ -74,7 +74,7 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def kendall_tau_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """The same over the pairs of several groups, none of which is a pair of two groups: what is no choice is no order.
+    """The same over the pairs within each group; pairs across groups are not compared.
 
     >>> kendall_tau_within([([1, 2, 3], [1, 2, 3]), ([1, 2], [2, 1])])
     0.5

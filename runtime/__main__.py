@@ -146,8 +146,7 @@ def _process_group(seat: Seat) -> Iterator[Link | None]:
         dist_options = {"backend": "nccl", "device_id": device}
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Its ranks may use what torchrun may; Slurm has given each of its tasks a part.
+        if "TORCHELASTIC_RUN_ID" in os.environ and not seat.servers:
             take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         dist_options = {"backend": "gloo"}
     if "WORLD_SIZE" not in os.environ:

@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextlib.contextmanager
 def fake_group(rank: int, world_size: int) -> Iterator[None]:
-    """The default group of this process meanwhile; it has no other one. What DTensor remembers of an op holds the mesh
-    that it saw first, and with it groups of a world that is gone."""
+    """The default group of this process meanwhile; there must be none yet. What DTensor remembers of an op holds the
+    mesh that it saw first, and with it groups of a world that is gone."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     _clear_sharding_prop_cache()
     try:

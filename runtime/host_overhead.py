@@ -41,7 +41,9 @@ BLOCK = replace(
 def host_seconds(device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Repeated timings of one kernel's host work: "host_forward", "host_backward", and what "dtensor" adds to a kernel
     of a tensor-parallel block, which is the mean over blocks without and with sequence parallelism. The other rank of
-    such a block is not there (fake_group.py): what collectives take besides the host's work is measured elsewhere."""
+    such a block is not there (fake_group.py): what collectives take is measured elsewhere.
+    Ignored: the host's call of a collective counts here and there.
+    """
     kernels_forward, kernels_backward = kernel_counts(device)
     with fake_group(0, 2):
         # Under sequence parallelism each of the two ranks has half of the tokens between blocks.

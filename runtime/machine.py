@@ -70,22 +70,36 @@ def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[i
     """The processors of one of a machine's ranks: an equal part of them, or all where there is less than one for each.
 
     >>> part_of([0, 1, 2, 3, 4], 1, 2), part_of([0, 1], 3, 4)
-    ([2, 3], [0, 1])
+    ([2, 3, 4], [0, 1])
     """
-    each = len(allowed) // local_ranks
-    return list(allowed[local_rank * each : (local_rank + 1) * each]) or list(allowed)
+    first, last = (place * len(allowed) // local_ranks for place in (local_rank, local_rank + 1))
+    return list(allowed[first:last] if local_ranks <= len(allowed) else allowed)
 
 
 def take_processors(local_rank: int, local_ranks: int) -> None:
     """Keep this rank on its part of the processors, unless whoever started it gave it a part already. Left to
     themselves, ranks may share one while another idles for a whole run: a scheduler that packs tasks sees no reason to
-    part them. Ranks that outnumber the processors share all of them: dealt out, four on two took up to a quarter longer,
-    because one that waits leaves its processor to nobody else. Nothing where the system knows no affinity (macOS).
+    part them. Ranks that outnumber the processors share all of them: dealt out, four on two took up to a quarter
+    longer, because one that waits leaves its processor to nobody else. Nothing where the system knows no affinity
+    (macOS).
     """
     with contextlib.suppress(OSError, AttributeError):
         allowed = os.sched_getaffinity(0)
         if allowed == os.sched_getaffinity(os.getppid()):
             os.sched_setaffinity(0, part_of(sorted(allowed), local_rank, local_ranks))
+
+
+@contextlib.contextmanager
+def own_processors(local_rank: int, local_ranks: int) -> Iterator[None]:
+    """The calling thread on its part of the processors that it may use, for as long as so few ranks compute."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    try:
+        if allowed and local_rank < local_ranks:
+            os.sched_setaffinity(0, part_of(sorted(allowed), local_rank, local_ranks))
+        yield
+    finally:
+        if allowed:
+            os.sched_setaffinity(0, allowed)
 
 
 def memory_bytes(root: Path = Path("/")) -> int:

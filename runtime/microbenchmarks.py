@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from runtime.benchmark_cases import (
     GRIDS,
@@ -34,7 +33,15 @@ from runtime.benchmark_cases import (
 )
 from runtime.collective_benchmarks import collective_samples, groups
 from runtime.host_overhead import host_seconds, now, train_once
-from runtime.machine import leave, memory_bytes, processor_name, processors, resident_bytes, take_processors
+from runtime.machine import (
+    leave,
+    memory_bytes,
+    own_processors,
+    processor_name,
+    processors,
+    resident_bytes,
+    take_processors,
+)
 from runtime.measure import PROGRESS
 from runtime.optimizer import build_optimizer, clip_gradients, squared_norm
 from simulator.files import write_json
@@ -69,20 +76,20 @@ def memory_cases(grid: Grid, device: torch.device) -> list[Case]:
 
 def optimizer_cases(grid: Grid, device: torch.device) -> list[Case]:
     """Gradient norm, clipping and AdamW over parameters in fp32, as a step ends; sizes as the simulator counts them."""
-    training = Training(global_batch_size=1, seq_len=1, precision="fp32")
+    return [_optimizer_case(elements, device) for elements in grid.optimizer]
+
+
+def _optimizer_case(elements: int, device: torch.device) -> Case:
     stack = find_stack("layoutwise-cuda" if device.type == "cuda" else "layoutwise-cpu")
-    cases = []
-    for elements in grid.optimizer:
-        parameter = nn.Parameter(torch.randn(elements, device=device))
-        parameter.grad = torch.randn_like(parameter)
-        optimizer = build_optimizer([parameter], training)
+    parameter = nn.Parameter(torch.randn(elements, device=device))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = build_optimizer([parameter], Training(global_batch_size=1, seq_len=1, precision="fp32"))
 
-        def step(i: int, parameter: nn.Parameter = parameter, optimizer: Optimizer = optimizer) -> None:
-            clip_gradients([parameter], squared_norm([parameter], 1).sqrt())
-            optimizer.step()
+    def step(i: int) -> None:
+        clip_gradients([parameter], squared_norm([parameter], 1).sqrt())
+        optimizer.step()
 
-        cases.append(Case("optimizer", (elements * stack.optimizer_traffic["adamw"],), step))
-    return cases
+    return Case("optimizer", (elements * stack.optimizer_traffic["adamw"],), step)
 
 
 def attention_cases(grid: Grid, device: torch.device) -> list[Case]:
@@ -115,24 +122,26 @@ def host_samples(grid: Grid, device: torch.device) -> list[Sample]:
 
 
 def at_once_rounds(grid: Grid, device: torch.device, counts: Sequence[int]) -> list[list[float]]:
-    """Seconds of some small training steps ("concurrency"), and of some updates of more parameters than the caches hold
+    """Seconds of some small training steps ("concurrency"), and of some updates of the most parameters of the grid
     ("streaming"), on the first so many ranks at once while the others wait: of the one for all counts and then of the
     other, round after round. The mean over these ranks: that they are not done together is part of what their next
-    collective takes (collective_benchmarks.py).
+    collective takes (collective_benchmarks.py). So many ranks have the processors that they would have in a run.
     """
     layer = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.LayerNorm(512)).to(device)
     x = torch.randn(grid.concurrency_tokens, 512, device=device, requires_grad=True)
-    update = optimizer_cases(grid, device)[len(grid.optimizer) // 2].call
+    update = _optimizer_case(grid.optimizer[-1], device).call
     works: list[Callable[[int], object]] = [lambda i: layer(x).sum().backward(), update]
     times = []
     for _ in range(1 + grid.repeats):
         for work, count in itertools.product(works, counts):
             dist.barrier()
-            active, start = dist.get_rank() < count, now(device)
-            # More than one, because the system takes a while to find each rank a processor.
-            for i in range(3 * active):
-                work(i)
-            times.append((now(device) - start) * active / count)
+            active = dist.get_rank() < count
+            with own_processors(dist.get_rank(), count):
+                start = now(device)
+                # More than one, because the system takes a while to find each rank a processor.
+                for i in range(3 * active):
+                    work(i)
+                times.append((now(device) - start) * active / count)
     mean = torch.tensor(times, dtype=torch.float64).view(-1, len(works) * len(counts))[1:]
     dist.all_reduce(mean)
     rounds: list[list[float]] = mean.tolist()

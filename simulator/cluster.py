@@ -242,11 +242,6 @@ class ClusterSpec:
         known = min(self.sharing(world_size), len(self.streaming), len(self.concurrency))
         return max(1.0, self.concurrency[known - 1] / self.streaming[known - 1]) if known else 1.0
 
-    def streamed(self, seconds: float, world_size: int) -> float:
-        """Seconds of what streams through memory for `seconds` on a rank alone, while all ranks of its node do."""
-        known = min(self.sharing(world_size), len(self.concurrency))
-        return seconds * self.streaming_cost(world_size) / (self.concurrency[known - 1] if known else 1.0)
-
     @property
     def tiers(self) -> tuple[int, ...]:
         """Devices in each part of the cluster that a group may straddle: a root, a domain, a leaf."""

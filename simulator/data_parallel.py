@@ -127,28 +127,6 @@ class DataParallel:
         near = [on_one_host(getattr(self, name), self.job.cluster) for name in _GROUPS]
         return DataParallel(self.job, self.layout, *near)
 
-    def copy_seconds(self, parameters: float, gathers: int = 0, reductions: int = 0) -> float:
-        """Seconds of copying parameters behind so many gathers, and their gradients ahead of so many reductions.
-
-        Rule: every copy that the stack makes reads and writes them once, in the width that kernels read, and the last
-        one of gradients writes in that of the reduction; at the bandwidth of elementwise kernels, hidden by nothing.
-        Reference: torch 2.13, _fsdp_collectives.py (split_with_sizes_copy, chunk_cat) and reducer.cpp
-        (mark_variable_ready_dense). Of 86 published runs under FSDP1 it takes the median signed error of tokens per
-        second from 1.3 to 0.2 %, of 38 under FSDP2 from 10.3 to 7.4 %.
-        Ignored: copying a shard into the buffer that is gathered.
-        """
-        job, stack = self.job, self.job.stack
-        if self.shard.ranks * self.replicate.ranks == 1:
-            return 0.0
-        recipe, gpu = stack.recipes[job.training.precision], job.cluster.gpu
-        moved = 0.0
-        if self.shard.ranks > 1:
-            moved += gathers * stack.gather_copies * 2 * recipe.compute
-        if job.training.peft == "none" and stack.reduce_copies:
-            moved += reductions * ((2 * stack.reduce_copies - 1) * recipe.compute + recipe.gradient_reduce)
-        seconds = parameters * moved / (gpu.memory_bandwidth * gpu.memory_efficiency)
-        return job.cluster.streamed(seconds, self.layout.world_size)
-
     @property
     def gathers_every_microbatch(self) -> bool:
         return self.layout.zero_stage == 3
@@ -182,10 +160,7 @@ class DataParallel:
     def once_reduce_seconds(self, parameters: float, experts: float, units: int) -> float:
         """What is reduced at the end of the step: everything, or only shards over their replicas."""
         replicas = self.seconds(self.replicas(parameters, experts, units))
-        if self.layout.shards_gradients:
-            return replicas
-        copied = self.copy_seconds(parameters, reductions=1)
-        return replicas + self.scatter_seconds(parameters, experts, units) + copied
+        return replicas + (0.0 if self.layout.shards_gradients else self.scatter_seconds(parameters, experts, units))
 
     def replicas(self, parameters: float, experts: float, units: int) -> tuple[Transfer, ...]:
         """The collectives over replicas at the end of the step; frozen weights have none."""
@@ -215,7 +190,7 @@ class DataParallel:
         changed = self.job.training.peft == "none" or self.layout.zero_stage >= 2
         if self.gathers_every_microbatch or not self.layout.zero_stage or not changed:
             return 0.0
-        return self.gather_seconds(parameters, experts, units) + self.copy_seconds(parameters, gathers=1)
+        return self.gather_seconds(parameters, experts, units)
 
     def seconds(self, transfers: Iterable[Transfer]) -> float:
         """Seconds of collectives over these groups, one after another."""
@@ -230,12 +205,11 @@ class DataParallel:
         if not self.gathers_every_microbatch or self.layout.pp > 1:
             return 0.0
         gathers = _of_each(units, lambda unit: self.gather_seconds(unit.parameters, unit.experts))
-        copied = self.copy_seconds(sum(unit.parameters for unit in units), gathers=1)
         if not self.job.stack.overlap_param_gather:
-            return sum(gathers) + copied
+            return sum(gathers)
         beside = [u.forward_seconds for u in units[:-1]]
         exposed = self.job.cluster.gpu.exposed
-        return copied + gathers[0] + sum(exposed(g, work) for g, work in zip(gathers[1:], beside, strict=True))
+        return gathers[0] + sum(exposed(g, work) for g, work in zip(gathers[1:], beside, strict=True))
 
     def exposed_backward(self, units: Sequence[Unit]) -> float:
         """Seconds that a backward waits. Beside a unit's backward run the gather of the next unit and the reduction
@@ -247,16 +221,43 @@ class DataParallel:
         scatters = _of_each(
             backwards, lambda unit: self.scatter_seconds(unit.parameters, unit.experts) if reduces else 0.0
         )
-        again = (unit.parameters for unit in units if self.gathers_every_microbatch and not unit.stays_gathered)
-        copied = self.copy_seconds(sum(again), gathers=1)
-        copied += self.copy_seconds(sum(unit.parameters for unit in units), reductions=reduces)
-        stack, exposed = self.job.stack, copied + gathers[0] + scatters[-1]
+        stack, exposed = self.job.stack, gathers[0] + scatters[-1]
         for i, unit in enumerate(backwards):
             gather = gathers[i + 1] if i + 1 < len(gathers) else 0.0
             scatter = scatters[i - 1] if i else 0.0
             beside = gather * stack.overlap_param_gather + scatter * stack.overlap_grad_reduce
             exposed += gather + scatter - beside + self.job.cluster.gpu.exposed(beside, unit.backward_seconds)
         return exposed
+
+    def copies(self, units: Sequence[Unit]) -> tuple[float, float]:
+        """Seconds that a forward and a backward copy: parameters behind gathers, gradients ahead of reductions.
+
+        Rule: every copy that the stack makes reads and writes them once, in the width that kernels read, and the last
+        one of gradients writes in that of the reduction; at the bandwidth of elementwise kernels, hidden by nothing.
+        What is gathered or reduced once a step is spread over its microbatches.
+        Reference: torch 2.13, _fsdp_collectives.py (split_with_sizes_copy, chunk_cat) and reducer.cpp
+        (mark_variable_ready_dense). Of 86 published runs under FSDP1 it takes the median signed error of tokens per
+        second from 1.3 to 0.2 %, of 38 under FSDP2 from 10.3 to 7.4 %.
+        Ignored: copying a shard into the buffer that is gathered, and a reduction over one rank out of its buffer.
+        """
+        job, layout, stack = self.job, self.layout, self.job.stack
+        fsdp = uses_fsdp(job, layout)
+        once = 1 / layout.microbatches(job.training.global_batch_size)
+        every, again = sum(u.parameters for u in units), sum(u.parameters for u in units if not u.stays_gathered)
+        gathered = again if self.gathers_every_microbatch else 0.0
+        reduced = every * (1.0 if layout.shards_gradients else once)
+        moved = [every * (1.0 if self.gathers_every_microbatch and layout.pp == 1 else once), gathered, reduced]
+        if not (fsdp or self.shard.ranks > 1):
+            moved[:2] = 0.0, 0.0
+        if not (fsdp or self.shard.ranks * self.replicate.ranks > 1) or job.training.peft != "none":
+            moved[2] = 0.0
+        recipe, gpu = stack.recipes[job.training.precision], job.cluster.gpu
+        weight = stack.gather_copies * 2 * recipe.compute
+        gradient = (
+            (2 * stack.reduce_copies - 1) * recipe.compute + recipe.gradient_reduce if stack.reduce_copies else 0.0
+        )
+        per_byte = job.cluster.streaming_cost(layout.world_size) / (gpu.memory_bandwidth * gpu.memory_efficiency)
+        return moved[0] * weight * per_byte, (moved[1] * weight + moved[2] * gradient) * per_byte
 
     def _backward_gather(self, unit: Unit) -> float:
         if not self.gathers_every_microbatch or unit.stays_gathered:

@@ -289,12 +289,12 @@ class _Engine:
         for piece, (share, reduced) in enumerate(pieces):
             if gathered and not gathered[piece].processed:
                 yield from rank.wait(gathered[piece], "dp")
-            start = self.env.now
+            start, rank.computing = self.env.now, True
             yield self._busy(rank, spent["total"] * share)
+            rank.computing = piece + 1 < len(pieces)
             rank.spend_work(spent, (self.env.now - start) / spent["total"] if spent["total"] else 0.0)
             if overlaps:
-                beside = piece + 1 < len(pieces)
-                rank.reducing.append(self._collective(rank, cost.reduce * reduced, op, self.reducing, piece, beside))
+                rank.reducing.append(self._collective(rank, cost.reduce * reduced, op, self.reducing, piece))
         if reduces and not overlaps:
             rank.reducing.append(self._collective(rank, cost.reduce, op, self.reducing))
         self._span(rank, "compute", op, began)
@@ -340,14 +340,11 @@ class _Engine:
     def _reshard(self, rank: Rank, op: Op) -> None:
         """Dropping gathered parameters takes no time."""
 
-    def _collective(
-        self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0, beside: bool = False
-    ) -> simpy.Event:
-        """Queue a collective of the data-parallel group: it runs after the ones queued before it. `beside` says that
-        its ranks go on computing."""
-        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece, beside))
+    def _collective(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int = 0) -> simpy.Event:
+        """Queue a collective of the data-parallel group: it runs after the ones queued before it."""
+        return self.env.process(self._on_dp_stream(rank, seconds, op, axes, piece))
 
-    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int, beside: bool) -> Process:
+    def _on_dp_stream(self, rank: Rank, seconds: float, op: Op, axes: Axes, piece: int) -> Process:
         with rank.dp_stream.request() as turn:
             yield turn
             if begin := self.groups.meet(rank.number, axes, op, piece, "begin"):
@@ -357,10 +354,10 @@ class _Engine:
                 yield self.network.transfer(route, seconds * route.alone)
             else:
                 copying = self.program.stages[op.stage or 0].copying
-                if beside and copying < 1:
+                if rank.computing and copying < 1:
                     # The wire idles while what came over it waits for a processor.
                     yield self._move(rank, seconds * copying, axes, 1.0)
-                    yield self.env.timeout(seconds)
+                    yield self.env.timeout(seconds * (1 - copying))
                 else:
                     yield self._move(rank, seconds, axes, copying)
             if end := self.groups.meet(rank.number, axes, op, piece, "end"):

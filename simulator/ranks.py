@@ -22,8 +22,8 @@ class Rank:
     """A simulated rank: its pipeline rank (`index`), the first of the global ranks that it stands for (`number`), and
     how many of those share its processors (`replicas`).
 
-    It computes `factor` times longer than the others of its kind, and the slowest of those that it communicates with
-    in every op `slowest` times. `spent` sums seconds by the fields of Breakdown.
+    `computing` says whether it is in the middle of an op. It computes `factor` times longer than the others of its
+    kind, and the slowest of those that it communicates with in every op `slowest` times. `spent` sums seconds by the fields of Breakdown.
     """
 
     index: int
@@ -33,6 +33,7 @@ class Rank:
     dp_stream: simpy.Resource
     factor: float = 1.0
     slowest: float = 1.0
+    computing: bool = False
     spent: dict[str, float] = field(default_factory=dict)
     reducing: list[simpy.Event] = field(default_factory=list)
     gathering: dict[int, list[simpy.Event]] = field(default_factory=dict)

@@ -135,7 +135,8 @@ class StageCosts:
         return [*gone, *blocks[max(0, count) :]]
 
     def _bucketed(self, blocks: Iterable[tuple[BlockKind, bool, int]], first: bool, last: bool) -> list[list[float]]:
-        """Bytes of the gradients of a stage's weights unit by unit, where DDP reduces them beside a backward."""
+        """Bytes of the gradients of a stage's weights unit by unit, where DDP reduces them beside a backward; it meets
+        neither tensor nor expert parallelism here."""
         job, model, cut = self.job, self.job.model, Cutting()
         if not job.cluster.wired or not reduces_beside(job, self.layout):
             return []
@@ -156,6 +157,7 @@ class StageCosts:
         parameters, experts = sum(u.parameters for u in units), sum(u.experts for u in units)
         reduce = data.once_reduce_seconds(parameters, experts, len(units))
         gather = data.once_gather_seconds(parameters, experts, len(units))
+        copied_forward, copied_backward = data.copies(units)
         copying = 1.0
         if data.over_wire and reduce + gather:
             near = data.on_one_host()
@@ -163,8 +165,8 @@ class StageCosts:
             inside += near.once_gather_seconds(parameters, experts, len(units))
             copying = min(1.0, inside / (reduce + gather))
         return StageCost(
-            forward=forward + Work(dp=data.exposed_forward(units)),
-            backward=backward + Work(dp=data.exposed_backward(units)),
+            forward=forward + Work(compute=copied_forward, dp=data.exposed_forward(units)),
+            backward=backward + Work(compute=copied_backward, dp=data.exposed_backward(units)),
             parameters=parameters,
             saved=sum(u.saved for u in units),
             working=max(u.working for u in units),

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine import memory_bytes, part_of, processor_name, processors, resident_bytes, take_processors
+from runtime.machine import (
+    memory_bytes,
+    own_processors,
+    part_of,
+    processor_name,
+    processors,
+    resident_bytes,
+    take_processors,
+)
 
 
 def system(root: Path, files: dict[str, str]) -> Path:
@@ -66,12 +74,12 @@ def test_this_process_is_in_memory_and_its_processor_has_a_name() -> None:
     assert processor_name()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 def test_ranks_divide_the_processors(ranks: int) -> None:
-    """Equal parts that do not meet; of four processors three ranks leave one over."""
-    parts = [part_of([0, 2, 4, 6], rank, ranks) for rank in range(ranks)]
-    assert {len(part) for part in parts} == {4 // ranks}
-    assert len({one for part in parts for one in part}) == 4 // ranks * ranks
+    """Parts that do not meet, and of which none has two more than another."""
+    parts = [part_of([0, 2, 4, 6, 8], rank, ranks) for rank in range(ranks)]
+    assert sorted(one for part in parts for one in part) == [0, 2, 4, 6, 8]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_ranks_that_outnumber_the_processors_share_all_of_them() -> None:
@@ -88,3 +96,14 @@ def test_a_rank_takes_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
     may_use[0] = {1, 2}
     take_processors(1, 2)
     assert may_use[0] == {1, 2}
+
+
+def test_a_thread_gives_its_processors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four ranks compute: the second has the second half meanwhile, the third stays where it is."""
+    now: dict[int, object] = {0: {0, 1}}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: now[pid], raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", now.__setitem__, raising=False)
+    for rank, part in ((1, [1]), (2, {0, 1})):
+        with own_processors(rank, 2):
+            assert now[0] == part
+        assert now[0] == {0, 1}

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from simulator.compute import accumulation_seconds, kernel_time, matmul_seconds
+from simulator.critical_path import rank_update
 from simulator.job import Job, build_job
 from simulator.kernels import Matmul, Pointwise
 from simulator.layout import Layout
@@ -84,18 +85,57 @@ def test_fsdp_copies_what_it_gathers_and_what_it_reduces() -> None:
     gpu, everything = task.cluster.gpu, task.model.parameters()
     again = everything - 2 * 128256 * 4096 - 4096
     speed = gpu.memory_bandwidth * gpu.memory_efficiency
-    assert copied.forward.dp - place.forward.dp == pytest.approx(4 * everything / speed)
-    assert copied.backward.dp - place.backward.dp == pytest.approx((4 * again + 6 * everything) / speed)
+    assert copied.forward.compute - place.forward.compute == pytest.approx(4 * everything / speed)
+    assert copied.backward.compute - place.backward.compute == pytest.approx((4 * again + 6 * everything) / speed)
+    assert copied.forward.dp == place.forward.dp
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (8, 1)])
 def test_ddp_copies_gradients_into_its_buckets(ranks: int, copies: int) -> None:
-    """4 bytes read and 4 written, of every gradient once a step; a single rank reduces nothing."""
+    """4 bytes read and 4 written, of every gradient once a step of 8 microbatches; a single rank reduces nothing."""
     data = {"model": "gpt2", "cluster": "dgx-a100", "nodes": 1}
-    training = {"global_batch_size": 64, "seq_len": 1024, "precision": "fp32", "stack": "layoutwise-cuda"}
+    training = {"global_batch_size": 8 * ranks, "seq_len": 1024, "precision": "fp32", "stack": "layoutwise-cuda"}
     task, layout = build_job(data | {"training": training}, "test"), Layout(dp_replicate=ranks)
     (copied,) = stage_costs(task, layout)
     (place,) = stage_costs(dataclasses.replace(task, stack=in_place(task.stack)), layout)
     gpu = task.cluster.gpu
     seconds = 8 * copied.parameters / (gpu.memory_bandwidth * gpu.memory_efficiency)
-    assert copied.reduce - place.reduce == pytest.approx(copies * seconds)
+    assert 8 * (copied.backward.compute - place.backward.compute) == pytest.approx(copies * seconds)
+    assert copied.reduce == place.reduce
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_what_is_gathered_and_reduced_once_is_copied_once(zero_stage: int, microbatches: int) -> None:
+    """FSDP gathers once a step but for ZeRO 3, which gathers twice a microbatch, and reduces once a step under ZeRO 1,
+    else every microbatch: 4 and 6 bytes a weight. GPT-2's embedding, 50257 + 1024 rows of 768, and its last norm of
+    2 · 768 stay gathered."""
+    data = {"model": "gpt2", "cluster": "dgx-a100", "nodes": 1}
+    training = {"global_batch_size": 8 * microbatches, "seq_len": 1024, "stack": "layoutwise-cuda"}
+    task, layout = build_job(data | {"training": training}, "test"), Layout(dp_shard=8, zero_stage=zero_stage)  # type: ignore[arg-type]
+    (copied,) = stage_costs(task, layout)
+    (place,) = stage_costs(dataclasses.replace(task, stack=in_place(task.stack)), layout)
+    gpu, weights = task.cluster.gpu, task.model.parameters()
+    again = weights - (50257 + 1024) * 768 - 2 * 768
+    gathered = microbatches * (weights + again) if zero_stage == 3 else weights
+    reduced = weights if zero_stage == 1 else microbatches * weights
+    seconds = (4 * gathered + 6 * reduced) / (gpu.memory_bandwidth * gpu.memory_efficiency)
+    found = (copied.forward + copied.backward).compute - (place.forward + place.backward).compute
+    assert microbatches * found == pytest.approx(seconds)
+
+
+def test_ranks_that_share_a_memory_copy_and_update_more_slowly() -> None:
+    """Two ranks that compute at 0.9 and stream at 0.5 of one's speed: what streams takes 1.8 times as long as sharing
+    processors alone would have it."""
+    task = job("layoutwise-cuda")
+    shared = dataclasses.replace(task.cluster, concurrency=(1.0, 0.9), streaming=(1.0, 0.5), gpus_per_node=2)
+    layout = Layout(dp_shard=2, zero_stage=2, micro_batch_size=8)
+    updates, copies = [], []
+    for spec in (dataclasses.replace(shared, streaming=()), shared):
+        one = dataclasses.replace(task, cluster=spec)
+        (copied,), stack = stage_costs(one, layout), in_place(one.stack)
+        (place,) = stage_costs(dataclasses.replace(one, stack=stack), layout)
+        copies.append(copied.backward.compute - place.backward.compute)
+        updates.append(rank_update(one, layout, (copied,), 0))
+    assert copies[1] / copies[0] == pytest.approx(1.8)
+    assert updates[1] / updates[0] == pytest.approx(1.8)

@@ -36,9 +36,7 @@ MACHINE = ClusterSpec(
 
 def job_on(spec: ClusterSpec, nodes: int, batch: int = 32) -> Job:
     training = Training(global_batch_size=batch, seq_len=128, precision="fp32")
-    # What data parallelism copies is no matter of links (test_stage.py).
-    stack = dataclasses.replace(presets.find_stack("layoutwise-cpu"), gather_copies=0.0, reduce_copies=0.0)
-    return Job(presets.find_model("llama-bytes-12m"), spec, nodes, training, stack)
+    return Job(presets.find_model("llama-bytes-12m"), spec, nodes, training, presets.find_stack("layoutwise-cpu"))
 
 
 @pytest.mark.parametrize(
@@ -148,18 +146,19 @@ def test_a_host_has_half_of_the_ranks_that_shared_the_machine() -> None:
 
 
 def test_the_choice_changes_with_the_link() -> None:
-    """Data parallelism across a fast link, a pipeline across a slow one; tensor parallelism across it loses most."""
+    """Data parallelism across a fast link, a pipeline across slow ones; tensor parallelism across those loses most."""
     chosen = {}
-    for rate in (1e10, 1e8):
+    for rate in (1e10, 1e8, 2e7):
         job = job_on(two_hosts(MACHINE, Wire(rate)), 2)
         plans, _ = planned(job, rivals_of_hosts(2))
         seconds = {name: one.best.step_seconds for name, one in plans.items()}
         chosen[rate] = min(seconds, key=lambda name: seconds[name]), seconds
     assert chosen[1e10][0].endswith("data across") or chosen[1e10][0] == "data across and inside"
-    assert chosen[1e8][0].endswith("pipeline across") or chosen[1e8][0] == "pipeline across and inside"
-    slow = chosen[1e8][1]
-    assert slow["tensor across and inside"] > 1.5 * slow["tensor inside, pipeline across"]
-    assert slow["tensor across and inside"] > slow["tensor inside, data across"]
+    for rate in (1e8, 2e7):
+        name, slow = chosen[rate]
+        assert name.endswith("pipeline across") or name == "pipeline across and inside"
+        assert slow["tensor across and inside"] > 1.5 * slow["tensor inside, pipeline across"]
+        assert slow["tensor across and inside"] > slow["tensor inside, data across"]
 
 
 def test_ddp_hides_what_a_wire_carries_behind_the_backward() -> None:
@@ -182,8 +181,8 @@ BUCKETS = (4 * (256 * 512 + 512 + 1408 * 512), 26_484_736, 18_358_272)
 
 def test_what_ddp_hides_waits_for_the_wire_and_then_for_a_processor() -> None:
     """One rank on each host, and a backward of 4 samples, 0.36 s, which is over before the second bucket is reduced:
-    at 50 MB/s it takes 0.57 s. Before that come its bytes at half of 4 GB/s, 14 ms, on a processor that computes too:
-    each has half of it. The third bucket has its ranks to itself."""
+    at 50 MB/s it takes 0.57 s. 14 ms of them, its bytes at half of 4 GB/s, it needs a processor that computes too: each
+    has half of it. The third bucket has its ranks to itself."""
     job = job_on(dataclasses.replace(two_hosts(MACHINE, Wire(5e7)), gpus_per_node=1), 2, batch=8)
     layout = Layout(dp_replicate=2, micro_batch_size=4)
     (cost,) = StageCosts(job, layout).stages()
@@ -191,8 +190,8 @@ def test_what_ddp_hides_waits_for_the_wire_and_then_for_a_processor() -> None:
     assert sum(share for share, _ in cost.reductions) == pytest.approx(1.0)
     left = cost.reductions[2][0] * cost.backward.total / 0.9
     copied, wire = BUCKETS[1] / 2e9, (BUCKETS[1] + BUCKETS[2]) / (5e7 * PAYLOAD)
-    # Copying takes twice as long, and the backward loses what that takes.
-    assert simulate(job, layout).breakdown.dp == pytest.approx(2 * copied + wire - (left + copied), rel=0.005)
+    # Copying takes twice as long, and the backward loses what that takes more.
+    assert simulate(job, layout).breakdown.dp == pytest.approx(wire + copied - (left + copied), rel=0.005)
 
 
 def test_a_slower_link_never_makes_a_step_shorter() -> None:
@@ -227,6 +226,7 @@ def test_messages_over_a_wire_that_nothing_limits_need_processors_as_inside() ->
     on hosts as fast as the machine the step is the same."""
     spec = two_hosts(MACHINE, Wire())
     together = dataclasses.replace(MACHINE, concurrency=(1.0, 1.0, 1.0, 1.0), gpus_per_node=4, oversubscribe=1.0)
+    # Messages on their way count as ranks at work.
     hosts = dataclasses.replace(spec, concurrency=(1.0, 1.0, 1.0, 1.0))
     layout = Layout(pp=4)
     steps = [simulate(job_on(one, nodes), layout).step_seconds for one, nodes in ((hosts, 2), (together, 1))]

@@ -88,7 +88,6 @@ def test_zero_3_gathers_twice_and_scatters_once_a_microbatch() -> None:
     once; torchtitan reduces in fp32 and gathers in bf16."""
     of = job("torchtitan")
     stack = dataclasses.replace(of.stack, overlap_param_gather=False, overlap_grad_reduce=False)
-    stack = dataclasses.replace(stack, gather_copies=0.0, reduce_copies=0.0)
     of = dataclasses.replace(of, stack=stack)
     found = cost(Layout(dp_shard=8, zero_stage=3), of)
     model = of.model
