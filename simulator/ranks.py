@@ -23,7 +23,8 @@ class Rank:
     how many of those share its processors (`replicas`).
 
     `computing` says whether it is in the middle of an op. It computes `factor` times longer than the others of its
-    kind, and the slowest of those that it communicates with in every op `slowest` times. `spent` sums seconds by the fields of Breakdown.
+    kind, and the slowest of those that it communicates with in every op `slowest` times. `spent` sums seconds by the
+    fields of Breakdown.
     """
 
     index: int

@@ -67,8 +67,8 @@ class TransferPart:
 @dataclass(frozen=True)
 class StepParts:
     """What a pipeline rank does in a step. accumulation is the adding up of gradients over microbatches in seconds,
-    with what data parallelism copies; work is all forwards and backwards of the rank, blocks how many blocks it holds, parameters what it updates of them
-    before sharding."""
+    with what data parallelism copies; work is all forwards and backwards of the rank, blocks how many blocks it holds,
+    parameters what it updates of them before sharding."""
 
     rank: int
     kernels: tuple[KernelPart, ...]
