@@ -62,7 +62,7 @@ class Course:
     which memory is counted, and three in which the process takes for good what steps need (fresh pages cost a step of
     FSDP up to a third of its time). In the last round a step more is profiled."""
 
-    rounds: int = 2
+    rounds: int = 3
     steps: int = 10
     warmup: int = 5
 

@@ -95,7 +95,7 @@ def validate_here(
     job_files: Annotated[
         list[Path] | None, typer.Argument(metavar="[JOB.toml ...]", help="What to train; a small ladder by default.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often every layout is run; medians over them count.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every layout is run; medians over them count.")] = 3,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each run, the first five of them without times.")] = 10,
     link: Annotated[
         str | None,
