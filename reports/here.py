@@ -142,14 +142,14 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
     """The figures of merit of the layouts of one job."""
     compared = [trial.comparison for trial in trials]
     sizes = [abs(one.error) for one in compared]
-    steps = [one.measurement.step_seconds.median for one in compared]
+    predicted, steps = _seconds(compared)
     chosen = next((s for trial, s in zip(trials, steps, strict=True) if trial.name == recommended), None)
     return Summary(
         count=len(trials),
         median_abs_error=quantile(sizes, 0.5),
         p90_abs_error=quantile(sizes, 0.9),
         bias=statistics.fmean(one.error for one in compared) if compared else None,
-        kendall_tau=kendall_tau(*_seconds(compared)),
+        kendall_tau=kendall_tau(predicted, steps),
         regret=None if chosen is None else chosen / min(steps) - 1,
         memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
         noise=quantile([trial.noise for trial in trials if trial.noise is not None], 0.5),

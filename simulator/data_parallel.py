@@ -241,23 +241,24 @@ class DataParallel:
         Ignored: copying a shard into the buffer that is gathered, and a reduction over one rank out of its buffer.
         """
         job, layout, stack = self.job, self.layout, self.job.stack
+        if not (stack.gather_copies or stack.reduce_copies):
+            return 0.0, 0.0
         fsdp = uses_fsdp(job, layout)
         once = 1 / layout.microbatches(job.training.global_batch_size)
-        every, again = sum(u.parameters for u in units), sum(u.parameters for u in units if not u.stays_gathered)
-        gathered = again if self.gathers_every_microbatch else 0.0
-        reduced = every * (1.0 if layout.shards_gradients else once)
-        moved = [every * (1.0 if self.gathers_every_microbatch and layout.pp == 1 else once), gathered, reduced]
-        if not (fsdp or self.shard.ranks > 1):
-            moved[:2] = 0.0, 0.0
-        if not (fsdp or self.shard.ranks * self.replicate.ranks > 1) or job.training.peft != "none":
-            moved[2] = 0.0
         recipe, gpu = stack.recipes[job.training.precision], job.cluster.gpu
-        weight = stack.gather_copies * 2 * recipe.compute
-        gradient = (
-            (2 * stack.reduce_copies - 1) * recipe.compute + recipe.gradient_reduce if stack.reduce_copies else 0.0
-        )
+        weights = sum(unit.parameters for unit in units)
+        forward = backward = 0.0
+        if stack.gather_copies and (fsdp or self.shard.ranks > 1):
+            each = stack.gather_copies * 2 * recipe.compute
+            forward = each * weights * (1.0 if self.gathers_every_microbatch and layout.pp == 1 else once)
+            if self.gathers_every_microbatch:
+                backward = each * sum(unit.parameters for unit in units if not unit.stays_gathered)
+        reduces = fsdp or self.shard.ranks * self.replicate.ranks > 1
+        if stack.reduce_copies and reduces and job.training.peft == "none":
+            each = (2 * stack.reduce_copies - 1) * recipe.compute + recipe.gradient_reduce
+            backward += each * weights * (1.0 if layout.shards_gradients else once)
         per_byte = job.cluster.streaming_cost(layout.world_size) / (gpu.memory_bandwidth * gpu.memory_efficiency)
-        return moved[0] * weight * per_byte, (moved[1] * weight + moved[2] * gradient) * per_byte
+        return forward * per_byte, backward * per_byte
 
     def _backward_gather(self, unit: Unit) -> float:
         if not self.gathers_every_microbatch or unit.stays_gathered:
