@@ -248,6 +248,7 @@ def validate_machine(
 
     Returns the jobs with their trials (reports.here_page.Examined), what here.json holds, and what was written.
     """
+    from reports.here import restless
     from reports.here_page import Examined, write_here
     from runtime.measure import busy_seconds
 
@@ -260,6 +261,7 @@ def validate_machine(
     warnings = _others(busy, busy_seconds(), time.perf_counter() - begin)
     if course.warning:
         warnings.append(course.warning)
+    warnings += restless([trial for runs in trials for trial in runs])
     jobs = [
         Examined(c.job.model.name, runs, c.recommended, c.missing) for c, runs in zip(contests, trials, strict=True)
     ]

@@ -19,6 +19,8 @@ from simulator.results import MeasuredTimeline, Measurement, Prediction, Quantil
 
 # Above this spread between rounds an error says little: the wish is a median of 8 %.
 NOISY = 0.1
+# Above this spread the rounds of a layout were not run by the same machine.
+RESTLESS = 0.25
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,15 @@ def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:
             "too noisy to trust these errors; run it again when nothing else runs."
         )
     return [*found, *warnings]
+
+
+def restless(trials: Sequence[Trial]) -> list[str]:
+    """A sentence naming the layouts whose rounds lie too far apart to say anything of them, the widest first."""
+    found = sorted((one for one in trials if (one.noise or 0.0) > RESTLESS), key=lambda one: -(one.noise or 0.0))
+    if not found:
+        return []
+    named = ", ".join(f"{one.plan.job.model.name} {one.name} ({one.noise:.0%})" for one in found)
+    return [f"Rounds of {named} lie more than {RESTLESS:.0%} apart: their errors say little."]
 
 
 def read_sentences(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from planner.plan import Plan, read_plan
 from runtime.environment import slurm_ranks, world_size
 from runtime.here import ERROR_PREFIX, NOTE_PREFIX, check_alone, check_plan
-from runtime.machine import leave, take_processors
+from runtime.machine import keep_awake, leave, take_processors
 from runtime.settings import Settings, add_arguments, settings_of
 from simulator.errors import UserError
 from simulator.files import plain, write_json
@@ -147,7 +147,7 @@ def _process_group(seat: Seat) -> Iterator[Link | None]:
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         if "TORCHELASTIC_RUN_ID" in os.environ and not seat.servers:
-            take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+            keep_awake(take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
         dist_options = {"backend": "gloo"}
     if "WORLD_SIZE" not in os.environ:
         # Started without torchrun, as a single process.

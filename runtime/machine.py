@@ -8,8 +8,9 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,18 @@ CPU_RANK_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 
+
+# Processes that keep processors awake (keep_awake), and their program.
+_FILLERS: list[subprocess.Popen[bytes]] = []
+_FILL = """
+import os, sys
+processor, starter = map(int, sys.argv[1:])
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.sched_setaffinity(0, {processor})
+while os.getppid() == starter:
+    for _ in range(1_000_000):
+        pass
+"""
 
 # Looked up here, because between fork and exec nothing should be loaded.
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
@@ -43,6 +56,11 @@ def leave(exit_code: int = 0) -> NoReturn:
     The ordinary way out takes torch's threads and process groups down in an order that now and then (once in some
     hundred runs on gloo) ends in std::terminate, and a finished run would count as failed.
     """
+    while _FILLERS:
+        # Waited for, so that what it used counts as this process's own.
+        filler = _FILLERS.pop()
+        filler.kill()
+        filler.wait()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -76,17 +94,40 @@ def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[i
     return list(allowed[first:last] if local_ranks <= len(allowed) else allowed)
 
 
-def take_processors(local_rank: int, local_ranks: int) -> None:
+def take_processors(local_rank: int, local_ranks: int) -> list[int]:
     """Keep this rank on its part of the processors, unless whoever started it gave it a part already. Left to
     themselves, ranks may share one while another idles for a whole run: a scheduler that packs tasks sees no reason to
     part them. Ranks that outnumber the processors share all of them: dealt out, four on two took up to a quarter
     longer, because one that waits leaves its processor to nobody else. Nothing where the system knows no affinity
     (macOS).
+
+    Returns the processors that no other rank looks after: its part, or where all are shared one for each of the first.
     """
     with contextlib.suppress(OSError, AttributeError):
-        allowed = os.sched_getaffinity(0)
-        if allowed == os.sched_getaffinity(os.getppid()):
-            os.sched_setaffinity(0, part_of(sorted(allowed), local_rank, local_ranks))
+        allowed = sorted(os.sched_getaffinity(0))
+        if allowed != sorted(os.sched_getaffinity(os.getppid())):
+            return allowed
+        os.sched_setaffinity(0, part_of(allowed, local_rank, local_ranks))
+        return part_of(allowed, local_rank, local_ranks) if local_ranks <= len(allowed) else allowed[local_rank:][:1]
+    return []
+
+
+def keep_awake(these: Iterable[int], root: Path = Path("/")) -> None:
+    """On a virtual machine, give these processors something to do whenever they have nothing: processes that give way
+    to any other (SCHED_IDLE, sched(7)) and end with this one. Nothing elsewhere.
+
+    A hypervisor places a processor that was idle anew, and now and then two of them on one core, where for seconds
+    either is half as fast: 20 of 306 seconds where they computed 20 ms and rested 5 ms in turn, none of 500 kept awake.
+
+    Args:
+        root: where `proc` lies.
+    """
+    if not hasattr(os, "SCHED_IDLE") or " hypervisor" not in _read(root / "proc/cpuinfo"):
+        return
+    none = subprocess.DEVNULL
+    for processor in these:
+        command = [sys.executable, "-I", "-S", "-c", _FILL, str(processor), str(os.getpid())]
+        _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from runtime.benchmark_cases import (
 from runtime.collective_benchmarks import collective_samples, groups
 from runtime.host_overhead import host_seconds, now, train_once
 from runtime.machine import (
+    keep_awake,
     leave,
     memory_bytes,
     own_processors,
@@ -257,7 +258,7 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        keep_awake(take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
     ranks, samples = int(os.environ["WORLD_SIZE"]), list[Sample]()
     if ranks == 1:
         # Before the process has its group, because this needs one of its own.

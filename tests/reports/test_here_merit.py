@@ -15,6 +15,7 @@ from reports.here import (
     combined,
     ops_of_all,
     read_sentences,
+    restless,
     row,
     sentences,
     summary,
@@ -108,6 +109,14 @@ def test_noise_is_said_where_it_is_too_large() -> None:
     assert any("12% apart" in one and "too noisy to trust" in one for one in sentences(loud))
     assert not any("noisy" in one for one in sentences(dataclasses.replace(loud, noise=0.05)))
     assert sentences(loud, ["Others were here."])[-1] == "Others were here."
+
+
+def test_layouts_whose_rounds_disagree_are_named() -> None:
+    """(1.5 - 1.0) / 1.1 = 45 % and (1.3 - 1.0) / 1.0 = 30 %; 20 % is not worth a word, nor is one round."""
+    wide, wider = trial("data 2", 1.0, 1.0, 1.0, 1.3), trial("data 4", 1.0, 1.5, 1.1, 1.0)
+    (sentence,) = restless([TRIALS[0], wide, wider])
+    assert "gpt2 data 4 (45%), gpt2 data 2 (30%) lie more than 25% apart" in sentence
+    assert restless([TRIALS[0], trial("data 2", 1.0, 2.0)]) == []
 
 
 def test_one_round_shows_no_noise() -> None:

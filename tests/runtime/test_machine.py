@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -91,10 +95,10 @@ def test_a_rank_takes_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
     may_use = {os.getppid(): {0, 1, 2, 3}, 0: {0, 1, 2, 3}}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: may_use[pid], raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", may_use.__setitem__, raising=False)
-    take_processors(1, 2)
+    assert take_processors(1, 2) == [2, 3]
     assert may_use[0] == [2, 3]
     may_use[0] = {1, 2}
-    take_processors(1, 2)
+    assert take_processors(1, 2) == [1, 2]
     assert may_use[0] == {1, 2}
 
 
@@ -107,3 +111,42 @@ def test_a_thread_gives_its_processors_back(monkeypatch: pytest.MonkeyPatch) -> 
         with own_processors(rank, 2):
             assert now[0] == part
         assert now[0] == {0, 1}
+
+
+KEPT_AWAKE = """
+    import os, sys, time
+    from pathlib import Path
+    from runtime.machine import keep_awake, leave
+
+    keep_awake(sorted(os.sched_getaffinity(0))[:1], Path(sys.argv[1]))
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for child in map(int, children):
+        until = time.monotonic() + 10
+        while os.sched_getscheduler(child) != os.SCHED_IDLE and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        print(child, len(os.sched_getaffinity(child)), flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+    leave()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE is Linux's")
+@pytest.mark.parametrize("end", ["leaves", "killed"])
+@pytest.mark.parametrize(("flags", "kept"), [("fpu hypervisor lahf_lm", 1), ("fpu lahf_lm", 0)])
+def test_processors_of_a_virtual_machine_are_kept_awake_until_the_rank_ends(
+    tmp_path: Path, flags: str, kept: int, end: str
+) -> None:
+    """One process that gives way to any other, on the one processor named; gone when the rank is, killed or not."""
+    root = system(tmp_path, {"proc/cpuinfo": f"processor: 0\nflags: {flags}"})
+    command = [sys.executable, "-c", textwrap.dedent(KEPT_AWAKE), str(root), end]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.stderr == ""
+    assert run.returncode == (-9 if end == "killed" else 0)
+    found = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    assert [processors for _, processors in found] == [1] * kept
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child, _ in found) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(Path(f"/proc/{child}").exists() for child, _ in found)
