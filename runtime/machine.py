@@ -26,22 +26,13 @@ CPU_RANK_ENVIRONMENT = {
 }
 
 
-# Processes that keep processors awake (keep_awake), and their program. Where the system shares processors among
-# sessions first (autogroup, sched(7)), its session has to give way too; unless privileged, only one session may say so
-# every 0.1 s.
+# Processes that keep processors awake (keep_awake), and their program.
 _FILLERS: list[subprocess.Popen[bytes]] = []
 _FILL = """
-import os, sys, time
+import os, sys
 processor, starter = map(int, sys.argv[1:])
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 os.sched_setaffinity(0, {processor})
-while os.path.exists("/proc/self/autogroup") and os.getppid() == starter:
-    try:
-        with open("/proc/self/autogroup", "w") as file:
-            file.write("19")
-        break
-    except BlockingIOError:
-        time.sleep(0.05)
 while os.getppid() == starter:
     for _ in range(1_000_000):
         pass
@@ -110,23 +101,25 @@ def take_processors(local_rank: int, local_ranks: int) -> list[int]:
     longer, because one that waits leaves its processor to nobody else. Nothing where the system knows no affinity
     (macOS).
 
-    Returns the processors that no other rank looks after: its part, or where all are shared one for each of the first.
+    Returns the processors that are its own.
     """
     with contextlib.suppress(OSError, AttributeError):
         allowed = sorted(os.sched_getaffinity(0))
         if allowed != sorted(os.sched_getaffinity(os.getppid())):
             return allowed
         os.sched_setaffinity(0, part_of(allowed, local_rank, local_ranks))
-        return part_of(allowed, local_rank, local_ranks) if local_ranks <= len(allowed) else allowed[local_rank:][:1]
+        return sorted(os.sched_getaffinity(0)) if local_ranks <= len(allowed) else []
     return []
 
 
 def keep_awake(these: Iterable[int], root: Path = Path("/")) -> None:
-    """On a virtual machine, give these processors something to do whenever they have nothing: processes that give way
-    to any other (SCHED_IDLE, sched(7)) and end with this one. Nothing elsewhere.
+    """On a virtual machine, give these processors something to do whenever this process has nothing for them: processes
+    that give way to it at once (SCHED_IDLE, sched(7)) and end with it. Nothing elsewhere.
 
     A hypervisor places a processor that was idle anew, and now and then two of them on one core, where for seconds
-    either is half as fast: 20 of 306 seconds where they computed 20 ms and rested 5 ms in turn, none of 500 kept awake.
+    either is half as fast: 20 of 308 seconds where they computed 20 ms and rested 5 ms in turn, none of 500 kept awake.
+    Only for processors that are this process's own: what is in another session waits for milliseconds where it wakes
+    up, because the system shares processors among sessions first (autogroup); four ranks on two took a third longer.
 
     Args:
         root: where `proc` lies.
@@ -136,7 +129,7 @@ def keep_awake(these: Iterable[int], root: Path = Path("/")) -> None:
     none = subprocess.DEVNULL
     for processor in these:
         command = [sys.executable, "-I", "-S", "-c", _FILL, str(processor), str(os.getpid())]
-        _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none, start_new_session=True))
+        _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
 
 
 @contextlib.contextmanager

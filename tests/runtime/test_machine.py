@@ -100,6 +100,9 @@ def test_a_rank_takes_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
     may_use[0] = {1, 2}
     assert take_processors(1, 2) == [1, 2]
     assert may_use[0] == {1, 2}
+    may_use[0] = may_use[os.getppid()]
+    assert take_processors(1, 5) == []
+    assert may_use[0] == [0, 1, 2, 3]
 
 
 def test_a_thread_gives_its_processors_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +128,7 @@ KEPT_AWAKE = """
         while os.sched_getscheduler(child) != os.SCHED_IDLE and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.1)
-        session = Path(f"/proc/{child}/autogroup")
-        yields = not session.exists() or session.read_text().split()[-1:] in ([], ["19"])
-        print(child, len(os.sched_getaffinity(child)), int(yields), flush=True)
+        print(child, len(os.sched_getaffinity(child)), int(os.getsid(child) == os.getsid(0)), flush=True)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), 9)
     leave()
@@ -140,8 +141,8 @@ KEPT_AWAKE = """
 def test_processors_of_a_virtual_machine_are_kept_awake_until_the_rank_ends(
     tmp_path: Path, flags: str, kept: int, end: str
 ) -> None:
-    """One process that gives way to any other, as its session does, on the one processor named; gone when the rank is,
-    killed or not."""
+    """One process that gives way, in the rank's session, on the one processor named; gone when the rank is, killed or
+    not."""
     root = system(tmp_path, {"proc/cpuinfo": f"processor: 0\nflags: {flags}"})
     command = [sys.executable, "-c", textwrap.dedent(KEPT_AWAKE), str(root), end]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
