@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class Summary:
     Errors are predicted / measured - 1: their size at the median and the 90th percentile, and their mean with its
     sign. kendall_tau is between predicted and measured speed. regret is how much slower the recommended layout measured
     than the fastest one, of the latter's step. noise is the median over layouts of how far their
-    rounds lie apart, where there are several.
+    rounds lie apart, where there are several, and repeated_tau the mean tau between two of these rounds: a prediction
+    that orders layouts as they are would agree with a single round about as well.
     """
 
     count: int
@@ -136,6 +138,7 @@ class Summary:
     regret: float | None
     memory_median_abs_error: float | None
     noise: float | None
+    repeated_tau: float | None = None
 
     __pydantic_config__ = {**STRICT, "extra": "ignore"}  # noqa: RUF012 (pydantic's own name)
 
@@ -155,7 +158,20 @@ def summary(trials: Sequence[Trial], recommended: str) -> Summary:
         regret=None if chosen is None else chosen / min(steps) - 1,
         memory_median_abs_error=quantile([abs(one.memory_error) for one in compared], 0.5),
         noise=quantile([trial.noise for trial in trials if trial.noise is not None], 0.5),
+        repeated_tau=repeated_tau([trials]),
     )
+
+
+def repeated_tau(jobs: Sequence[Sequence[Trial]]) -> float | None:
+    """Kendall's tau between two rounds, over the pairs of layouts of one job, as the mean over all pairs of rounds."""
+    steps = [[[one.step_seconds.median for one in trial.rounds] for trial in trials] for trials in jobs]
+    rounds = min((len(one) for job in steps for one in job), default=0)
+    found = [
+        kendall_tau_within([([one[i] for one in job], [one[j] for one in job]) for job in steps])
+        for i, j in itertools.combinations(range(rounds), 2)
+    ]
+    known = [one for one in found if one is not None]
+    return statistics.fmean(known) if known else None
 
 
 def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> Summary:
@@ -164,7 +180,12 @@ def together(jobs: Sequence[tuple[Sequence[Trial], str]]) -> Summary:
     regrets = [one.regret for one in (summary(*job) for job in jobs) if one.regret is not None]
     every = summary([trial for trials, _ in jobs for trial in trials], "")
     groups = [_seconds([trial.comparison for trial in trials]) for trials, _ in jobs]
-    return dataclasses.replace(every, kendall_tau=kendall_tau_within(groups), regret=max(regrets, default=None))
+    return dataclasses.replace(
+        every,
+        kendall_tau=kendall_tau_within(groups),
+        regret=max(regrets, default=None),
+        repeated_tau=repeated_tau([trials for trials, _ in jobs]),
+    )
 
 
 def _seconds(compared: Sequence[Comparison]) -> tuple[list[float], list[float]]:
@@ -184,7 +205,8 @@ def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:
         f"{s.count} layouts: step time off by {shown(s.median_abs_error, '.1%')} at the median, "
         f"{shown(s.p90_abs_error, '.1%')} at the 90th percentile, {shown(s.bias, '+.1%')} with its sign; peak "
         f"memory by {shown(s.memory_median_abs_error, '.1%')}.",
-        f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')}; the recommended layout measured "
+        f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')} (between two rounds "
+        f"{shown(s.repeated_tau, '.2f')}); the recommended layout measured "
         f"{shown(s.regret, '.1%')} slower than the fastest (regret).",
     ]
     if s.noise is None and s.count:

@@ -88,6 +88,17 @@ def test_figures_of_merit() -> None:
     assert found.noise == pytest.approx((0.02 / (0.4 + 2e-3 / 3) + 0.2) / 2)
 
 
+def test_how_well_rounds_agree_on_the_order() -> None:
+    """Rounds (1, 2, 3), (1, 3, 2) and (3, 2, 1) of three layouts. Of three pairs the second turns one round, tau 1/3,
+    the third all, -1; second and third agree on one, -1/3: mean -1/3. With a pair of another job on which all three
+    agree tau is (2 + 1 - 1) / 4, (1 - 3) / 4 and (2 - 2) / 4: mean 0."""
+    three = [trial("data 1", 1.0, 1, 1, 3), trial("data 2", 1.0, 2, 3, 2), trial("data 4", 1.0, 3, 2, 1)]
+    two = [trial("data 1", 1.0, 1, 1, 1), trial("data 2", 1.0, 2, 2, 2)]
+    assert summary(three, "data 1").repeated_tau == pytest.approx(-1 / 3)
+    assert together([(three, "data 1"), (two, "data 1")]).repeated_tau == pytest.approx(0.0)
+    assert summary([trial("data 1", 1.0, 1.0), trial("data 2", 1.0, 2.0)], "data 1").repeated_tau is None
+
+
 def test_the_recommended_layout_that_did_not_run_has_no_regret() -> None:
     assert summary(TRIALS, "tensor 2").regret is None
     assert summary((), "data 2").median_abs_error is None
@@ -161,7 +172,7 @@ def test_json_is_the_contract() -> None:
     assert document["jobs"][0]["not_run"] == {"tensor 2": "no layout"}
     assert set(document["summary"]) == {
         "count", "median_abs_error", "p90_abs_error", "bias", "kendall_tau", "regret", "memory_median_abs_error",
-        "noise",
+        "noise", "repeated_tau",
     }  # fmt: skip
     assert row(TRIALS[1])["predicted"]["bubble"] is None
 
