@@ -147,7 +147,9 @@ def _process_group(seat: Seat) -> Iterator[Link | None]:
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         if "TORCHELASTIC_RUN_ID" in os.environ and not seat.servers:
-            keep_awake(take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
+            local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+            take_processors(int(os.environ["LOCAL_RANK"]), local_ranks)
+            keep_awake(local_ranks)
         dist_options = {"backend": "gloo"}
     if "WORLD_SIZE" not in os.environ:
         # Started without torchrun, as a single process.

@@ -10,7 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,6 +73,11 @@ def processors(root: Path = Path("/")) -> int:
         root: where `proc` and `sys` lie.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(allowed, _quota(root))))
+
+
+def _quota(root: Path) -> float:
+    """Processors' worth of time that the control groups of this process allow; infinite without a limit."""
     quota = math.inf
     for folder in _cgroup_folders(root, "cpu"):
         text = _read(folder / "cpu.max") or " ".join(
@@ -81,7 +86,7 @@ def processors(root: Path = Path("/")) -> int:
         limit, _, period = text.strip().partition(" ")
         if limit.isdigit() and period.isdigit():
             quota = min(quota, int(limit) / int(period))
-    return max(1, int(min(allowed, quota)))
+    return quota
 
 
 def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[int]:
@@ -94,42 +99,45 @@ def part_of(allowed: Sequence[int], local_rank: int, local_ranks: int) -> list[i
     return list(allowed[first:last] if local_ranks <= len(allowed) else allowed)
 
 
-def take_processors(local_rank: int, local_ranks: int) -> list[int]:
+def take_processors(local_rank: int, local_ranks: int) -> None:
     """Keep this rank on its part of the processors, unless whoever started it gave it a part already. Left to
     themselves, ranks may share one while another idles for a whole run: a scheduler that packs tasks sees no reason to
     part them. Ranks that outnumber the processors share all of them: dealt out, four on two took up to a quarter
     longer, because one that waits leaves its processor to nobody else. Nothing where the system knows no affinity
     (macOS).
-
-    Returns the processors that are its own.
     """
     with contextlib.suppress(OSError, AttributeError):
-        allowed = sorted(os.sched_getaffinity(0))
-        if allowed != sorted(os.sched_getaffinity(os.getppid())):
-            return allowed
-        os.sched_setaffinity(0, part_of(allowed, local_rank, local_ranks))
-        return sorted(os.sched_getaffinity(0)) if local_ranks <= len(allowed) else []
-    return []
+        allowed = os.sched_getaffinity(0)
+        if allowed == os.sched_getaffinity(os.getppid()):
+            os.sched_setaffinity(0, part_of(sorted(allowed), local_rank, local_ranks))
 
 
-def keep_awake(these: Iterable[int], root: Path = Path("/")) -> None:
-    """On a virtual machine, give these processors something to do whenever this process has nothing for them: processes
-    that give way to it at once (SCHED_IDLE, sched(7)) and end with it. Nothing elsewhere.
+def keep_awake(local_ranks: int, root: Path = Path("/")) -> None:
+    """Where this rank has a processor of a virtual machine to itself, give that something to do whenever the rank has
+    nothing for it: a process that gives way to it at once (SCHED_IDLE, sched(7)) and ends with it. Call it once the
+    rank has its processors.
 
     A hypervisor places a processor that was idle anew, and now and then two of them on one core, where for seconds
     either is half as fast: 20 of 308 seconds where they computed 20 ms and rested 5 ms in turn, none of 500 kept awake.
-    Only for processors that are this process's own: what is in another session waits for milliseconds where it wakes
-    up, because the system shares processors among sessions first (autogroup); four ranks on two took a third longer.
+
+    Nothing where processors are shared or left over: what is in another session waits for milliseconds where it wakes
+    up, because the system shares processors among sessions first (autogroup), and four ranks on two took a third
+    longer. Nothing where processors are threads of a core that the machine knows of, which would slow each other, or
+    where a quota would count the time.
 
     Args:
-        root: where `proc` lies.
+        root: where `proc` and `sys` lie.
     """
     if not hasattr(os, "SCHED_IDLE") or " hypervisor" not in _read(root / "proc/cpuinfo"):
         return
+    mine = os.sched_getaffinity(0)
+    (processor, *more), shared = sorted(mine), local_ranks > 1 and mine == os.sched_getaffinity(os.getppid())
+    siblings = _read(root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+    if more or shared or siblings not in ("", str(processor)) or _quota(root) < math.inf:
+        return
+    command = [sys.executable, "-I", "-S", "-c", _FILL, str(processor), str(os.getpid())]
     none = subprocess.DEVNULL
-    for processor in these:
-        command = [sys.executable, "-I", "-S", "-c", _FILL, str(processor), str(os.getpid())]
-        _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
+    _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
 
 
 @contextlib.contextmanager

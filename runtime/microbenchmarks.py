@@ -258,7 +258,9 @@ def run(grid_name: str, output: Path, counts: Sequence[int] = ()) -> None:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        keep_awake(take_processors(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
+        local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        take_processors(int(os.environ["LOCAL_RANK"]), local_ranks)
+        keep_awake(local_ranks)
     ranks, samples = int(os.environ["WORLD_SIZE"]), list[Sample]()
     if ranks == 1:
         # Before the process has its group, because this needs one of its own.

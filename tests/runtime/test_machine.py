@@ -95,13 +95,13 @@ def test_a_rank_takes_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
     may_use = {os.getppid(): {0, 1, 2, 3}, 0: {0, 1, 2, 3}}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: may_use[pid], raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", may_use.__setitem__, raising=False)
-    assert take_processors(1, 2) == [2, 3]
+    take_processors(1, 2)
     assert may_use[0] == [2, 3]
     may_use[0] = {1, 2}
-    assert take_processors(1, 2) == [1, 2]
+    take_processors(1, 2)
     assert may_use[0] == {1, 2}
-    may_use[0] = may_use[os.getppid()]
-    assert take_processors(1, 5) == []
+    may_use[0] = {0, 1, 2, 3}
+    take_processors(1, 5)
     assert may_use[0] == [0, 1, 2, 3]
 
 
@@ -121,36 +121,74 @@ KEPT_AWAKE = """
     from pathlib import Path
     from runtime.machine import keep_awake, leave
 
-    keep_awake(sorted(os.sched_getaffinity(0))[:1], Path(sys.argv[1]))
+    keep_awake(int(sys.argv[2]), Path(sys.argv[1]))
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     for child in map(int, children):
         until = time.monotonic() + 10
         while os.sched_getscheduler(child) != os.SCHED_IDLE and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.1)
-        print(child, len(os.sched_getaffinity(child)), int(os.getsid(child) == os.getsid(0)), flush=True)
-    if sys.argv[2] == "killed":
+        place, session = (of(child) == of(0) for of in (os.sched_getaffinity, os.getsid))
+        print(child, place, session, flush=True)
+    if sys.argv[3] == "killed":
         os.kill(os.getpid(), 9)
     leave()
 """
+FIRST = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+SIBLINGS = f"sys/devices/system/cpu/cpu{FIRST}/topology/thread_siblings_list"
+VIRTUAL = {"proc/cpuinfo": "flags: fpu hypervisor lahf_lm", SIBLINGS: f"{FIRST}", "proc/self/cgroup": "0::/"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE is Linux's")
-@pytest.mark.parametrize("end", ["leaves", "killed"])
-@pytest.mark.parametrize(("flags", "kept"), [("fpu hypervisor lahf_lm", 1), ("fpu lahf_lm", 0)])
-def test_processors_of_a_virtual_machine_are_kept_awake_until_the_rank_ends(
-    tmp_path: Path, flags: str, kept: int, end: str
-) -> None:
-    """One process that gives way, in the rank's session, on the one processor named; gone when the rank is, killed or
-    not."""
-    root = system(tmp_path, {"proc/cpuinfo": f"processor: 0\nflags: {flags}"})
-    command = [sys.executable, "-c", textwrap.dedent(KEPT_AWAKE), str(root), end]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def fillers(root: Path, processors: set[int], local_ranks: int, end: str = "leaves") -> list[tuple[int, bool, bool]]:
+    """The processes that a rank on these processors was given: whether they are on its processor and in its session."""
+    command = [sys.executable, "-c", textwrap.dedent(KEPT_AWAKE), str(root), str(local_ranks), end]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.sched_setaffinity(0, processors)
+    )
     assert run.stderr == ""
     assert run.returncode == (-9 if end == "killed" else 0)
-    found = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
-    assert [one[1:] for one in found] == [(1, 1)] * kept
+    lines = [line.split() for line in run.stdout.splitlines()]
+    return [(int(child), place == "True", session == "True") for child, place, session in lines]
+
+
+linux = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="SCHED_IDLE is Linux's")
+
+
+@linux
+@pytest.mark.parametrize("end", ["leaves", "killed"])
+def test_a_processor_of_a_virtual_machine_is_kept_awake_until_its_rank_ends(tmp_path: Path, end: str) -> None:
+    """One process that gives way, on the rank's processor and in its session; gone when the rank is, killed or not."""
+    found = fillers(system(tmp_path, VIRTUAL), {FIRST}, 1, end)
+    assert [one[1:] for one in found] == [(True, True)]
     until = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child, *_ in found) and time.monotonic() < until:
         time.sleep(0.02)
     assert not any(Path(f"/proc/{child}").exists() for child, *_ in found)
+
+
+@linux
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/cpuinfo": "flags: fpu lahf_lm"},
+        {SIBLINGS: f"{FIRST},{FIRST + 8}"},
+        {"sys/fs/cgroup/cpu.max": "800000 100000"},
+    ],
+    ids=["no virtual machine", "threads of a core", "quota"],
+)
+def test_where_processors_are_not_kept_awake(tmp_path: Path, files: dict[str, str]) -> None:
+    assert fillers(system(tmp_path, VIRTUAL | files), {FIRST}, 1) == []
+
+
+@linux
+def test_processors_that_ranks_share_or_leave_over_are_not_kept_awake(tmp_path: Path) -> None:
+    """A rank beside others where its parent is has its processor not to itself; with two it leaves one over."""
+    root, allowed = system(tmp_path, VIRTUAL), os.sched_getaffinity(0)
+    if len(allowed) > 1:
+        assert fillers(root, allowed, 1) == []
+        assert len(fillers(root, {FIRST}, 2)) == 1
+    os.sched_setaffinity(0, {FIRST})
+    try:
+        assert fillers(root, {FIRST}, 2) == []
+    finally:
+        os.sched_setaffinity(0, allowed)
