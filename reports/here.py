@@ -20,7 +20,7 @@ from simulator.results import MeasuredTimeline, Measurement, Prediction, Quantil
 
 # Above this spread between rounds an error says little: the wish is a median of 8 %.
 NOISY = 0.1
-# Above this spread the rounds of a layout were not run by the same machine.
+# Above this spread the rounds of a layout are as if by different machines.
 RESTLESS = 0.25
 
 
@@ -126,8 +126,8 @@ class Summary:
     Errors are predicted / measured - 1: their size at the median and the 90th percentile, and their mean with its
     sign. kendall_tau is between predicted and measured speed. regret is how much slower the recommended layout measured
     than the fastest one, of the latter's step. noise is the median over layouts of how far their
-    rounds lie apart, where there are several, and repeated_tau the mean tau between two of these rounds: a prediction
-    that orders layouts as they are would agree with a single round about as well.
+    rounds lie apart, where there are several, and repeated_tau the mean tau between two of these rounds, which is low
+    where rounds do not fix the order; kendall_tau is to their medians and may be above it.
     """
 
     count: int
@@ -201,12 +201,12 @@ def sentences(s: Summary, warnings: Sequence[str] = ()) -> list[str]:
     def shown(value: float | None, spec: str) -> str:
         return "unknown" if value is None else f"{value:{spec}}"
 
+    agreement = "" if s.repeated_tau is None else f" (two rounds agree among themselves at {s.repeated_tau:.2f})"
     found = [
         f"{s.count} layouts: step time off by {shown(s.median_abs_error, '.1%')} at the median, "
         f"{shown(s.p90_abs_error, '.1%')} at the 90th percentile, {shown(s.bias, '+.1%')} with its sign; peak "
         f"memory by {shown(s.memory_median_abs_error, '.1%')}.",
-        f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')} (between two rounds "
-        f"{shown(s.repeated_tau, '.2f')}); the recommended layout measured "
+        f"Order: Kendall's tau {shown(s.kendall_tau, '.2f')}{agreement}; the recommended layout measured "
         f"{shown(s.regret, '.1%')} slower than the fastest (regret).",
     ]
     if s.noise is None and s.count:

@@ -26,14 +26,14 @@ CPU_RANK_ENVIRONMENT = {
 }
 
 
+# "0" in the environment leaves processors alone that ranks wait on.
+KEEP_AWAKE = "LAYOUTWISE_KEEP_AWAKE"
 # Processes that keep processors awake (keep_awake), and their program.
 _FILLERS: list[subprocess.Popen[bytes]] = []
 _FILL = """
 import os, sys
-processor, starter = map(int, sys.argv[1:])
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-os.sched_setaffinity(0, {processor})
-while os.getppid() == starter:
+while os.getppid() == int(sys.argv[1]):
     for _ in range(1_000_000):
         pass
 """
@@ -120,24 +120,27 @@ def keep_awake(local_ranks: int, root: Path = Path("/")) -> None:
     A hypervisor places a processor that was idle anew, and now and then two of them on one core, where for seconds
     either is half as fast: 20 of 308 seconds where they computed 20 ms and rested 5 ms in turn, none of 500 kept awake.
 
-    Nothing where processors are shared or left over: what is in another session waits for milliseconds where it wakes
-    up, because the system shares processors among sessions first (autogroup), and four ranks on two took a third
-    longer. Nothing where processors are threads of a core that the machine knows of, which would slow each other, or
-    where a quota would count the time.
+    Towards other sessions (autogroup) and control groups it counts as ordinary work, which they wait for by
+    milliseconds: four ranks on two took a third longer. So nothing where processors are shared or left over, where they
+    are threads of a core or may be, which would slow each other, where a quota would count the time, and where the
+    environment has LAYOUTWISE_KEEP_AWAKE=0.
 
     Args:
         root: where `proc` and `sys` lie.
     """
-    if not hasattr(os, "SCHED_IDLE") or " hypervisor" not in _read(root / "proc/cpuinfo"):
+    if not hasattr(os, "SCHED_IDLE") or " hypervisor" not in _read(root / "proc/cpuinfo") or os.cpu_count() == 1:
         return
-    mine = os.sched_getaffinity(0)
-    (processor, *more), shared = sorted(mine), local_ranks > 1 and mine == os.sched_getaffinity(os.getppid())
-    siblings = _read(root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
-    if more or shared or siblings not in ("", str(processor)) or _quota(root) < math.inf:
+    if os.environ.get(KEEP_AWAKE) == "0" or _quota(root) < math.inf:
         return
-    command = [sys.executable, "-I", "-S", "-c", _FILL, str(processor), str(os.getpid())]
-    none = subprocess.DEVNULL
-    _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
+    # A help that a run does without where processes or rights are short.
+    with contextlib.suppress(OSError):
+        mine = os.sched_getaffinity(0)
+        (processor, *more), shared = sorted(mine), local_ranks > 1 and mine == os.sched_getaffinity(os.getppid())
+        siblings = _read(root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        if more or shared or siblings != str(processor):
+            return
+        command, none = [sys.executable, "-I", "-S", "-c", _FILL, str(os.getpid())], subprocess.DEVNULL
+        _FILLERS.append(subprocess.Popen(command, stdin=none, stdout=none, stderr=none))
 
 
 @contextlib.contextmanager
